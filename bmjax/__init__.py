@@ -1,0 +1,1 @@
+"""Attention-based transfer learning for bone-marrow cell images, in JAX."""
