@@ -12,7 +12,7 @@ import json
 import math
 from typing import Any, Literal
 
-BatchNormMode = Literal["train", "stats_frozen", "frozen"]
+BatchNormMode = Literal["auto", "train", "stats_frozen", "frozen"]
 PARTS = ("backbone", "attention", "head")
 
 
@@ -170,7 +170,8 @@ class BatchNormConfig:
     """Batch-norm mode of each part.
 
     `train`: batch statistics, running ones updated. `stats_frozen`: stored statistics, not updated; scale and
-    bias still train. `frozen`: stored statistics, nothing trains.
+    bias still train. `frozen`: stored statistics, nothing trains. `auto` (in a stage only): `train` where the part
+    trains, else `frozen`, as in Keras.
     """
 
     backbone: BatchNormMode = "train"
@@ -187,7 +188,13 @@ class StageConfig:
     """Parts whose parameters train; only these are differentiated."""
     lr_scale: float = 1.0
     """Multiplies the optimizer's peak learning rate in this stage."""
-    batch_norm: BatchNormConfig = BatchNormConfig()
+    batch_norm: BatchNormConfig = BatchNormConfig(backbone="auto", attention="auto", head="auto")
+
+    def resolved_batch_norm(self) -> BatchNormConfig:
+        """The modes with `auto` decided: `train` where the part trains, else `frozen`."""
+        modes = {part: getattr(self.batch_norm, part) for part in PARTS}
+        auto = {part: "train" if part in self.train else "frozen" for part in PARTS}
+        return BatchNormConfig(**{part: auto[part] if mode == "auto" else mode for part, mode in modes.items()})
 
     def __post_init__(self) -> None:
         _check(self.epochs >= 1, "stages.epochs", self.epochs, "at least 1")
