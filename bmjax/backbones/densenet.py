@@ -1,0 +1,109 @@
+"""DenseNet (Huang et al. 2017, https://arxiv.org/abs/1608.06993), as in keras.applications and with its layer names.
+
+Padding is explicit and symmetric, as in torch. Two things are computed elsewhere than in Keras, with the same result:
+the batch statistics of a feature map are taken once for all later norms of its block, and a transition averages before
+its 1x1 convolution (both are linear, so they commute), which then sees a quarter of the pixels.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import reduce
+
+from bmjax.layers import BatchNorm, Conv, NormMode, batch_statistics, global_average
+
+Tap = Callable[[str, jax.Array], jax.Array]
+
+
+class DenseNet(nn.Module):
+    """The family; `blocks` is the number of layers in each dense block."""
+
+    blocks: tuple[int, ...] = (6, 12, 24, 16)
+    growth: int = 32
+    """Channels a layer adds; its bottleneck has four times as many."""
+    stem: int = 64
+    """Channels of the first convolution."""
+    reduction: float = 0.5
+    """Share of the channels that a transition keeps."""
+    include_top: bool = False
+    classes: int = 1000
+    """Classes of the top, where it is included."""
+    epsilon: float = 1.001e-5
+    dtype: Any = None
+    """Compute type; None: the input's."""
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """conv1 is the first convolution, then a stage a dense block; the last is after the final norm and ReLU."""
+        return tuple(f"conv{i}" for i in range(1, len(self.blocks) + 2))
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, *, train: bool = False, mode: NormMode = "train", tap: Tap | None = None
+    ) -> jax.Array:
+        """Preprocessed images [b, h, w, 3] -> features [b, h/32, w/32, c], or logits [b, classes] with the top.
+
+        `mode` is that of the batch-norms (bmjax.layers.BatchNorm). What `tap(stage, x)` returns replaces the output of
+        each stage.
+
+        Raises:
+          ValueError: the images are too small for the number of blocks.
+        """
+        tap = tap or (lambda stage, x: x)
+        by_batch = train and mode == "train"
+
+        def norm_relu(name: str, x: jax.Array, statistics: tuple[jax.Array, jax.Array] | None = None) -> jax.Array:
+            norm = BatchNorm(epsilon=self.epsilon, name=name)
+            return nn.relu(norm(x, train=train, mode=mode, statistics=statistics))
+
+        if self.dtype is not None:
+            x = x.astype(self.dtype)
+        size = x.shape[1:3]
+        x = Conv(self.stem, 7, strides=2, padding=3, name="conv1_conv")(x)
+        x = tap("conv1", norm_relu("conv1_bn", x))
+        x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        for number, layers in enumerate(self.blocks, start=2):
+            stage, last = f"conv{number}", number == len(self.blocks) + 1
+            statistics = batch_statistics(x) if by_batch else None
+            for i in range(1, layers + 1):
+                name = f"{stage}_block{i}"
+                y = norm_relu(f"{name}_0_bn", x, statistics)
+                y = Conv(4 * self.growth, 1, name=f"{name}_1_conv")(y)
+                y = norm_relu(f"{name}_1_bn", y)
+                y = Conv(self.growth, 3, padding=1, name=f"{name}_2_conv")(y)
+                x = jnp.concatenate([x, y], axis=-1)
+                if statistics is not None:
+                    # Per channel, so those of the concatenation are the concatenated ones.
+                    statistics = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), statistics, batch_statistics(y))
+            if last:
+                x = tap(stage, norm_relu("bn", x, statistics))
+                break
+            tapped = tap(stage, x)
+            if tapped is not x:
+                x, statistics = tapped, None
+            x = norm_relu(f"pool{number}_bn", x, statistics)
+            if min(x.shape[1:3]) < 2:
+                raise ValueError(f"images are {size[0]}x{size[1]} pixels; expected more for {len(self.blocks)} blocks")
+            h, w = (n // 2 * 2 for n in x.shape[1:3])
+            x = reduce(x[:, :h, :w], "b (h i) (w j) c -> b h w c", "mean", i=2, j=2)
+            x = Conv(int(x.shape[-1] * self.reduction), 1, name=f"pool{number}_conv")(x)
+        if self.include_top:
+            x = global_average(x)
+            x = nn.Dense(self.classes, dtype=x.dtype, name="predictions")(x)
+        return x
+
+
+VARIANTS: dict[str, Callable[..., DenseNet]] = {
+    "densenet121": functools.partial(DenseNet, blocks=(6, 12, 24, 16)),
+    "densenet169": functools.partial(DenseNet, blocks=(6, 12, 32, 32)),
+    "densenet201": functools.partial(DenseNet, blocks=(6, 12, 48, 32)),
+    # Ours, without published weights: for small images on CPUs, and for tests.
+    "densenet_small": functools.partial(DenseNet, blocks=(2, 4, 6, 4), growth=16, stem=32),
+    "densenet_tiny": functools.partial(DenseNet, blocks=(1, 2, 2), growth=4, stem=8),
+}

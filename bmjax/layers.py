@@ -1,0 +1,183 @@
+"""Layers that give the same numbers on any number of devices.
+
+Under jit over a mesh a reduction over the batch is global by itself. Under pmap (or shard_map) a layer sees one
+device's rows; it then sums over the axis `BATCH_AXIS`, which is bound there. Parameters are float32; a layer computes
+in its `dtype`, or in that of its input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+BATCH_AXIS = "data"
+"""Name of the device axis over which a batch is split, where it is bound."""
+
+NormMode = Literal["train", "stats_frozen", "frozen"]
+he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+
+
+def batch_axis_bound() -> bool:
+    """Whether the code runs inside pmap or shard_map with the axis `BATCH_AXIS`."""
+    return _axis_size() is not None
+
+
+def _axis_size() -> int | None:
+    try:
+        return jax.lax.axis_size(BATCH_AXIS)
+    except NameError:
+        return None
+
+
+def all_sum(x: Any) -> Any:
+    """The sum over the devices that share a batch, of an array or a tree; x itself where there is no such axis."""
+    return jax.lax.psum(x, BATCH_AXIS) if batch_axis_bound() else x
+
+
+def at_least_float32(dtype: Any) -> Any:
+    """float32 for a shorter float, else the type itself."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def over_channels(v: jax.Array, ndim: int) -> jax.Array:
+    """[c] -> [1, ..., 1, c] with `ndim` axes: rank promotion is an error here, so it is written out."""
+    return v.reshape((1,) * (ndim - 1) + v.shape)
+
+
+class Conv(nn.Module):
+    """Convolution, NHWC, kernel HWIO.
+
+    `padding`: "SAME" (as TensorFlow: more at the end where uneven), "VALID", or pixels on every side; a number is the
+    same on all sides, as in torch.
+    """
+
+    features: int
+    kernel_size: int | tuple[int, int] = 1
+    strides: int | tuple[int, int] = 1
+    padding: str | int | Sequence[tuple[int, int]] = "SAME"
+    use_bias: bool = False
+    groups: int = 1
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[b, h, w, c] -> [b, h', w', features]; c and features divide by groups."""
+        dtype = self.dtype or x.dtype
+        size = (self.kernel_size,) * 2 if isinstance(self.kernel_size, int) else tuple(self.kernel_size)
+        strides = (self.strides,) * 2 if isinstance(self.strides, int) else tuple(self.strides)
+        padding = self.padding if isinstance(self.padding, str) else _pixels(self.padding)
+        kernel = self.param("kernel", he_normal, (*size, x.shape[-1] // self.groups, self.features))
+        y = jax.lax.conv_general_dilated(
+            x.astype(dtype),
+            kernel.astype(dtype),
+            strides,
+            padding,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=self.groups,
+        )
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+            y = y + over_channels(bias.astype(dtype), y.ndim)
+        return y
+
+
+def _pixels(padding: int | Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    return [(padding, padding)] * 2 if isinstance(padding, int) else [(a, b) for a, b in padding]
+
+
+def batch_statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and biased variance [c] of [..., c] over every axis but the last, and over the devices.
+
+    Computed in at least float32 and in two passes: E[x^2] - E[x]^2 cancels where the mean is large.
+    """
+    x = x.astype(at_least_float32(x.dtype))
+    axes = tuple(range(x.ndim - 1))
+    count = x.size // x.shape[-1] * (_axis_size() or 1)
+    mean = all_sum(x.sum(axes)) / count
+    var = all_sum(jnp.square(x - over_channels(mean, x.ndim)).sum(axes)) / count
+    return mean, var
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation (Ioffe and Szegedy 2015) as in Keras: biased running variance, one explicit mode.
+
+    Modes, where `train` is set: `train` normalises by the batch and updates the running statistics; `stats_frozen`
+    normalises by the running ones and leaves them; `frozen` does so too and passes scale and bias no gradient.
+    Without `train` all three are the same. Parameters scale and bias, batch_stats mean and var, all [c].
+    """
+
+    momentum: float = 0.99
+    epsilon: float = 1e-3
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        train: bool = False,
+        mode: NormMode = "train",
+        statistics: tuple[jax.Array, jax.Array] | None = None,
+    ) -> jax.Array:
+        """[..., c] -> [..., c].
+
+        `statistics`: the batch's, where the caller has them already (`batch_statistics`); only used by a norm that
+        normalises by the batch.
+
+        Raises:
+          ValueError: the mode is not one of the three.
+        """
+        if mode not in ("train", "stats_frozen", "frozen"):
+            raise ValueError(f"batch-norm mode is {mode!r}; expected 'train', 'stats_frozen' or 'frozen'")
+        shape = (x.shape[-1],)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+        scale = self.param("scale", nn.initializers.ones_init(), shape)
+        bias = self.param("bias", nn.initializers.zeros_init(), shape)
+        if train and mode == "train":
+            mean, var = batch_statistics(x) if statistics is None else statistics
+            if not self.is_initializing():
+                for running, new in ((running_mean, mean), (running_var, var)):
+                    kept = self.momentum * running.value + (1 - self.momentum) * new
+                    running.value = kept.astype(running.value.dtype)
+        else:
+            mean, var = running_mean.value, running_var.value
+        if mode == "frozen":
+            scale, bias = jax.lax.stop_gradient((scale, bias))
+        # One affine map over x: a fused pass that keeps only x for the backward one.
+        compute = at_least_float32(x.dtype)
+        factor = scale.astype(compute) * jax.lax.rsqrt(var.astype(compute) + self.epsilon)
+        offset = bias.astype(compute) - mean.astype(compute) * factor
+        y = x.astype(compute) * over_channels(factor, x.ndim) + over_channels(offset, x.ndim)
+        return y.astype(self.dtype or x.dtype)
+
+
+class Dropout(nn.Module):
+    """Dropout (Srivastava et al. 2014): zeroes a share `rate` of the values and divides the others by 1 - rate.
+
+    The mask of the whole batch is drawn and each device takes its rows, so it is the same on any number of devices;
+    drawn in float32, so it is the same in every compute type. Needs the rng "dropout".
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        """[b, ...] -> [b, ...]; x itself unless `train`."""
+        if not train or self.rate == 0:
+            return x
+        b, devices = x.shape[0], _axis_size()
+        shape = (b * (devices or 1), *x.shape[1:])
+        keep = jax.random.uniform(self.make_rng("dropout"), shape, jnp.float32) >= self.rate
+        if devices is not None:
+            keep = jax.lax.dynamic_slice_in_dim(keep, jax.lax.axis_index(BATCH_AXIS) * b, b)
+        return jnp.where(keep, x / (1 - self.rate), jnp.zeros_like(x))
+
+
+def global_average(x: jax.Array) -> jax.Array:
+    """[b, h, w, c] -> [b, c], summed in at least float32."""
+    return x.astype(at_least_float32(x.dtype)).mean((1, 2))
