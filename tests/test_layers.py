@@ -1,0 +1,234 @@
+"""Layers against Flax's, NumPy's and themselves on four devices."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bmjax.layers import (
+    BATCH_AXIS,
+    BatchNorm,
+    Conv,
+    Dropout,
+    all_sum,
+    batch_axis_bound,
+    batch_statistics,
+    global_average,
+    over_channels,
+)
+
+rng = np.random.default_rng
+
+
+def devices_agree(fn, *args, rtol, atol):
+    """fn(rows of args) -> (per-row output, tree equal everywhere), on 1 and on 4 devices; returns nothing, asserts."""
+    rows, tree = fn(*args)
+    split = jax.tree.map(lambda x: x.reshape(4, -1, *x.shape[1:]), args)
+    rows4, tree4 = jax.pmap(fn, axis_name=BATCH_AXIS)(*split)
+    np.testing.assert_allclose(np.asarray(rows4).reshape(rows.shape), rows, rtol=rtol, atol=atol)
+    for one, four in zip(jax.tree.leaves(tree), jax.tree.leaves(tree4), strict=True):
+        for device in range(4):
+            np.testing.assert_allclose(four[device], one, rtol=rtol, atol=atol)
+
+
+@pytest.mark.parametrize(
+    ("options", "flax_padding"),
+    [
+        ({"kernel_size": 3, "padding": 1}, ((1, 1), (1, 1))),
+        ({"kernel_size": 7, "strides": 2, "padding": 3}, ((3, 3), (3, 3))),
+        ({"kernel_size": (3, 5), "strides": (2, 1), "padding": ((0, 1), (2, 0))}, ((0, 1), (2, 0))),
+        ({"kernel_size": 3, "strides": 2, "padding": "SAME"}, "SAME"),
+        ({"kernel_size": 3, "padding": "VALID"}, "VALID"),
+        ({"kernel_size": 3, "padding": 1, "groups": 6, "use_bias": True}, ((1, 1), (1, 1))),
+        ({"kernel_size": 1, "use_bias": True}, "SAME"),
+    ],
+)
+def test_conv_is_flax_conv(options, flax_padding):
+    x = rng(0).standard_normal((2, 9, 10, 6)).astype(np.float32)
+    ours = Conv(12, **options)
+    params = ours.init(jax.random.key(0), x)
+    params = jax.tree.map(lambda p: p + rng(1).standard_normal(p.shape).astype(np.float32), params)
+    size, strides = options["kernel_size"], options.get("strides", 1)
+    flax = nn.Conv(
+        12,
+        (size, size) if isinstance(size, int) else size,
+        (strides, strides) if isinstance(strides, int) else strides,
+        padding=flax_padding,
+        use_bias=options.get("use_bias", False),
+        feature_group_count=options.get("groups", 1),
+    )
+    np.testing.assert_allclose(ours.apply(params, x), flax.apply(params, x), rtol=1e-5, atol=1e-5)
+
+
+def test_conv_computes_in_its_dtype_and_keeps_float32_parameters():
+    x = jnp.ones((1, 4, 4, 3), jnp.bfloat16)
+    for module, expected in [(Conv(2, 3), jnp.bfloat16), (Conv(2, 3, dtype=jnp.float32), jnp.float32)]:
+        y, variables = module.init_with_output(jax.random.key(0), x)
+        assert y.dtype == expected
+        assert variables["params"]["kernel"].dtype == jnp.float32
+
+
+def numpy_batch_norm(x, scale, bias, mean, var, epsilon):
+    x, scale, bias, mean, var = (np.asarray(v, np.float64) for v in (x, scale, bias, mean, var))
+    return (x - mean) / np.sqrt(var + epsilon) * scale + bias
+
+
+def random_norm_variables(c, seed=0):
+    r = rng(seed)
+    draw = {
+        "scale": r.uniform(0.5, 2, c),
+        "bias": r.normal(size=c),
+        "mean": r.normal(size=c),
+        "var": r.uniform(0.3, 3, c),
+    }
+    draw = {k: v.astype(np.float32) for k, v in draw.items()}
+    return {
+        "params": {k: draw[k] for k in ("scale", "bias")},
+        "batch_stats": {k: draw[k] for k in ("mean", "var")},
+    }
+
+
+@pytest.mark.parametrize("shape", [(6, 5, 3, 4), (8, 4), (1, 1, 1, 4)])
+def test_batch_norm_is_numpys(shape):
+    x = (3 + 2 * rng(3).standard_normal(shape)).astype(np.float32)
+    variables, norm = random_norm_variables(4), BatchNorm(momentum=0.9, epsilon=1e-3)
+    params, stats = variables["params"], variables["batch_stats"]
+
+    y, new = norm.apply(variables, x, train=True, mutable=["batch_stats"])
+    mean, var = x.mean((0, 1, 2)[: x.ndim - 1]), x.astype(np.float64).var((0, 1, 2)[: x.ndim - 1])
+    np.testing.assert_allclose(y, numpy_batch_norm(x, **params, mean=mean, var=var, epsilon=1e-3), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(new["batch_stats"]["mean"], 0.9 * stats["mean"] + 0.1 * mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(new["batch_stats"]["var"], 0.9 * stats["var"] + 0.1 * var, rtol=1e-5, atol=1e-6)
+
+    expected = numpy_batch_norm(x, **params, **stats, epsilon=1e-3)
+    for options in ({"train": False}, {"train": True, "mode": "stats_frozen"}, {"train": True, "mode": "frozen"}):
+        y, new = norm.apply(variables, x, mutable=["batch_stats"], **options)
+        np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+        for k in stats:
+            assert np.array_equal(new["batch_stats"][k], stats[k]), f"{options} moved {k}"
+
+
+def test_batch_norm_gradients_by_mode():
+    x = rng(0).standard_normal((6, 4)).astype(np.float32)
+    variables, norm = random_norm_variables(4), BatchNorm()
+    target = rng(1).standard_normal(x.shape).astype(np.float32)
+
+    def loss(params, mode):
+        y, _ = norm.apply(variables | {"params": params}, x, train=True, mode=mode, mutable=["batch_stats"])
+        return (y * target).sum()
+
+    for mode, trains in [("train", True), ("stats_frozen", True), ("frozen", False)]:
+        grads = jax.grad(loss)(variables["params"], mode)
+        assert all(bool(np.any(np.asarray(g) != 0)) == trains for g in jax.tree.leaves(grads)), mode
+
+
+def test_batch_norm_refuses_an_unknown_mode():
+    with pytest.raises(ValueError, match="mode is 'freeze'; expected 'train'"):
+        BatchNorm().init(jax.random.key(0), jnp.ones((2, 3)), mode="freeze")
+
+
+def test_batch_statistics_survive_a_large_mean():
+    # In one pass, E[x^2] - E[x]^2 has no digit left here.
+    x = (1e4 + rng(0).standard_normal((64, 8, 8, 3))).astype(np.float32)
+    mean, var = batch_statistics(jnp.asarray(x))
+    np.testing.assert_allclose(mean, x.astype(np.float64).mean((0, 1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(var, x.astype(np.float64).var((0, 1, 2)), rtol=1e-3)
+
+
+def test_batch_norm_in_bfloat16_has_float32_statistics():
+    x = jnp.asarray(5 + rng(0).standard_normal((64, 8, 8, 3)), jnp.bfloat16)
+    norm = BatchNorm()
+    y, variables = norm.init_with_output(jax.random.key(0), x, train=True)
+    assert y.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+    exact = np.asarray(x, np.float64)
+    expected = (exact - exact.mean((0, 1, 2))) / np.sqrt(exact.var((0, 1, 2)) + 1e-3)
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=2**-8, atol=1e-4)
+
+
+def test_given_statistics_are_used_for_output_and_running_ones():
+    x = rng(0).standard_normal((6, 4)).astype(np.float32)
+    variables, norm = random_norm_variables(4), BatchNorm(momentum=0.5)
+    given = (jnp.full(4, 2.0), jnp.full(4, 9.0))
+    y, new = norm.apply(variables, x, train=True, statistics=given, mutable=["batch_stats"])
+    expected = numpy_batch_norm(x, **variables["params"], mean=2.0, var=9.0, epsilon=1e-3)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(new["batch_stats"]["var"], 0.5 * variables["batch_stats"]["var"] + 4.5, rtol=1e-6)
+
+
+def test_batch_norm_on_four_devices_is_that_on_one():
+    """Output, gradients of input and parameters, and running statistics, in float64."""
+    with jax.enable_x64(True):
+        x = jnp.asarray(3 + rng(0).standard_normal((8, 3, 2, 5)), jnp.float64)
+        target = jnp.asarray(rng(1).standard_normal(x.shape), jnp.float64)
+        variables = jax.tree.map(lambda v: jnp.asarray(v, jnp.float64), random_norm_variables(5))
+
+        def fn(x, target):
+            def loss(params, x):
+                y, new = BatchNorm().apply(variables | {"params": params}, x, train=True, mutable=["batch_stats"])
+                return (jnp.sin(y) * target).sum(), (y, new)
+
+            (gp, gx), (y, new) = jax.grad(loss, argnums=(0, 1), has_aux=True)(variables["params"], x)
+            return jnp.stack([y, gx], axis=1), (all_sum(gp), new)
+
+        devices_agree(fn, x, target, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_dropout_on_four_devices_is_that_on_one(x64):
+    with jax.enable_x64(x64):
+        x = jnp.asarray(rng(0).standard_normal((8, 3, 5)), jnp.float64 if x64 else jnp.float32)
+
+        def fn(x):
+            y = Dropout(0.4).apply({}, x, train=True, rngs={"dropout": jax.random.key(7)})
+            return y, jnp.zeros(())
+
+        devices_agree(fn, x, rtol=0, atol=0)
+
+
+def test_dropout_masks_are_equal_in_every_type():
+    def dropped(dtype):
+        y = Dropout(0.5).apply({}, jnp.ones((16, 32), dtype), train=True, rngs={"dropout": jax.random.key(3)})
+        assert y.dtype == dtype
+        return np.asarray(y == 0)
+
+    single = dropped(jnp.float32)
+    assert np.array_equal(single, dropped(jnp.bfloat16))
+    with jax.enable_x64(True):
+        assert np.array_equal(single, dropped(jnp.float64))
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean():
+    x = jnp.ones((64, 256))
+    layer = Dropout(0.3)
+    y = np.asarray(layer.apply({}, x, train=True, rngs={"dropout": jax.random.key(0)}))
+    assert abs((y == 0).mean() - 0.3) < 0.02  # five standard deviations
+    np.testing.assert_allclose(y[y != 0], 1 / 0.7, rtol=1e-6)
+    other = layer.apply({}, x, train=True, rngs={"dropout": jax.random.key(1)})
+    assert not np.array_equal(y, other)
+    assert layer.apply({}, x, train=False) is x
+    assert Dropout(0.0).apply({}, x, train=True) is x
+
+
+def test_the_batch_axis_is_seen_only_where_it_is_bound():
+    seen = []
+
+    def fn(x):
+        seen.append(batch_axis_bound())
+        return all_sum({"x": x})["x"]
+
+    x = jnp.arange(4.0)
+    assert np.array_equal(fn(x), x)
+    assert np.array_equal(jax.jit(fn)(x), x)
+    assert np.array_equal(jax.pmap(fn, axis_name="other")(x), x)
+    assert seen == [False] * 3
+    assert np.array_equal(jax.pmap(fn, axis_name=BATCH_AXIS)(x), [6.0] * 4)
+    assert seen[-1]
+
+
+def test_small_helpers():
+    x = jnp.asarray(rng(0).standard_normal((2, 3, 4, 5)), jnp.bfloat16)
+    assert global_average(x).dtype == jnp.float32
+    np.testing.assert_allclose(global_average(x), np.asarray(x, np.float64).mean((1, 2)), rtol=1e-5, atol=1e-6)
+    assert over_channels(jnp.ones(5), 4).shape == (1, 1, 1, 5)
