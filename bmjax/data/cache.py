@@ -1,0 +1,152 @@
+"""The cache of decoded images: a memory-mapped uint8 array, decoded once, keyed by what the data are.
+
+Written under another name and renamed when complete, so a kill never leaves half a cache that is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from bmjax.data.dataset import Dataset
+from bmjax.data.sources import decode_images, hash_files, list_images
+
+log = logging.getLogger(__name__)
+VERSION = 2  # of decoding, resizing and the cache's layout; a change makes every cache anew
+Errors = dict[int, str]
+
+
+def fingerprint(entries: Sequence[tuple[str, str, int]], image_size: int) -> str:
+    """sha256 over (path, content hash, label) of every image, the image size and the version of decoding."""
+    return hashlib.sha256(json.dumps([VERSION, image_size, sorted(entries)]).encode()).hexdigest()
+
+
+def folder_dataset(
+    root: str | Path, image_size: int, cache_dir: Path, *, strict: bool = False, progress: bool = True
+) -> Dataset:
+    """The images of a class-per-folder tree, from the cache or decoded into it.
+
+    Unreadable images are left out, and named in one warning and in `skipped`. Files are hashed at every call, so a
+    changed file is never taken for its old self.
+
+    Raises:
+      FileNotFoundError, ValueError: as `list_images`; with `strict`, also for unreadable images; always for a class
+        all of whose images are unreadable.
+    """
+    classes, listed = list_images(root)
+    root = Path(root)
+    paths = [root / path for path, _ in listed]
+    entries = [(path, digest, label) for (path, label), digest in zip(listed, hash_files(paths), strict=True)]
+    key = fingerprint(entries, image_size)
+    images, errors = cached(cache_dir, key, len(entries), image_size, decode_images(paths, image_size), progress)
+    if errors:
+        lines = "\n".join(f"  {paths[i]}: {reason}" for i, reason in errors.items())
+        message = f"{root}: {len(errors)} of {len(entries)} images can't be read:\n{lines}"
+        if strict:
+            raise ValueError(f"{message}\nexpected none, since data.strict is set")
+        log.warning("%s\nThey are skipped.", message)
+    kept = [entry for i, entry in enumerate(entries) if i not in errors]
+    labels = np.array([label for _, _, label in kept], np.int32)
+    for label, name in enumerate(classes):
+        if not (labels == label).any():
+            raise ValueError(f"{root / name}: none of its images can be read; expected at least one")
+    return Dataset(
+        name=root.resolve().name,
+        classes=classes,
+        images=images,
+        labels=labels,
+        ids=tuple(path for path, _, _ in kept),
+        hashes=tuple(digest for _, digest, _ in kept),
+        fingerprint=key,
+        skipped=tuple((entries[i][0], reason) for i, reason in errors.items()),
+    )
+
+
+def cached(
+    cache_dir: Path, key: str, n: int, size: int, source: Iterable[np.ndarray | str], progress: bool = True
+) -> tuple[np.ndarray, Errors]:
+    """(images uint8 [n', size, size, 3], memory-mapped; {place in source: reason}) for what `source` holds.
+
+    Read from the cache, or taken from `source`, which gives n images uint8 [size, size, 3] or the reason why there is
+    none; the n' images there are stand in its order.
+
+    Raises:
+      OSError: the disk is full.
+    """
+    folder = cache_dir / key[:32]
+    found = _read(folder, n, size)
+    if found is not None:
+        return found
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(cache_dir)
+    need = n * size * size * 3
+    if (free := shutil.disk_usage(cache_dir).free) < need:  # writing to a memory map on a full disk kills the process
+        raise OSError(f"{cache_dir} has {free / 1e9:.1f} GB free; decoded images need {need / 1e9:.1f} GB")
+    temporary = Path(tempfile.mkdtemp(prefix=f".{key[:32]}.", dir=cache_dir))
+    try:
+        errors = _fill(temporary / "images.npy", n, size, source, progress)
+        (temporary / "skipped.json").write_text(json.dumps(list(errors.items())))
+        # Another run may have made the same meanwhile; what it made is as good and may be in use.
+        if _read(folder, n, size) is None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    found = _read(folder, n, size)
+    if found is None:
+        raise OSError(f"{folder} was removed while it was written; is another program emptying the cache?")
+    return found
+
+
+def _fill(path: Path, n: int, size: int, source: Iterable[np.ndarray | str], progress: bool) -> Errors:
+    out = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(n, size, size, 3))
+    errors: Errors = {}
+    for i, image in enumerate(tqdm(source, total=n, desc="images", unit="image", disable=None if progress else True)):
+        if isinstance(image, str):
+            errors[i] = image
+        else:
+            out[i - len(errors)] = image
+    out.flush()
+    if errors:  # The file's head says n, so what is there moves into a file of its own.
+        short = path.with_name("short.npy")
+        kept = np.lib.format.open_memmap(short, mode="w+", dtype=np.uint8, shape=(n - len(errors), size, size, 3))
+        for start in range(0, len(kept), 256):
+            kept[start : start + 256] = out[start : min(start + 256, len(kept))]
+        kept.flush()
+        os.replace(short, path)
+    return errors
+
+
+def _read(folder: Path, n: int, size: int) -> tuple[np.ndarray, Errors] | None:
+    """What the cache holds; None where it isn't there or is damaged."""
+    try:
+        errors = {int(i): str(reason) for i, reason in json.loads((folder / "skipped.json").read_text())}
+        if n == len(errors):
+            return np.zeros((0, size, size, 3), np.uint8), errors
+        images = np.load(folder / "images.npy", mmap_mode="r")
+        if images.shape == (n - len(errors), size, size, 3) and images.dtype == np.uint8:
+            return images, errors
+        reason = f"{images.dtype} {images.shape}"
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, OSError, EOFError) as e:
+        reason = str(e)
+    log.warning("%s: damaged (%s); made anew", folder, reason)
+    return None
+
+
+def _remove_leftovers(cache_dir: Path) -> None:
+    """What a killed run left half written; a day old, so that no live run's is taken."""
+    for folder in cache_dir.glob(".*.*"):
+        if folder.is_dir() and time.time() - folder.stat().st_mtime > 86400:
+            shutil.rmtree(folder, ignore_errors=True)

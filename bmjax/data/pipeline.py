@@ -1,0 +1,87 @@
+"""Batches. Global batch k is a pure function of the data, the seed and k, so a resume needs no iterator's state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from bmjax.data.dataset import Dataset
+
+
+def steps_per_epoch(n: int, batch_size: int) -> int:
+    """Steps after which every one of n images has been seen at least once; at least 1."""
+    return max(1, math.ceil(n / batch_size))
+
+
+class TrainBatches:
+    """Shuffled training batches, one process's rows of each.
+
+    The stream is one reshuffled epoch after another without a gap: batch k holds places k*b to (k+1)*b of it, so no
+    image is dropped and every batch is full, whatever the sizes. A batch is {"image": uint8 [b, h, w, 3],
+    "label": int32 [b], "index": int32 [b] (row of the dataset), "position": int32 [b] (place in the global batch)}.
+
+    Raises:
+      ValueError: the batch doesn't divide evenly over the processes, or there is nothing to train on.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        rows: np.ndarray,
+        batch_size: int,
+        seed: int,
+        *,
+        process_index: int = 0,
+        process_count: int = 1,
+        workers: int = 2,
+    ):
+        if len(rows) == 0:
+            raise ValueError("there is no image to train on; expected at least one")
+        if batch_size % process_count:
+            raise ValueError(f"train.batch_size is {batch_size}; expected a multiple of the {process_count} processes")
+        self._dataset, self._workers, self._size = dataset, workers, batch_size
+        local = batch_size // process_count
+        self._mine = np.arange(process_index * local, (process_index + 1) * local, dtype=np.int32)
+        stream = grain.MapDataset.source(np.asarray(rows, np.int32)).seed(seed).shuffle().repeat()
+        # Rows are gathered a batch at a time: one fancy index into the memory map instead of b Python objects.
+        self._batches = stream.batch(batch_size, drop_remainder=True).map(self._gather)
+
+    def _gather(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+        mine = rows[self._mine]
+        return {
+            "image": np.asarray(self._dataset.images[mine]),
+            "label": self._dataset.labels[mine],
+            "index": mine,
+            "position": self._mine,
+        }
+
+    def batch(self, k: int) -> dict[str, np.ndarray]:
+        """Global batch k, this process's rows."""
+        return self._batches[k]
+
+    def batches(self, start: int) -> Iterator[dict[str, np.ndarray]]:
+        """Batches from `start` on, without end, read ahead by threads."""
+        options = grain.ReadOptions(num_threads=self._workers, prefetch_buffer_size=2 * self._workers)
+        return iter(self._batches[start:].to_iter_dataset(options))
+
+
+def eval_batches(dataset: Dataset, rows: np.ndarray, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+    """Every row once, in order, in batches of one shape; the last is padded.
+
+    A batch is as in training, without "position", and with "weight" float32 [b], 1 for an image and 0 for padding.
+    """
+    rows = np.asarray(rows, np.int32)
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        weight = np.zeros(batch_size, np.float32)
+        weight[: len(part)] = 1.0
+        part = np.concatenate([part, np.repeat(part[-1:], batch_size - len(part))])
+        yield {
+            "image": np.asarray(dataset.images[part]),
+            "label": dataset.labels[part],
+            "index": part,
+            "weight": weight,
+        }
