@@ -22,7 +22,7 @@ _RGB = np.linalg.inv(_YIQ)
 def draw_turn(key: jax.Array, config: AugmentConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Three booleans: mirror up-down, mirror left-right, then a quarter turn. The eight together are every way to lay
     a square on itself."""
-    up, left, half, quarter = jax.random.bernoulli(key, 0.5, (4,))
+    up, left, half, quarter = jax.random.bernoulli(key, jnp.float32(0.5), (4,))  # float32: the same in a float64 run
     if not config.right_angles:
         half = quarter = jnp.zeros_like(up)
     if not config.flip:

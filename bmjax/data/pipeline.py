@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any, cast
 
 import grain
 import numpy as np
@@ -45,11 +46,12 @@ class TrainBatches:
         self._dataset, self._workers, self._size = dataset, workers, batch_size
         local = batch_size // process_count
         self._mine = np.arange(process_index * local, (process_index + 1) * local, dtype=np.int32)
-        stream = grain.MapDataset.source(np.asarray(rows, np.int32)).seed(seed).shuffle().repeat()
+        source = cast(Any, np.asarray(rows, np.int32))  # Grain asks for len() and [i]; its types ask for a Sequence
+        stream = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
         # Rows are gathered a batch at a time: one fancy index into the memory map instead of b Python objects.
         self._batches = stream.batch(batch_size, drop_remainder=True).map(self._gather)
 
-    def _gather(self, rows: np.ndarray) -> dict[str, np.ndarray]:
+    def _gather(self, rows: Any) -> dict[str, np.ndarray]:
         mine = rows[self._mine]
         return {
             "image": np.asarray(self._dataset.images[mine]),
@@ -60,7 +62,9 @@ class TrainBatches:
 
     def batch(self, k: int) -> dict[str, np.ndarray]:
         """Global batch k, this process's rows."""
-        return self._batches[k]
+        batch = self._batches[k]
+        assert batch is not None  # Grain's None stands for a filtered element; nothing is filtered.
+        return batch
 
     def batches(self, start: int) -> Iterator[dict[str, np.ndarray]]:
         """Batches from `start` on, without end, read ahead by threads."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,13 @@ AZURE = (0.75, 1.75, 0.40)  # azurophilic granules
 RED_CELL = (0.30, 0.40, 0.42)
 
 
+@functools.lru_cache(maxsize=64)
+def spread(size: int, grid: int) -> np.ndarray:
+    """Bilinear weights [size, grid] from a coarse grid to pixels."""
+    place = (np.arange(size, dtype=np.float32) + 0.5) / size * (grid - 1)
+    return np.maximum(0, 1 - np.abs(place[:, None] - np.arange(grid, dtype=np.float32))).astype(np.float32)
+
+
 @dataclasses.dataclass(frozen=True)
 class Canvas:
     """What every picture of one size shares: coordinates y, x float32 [h, w], -1..1, and the side of a pixel."""
@@ -51,17 +59,11 @@ class Canvas:
     def pixel(self) -> float:
         return 2.0 / self.size
 
-    @functools.lru_cache(maxsize=32)  # noqa: B019  (canvases are few)
-    def spread(self, grid: int) -> np.ndarray:
-        """Bilinear weights [size, grid] from a coarse grid to pixels."""
-        place = (np.arange(self.size, dtype=np.float32) + 0.5) / self.size * (grid - 1)
-        return np.maximum(0, 1 - np.abs(place[:, None] - np.arange(grid, dtype=np.float32))).astype(np.float32)
-
     def cloud(self, rng: np.random.Generator, scale: float) -> np.ndarray:
         """Smooth noise [h, w] about 0, of standard deviation near 1, with grains of `scale`."""
-        grid = min(max(3, round(2 / scale)), self.size)
+        grid = max(3, round(2 / scale))  # whatever the size, so that a cell looks alike at every size
         values = rng.standard_normal((grid, grid), np.float32)
-        weights = self.spread(grid)
+        weights = spread(self.size, grid)
         return (weights @ values @ weights.T) * 1.5
 
     def coverage(self, inside: np.ndarray, softness: float = 0.0) -> np.ndarray:
@@ -258,7 +260,7 @@ def neutrophil(rng: np.random.Generator, frame: Frame, scale: float) -> Cell:
         (ring * r * np.sin(a), ring * r * np.cos(a)) for a, r in zip(angles, rng.uniform(0.75, 1.2, n), strict=True)
     ]
     nucleus = frame.blob(rng, lobe, places[0], rng.uniform(0.85, 1.15), 0.12)
-    for a, b in zip(places[:-1], places[1:], strict=True):
+    for a, b in itertools.pairwise(places):
         nucleus = np.maximum(nucleus, frame.blob(rng, lobe * rng.uniform(0.8, 1.15), b, rng.uniform(0.85, 1.15), 0.12))
         nucleus = np.maximum(nucleus, frame.capsule(a, b, lobe * rng.uniform(0.15, 0.35)))
     return Cell(

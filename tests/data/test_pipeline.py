@@ -1,0 +1,136 @@
+"""Batches: number k is the same from any start and on any number of hosts; every image counts, once an epoch."""
+
+import itertools
+import time
+
+import numpy as np
+import pytest
+
+from bmjax.data import Dataset
+from bmjax.data.pipeline import TrainBatches, eval_batches, steps_per_epoch
+
+
+def dataset_of(n, size=4):
+    images = np.broadcast_to(np.arange(n, dtype=np.uint8)[:, None, None, None], (n, size, size, 3))
+    labels = (np.arange(n) % 3).astype(np.int32)
+    return Dataset("d", ("a", "b", "c"), images, labels, tuple(map(str, range(n))), tuple(map(str, range(n))), "f")
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        np.testing.assert_array_equal(a[key], b[key])
+        assert a[key].dtype == b[key].dtype
+
+
+def test_a_batch_holds_what_it_names():
+    dataset = dataset_of(50)
+    rows = np.arange(10, 50)
+    batch = TrainBatches(dataset, rows, 16, 3).batch(5)
+    assert batch["image"].shape == (16, 4, 4, 3)
+    assert batch["image"].dtype == np.uint8
+    assert {batch[k].dtype for k in ("label", "index", "position")} == {np.dtype(np.int32)}
+    np.testing.assert_array_equal(batch["image"], dataset.images[batch["index"]])
+    np.testing.assert_array_equal(batch["label"], dataset.labels[batch["index"]])
+    np.testing.assert_array_equal(batch["position"], np.arange(16))
+    assert set(batch["index"]) <= set(rows)
+
+
+@pytest.mark.parametrize("start", [0, 1, 7, 1000])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_batch_k_is_the_same_from_any_start(start, workers):
+    make = lambda w: TrainBatches(dataset_of(37), np.arange(37), 8, 5, workers=w)  # noqa: E731
+    random_access = make(1)
+    for k, batch in itertools.islice(enumerate(make(workers).batches(start), start), 12):
+        assert_equal(batch, random_access.batch(k))
+
+
+@pytest.mark.parametrize("process_count", [1, 2, 4])
+def test_hosts_together_hold_the_global_batch(process_count):
+    dataset, rows = dataset_of(41), np.arange(41)
+    whole = TrainBatches(dataset, rows, 16, 5)
+    hosts = [
+        TrainBatches(dataset, rows, 16, 5, process_index=i, process_count=process_count) for i in range(process_count)
+    ]
+    streams = [host.batches(3) for host in hosts]
+    for k in range(3, 12):
+        parts = [next(stream) for stream in streams]
+        assert all(len(part["label"]) == 16 // process_count for part in parts)
+        assert_equal({key: np.concatenate([part[key] for part in parts]) for key in parts[0]}, whole.batch(k))
+
+
+@pytest.mark.parametrize(("n", "size"), [(1, 4), (5, 16), (16, 16), (17, 16), (37, 8), (101, 32)])
+def test_every_epoch_holds_every_image_once_in_another_order(n, size):
+    rows = np.arange(100, 100 + n)
+    batches = TrainBatches(dataset_of(256), rows, size, 0)
+    epochs = 4
+    stream = np.concatenate([batches.batch(k)["index"] for k in range(-(-n * epochs // size))])
+    orders = [tuple(stream[e * n : (e + 1) * n]) for e in range(epochs)]
+    for order in orders:
+        assert sorted(order) == list(rows)
+    if n > 4:
+        assert len(set(orders)) == epochs
+
+
+def test_the_seed_decides_the_order():
+    dataset, rows = dataset_of(64), np.arange(64)
+    first = [TrainBatches(dataset, rows, 64, seed).batch(0)["index"] for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(first[0], first[1])
+    assert (first[0] != first[2]).any()
+    assert (first[0] != rows).any()
+
+
+def test_all_first_places_are_as_likely():
+    """No image is favoured: over epochs, each lands in the first half of the order about half the time."""
+    n, epochs = 20, 200
+    batches = TrainBatches(dataset_of(n), np.arange(n), n, 1)
+    first_half = np.zeros(n)
+    for k in range(epochs):
+        first_half[batches.batch(k)["index"][: n // 2]] += 1
+    assert np.abs(first_half - epochs / 2).max() < 4 * (epochs / 4) ** 0.5
+
+
+def test_steps_per_epoch():
+    assert [steps_per_epoch(n, 16) for n in (1, 15, 16, 17, 32, 33)] == [1, 1, 1, 2, 2, 3]
+
+
+def test_impossible_batches_are_refused():
+    with pytest.raises(ValueError, match="no image to train on"):
+        TrainBatches(dataset_of(4), np.array([], np.int64), 2, 0)
+    with pytest.raises(ValueError, match=r"train.batch_size is 6; expected a multiple of the 4 processes"):
+        TrainBatches(dataset_of(4), np.arange(4), 6, 0, process_count=4)
+
+
+@pytest.mark.parametrize("n", [1, 7, 15, 16, 17, 31, 33])
+def test_evaluation_counts_every_image_once(n):
+    dataset = dataset_of(100)
+    rows = np.random.default_rng(n).permutation(100)[:n]
+    batches = list(eval_batches(dataset, rows, 16))
+    assert len(batches) == steps_per_epoch(n, 16)
+    for batch in batches:
+        assert batch["image"].shape == (16, 4, 4, 3)
+        assert batch["weight"].dtype == np.float32
+        assert set(batch["weight"]) <= {0.0, 1.0}
+        np.testing.assert_array_equal(batch["image"], dataset.images[batch["index"]])
+        np.testing.assert_array_equal(batch["label"], dataset.labels[batch["index"]])
+    counted = np.concatenate([batch["index"][batch["weight"] == 1] for batch in batches])
+    np.testing.assert_array_equal(counted, rows)
+
+
+def test_nothing_to_evaluate_gives_no_batch():
+    assert list(eval_batches(dataset_of(4), np.array([], np.int64), 2)) == []
+
+
+def test_thousands_of_images_a_second(tmp_path):
+    """From a memory map at 224 pixels: far more than a network takes. Prints the rate; the bound is a tenth of it."""
+    images = np.lib.format.open_memmap(tmp_path / "a.npy", mode="w+", dtype=np.uint8, shape=(400, 224, 224, 3))
+    images[:] = 7
+    dataset = Dataset(**{**vars(dataset_of(256)), "images": images, "labels": np.zeros(400, np.int32)})
+    stream = TrainBatches(dataset, np.arange(400), 32, 0).batches(0)
+    next(stream)
+    start = time.perf_counter()
+    for _ in range(60):
+        next(stream)
+    rate = 60 * 32 / (time.perf_counter() - start)
+    print(f"{rate:.0f} images/s at 224 x 224")
+    assert rate > 1000

@@ -1,0 +1,197 @@
+"""Folders of images: what is found, decoded, cached and refused."""
+
+import json
+import logging
+import os
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bmjax.config import DataConfig
+from bmjax.data import cache as cache_module
+from bmjax.data import load_dataset
+from bmjax.data.cache import cached
+from bmjax.data.sources import decode_image, list_images
+
+
+def save(path, colour, size=(20, 20)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    root = tmp_path / "cells"
+    for k, name in enumerate(("NGS", "BLA")):
+        for i in range(4):
+            save(root / name / f"{i}.png", (100 * k, 20 * i, 7))
+    return root
+
+
+@pytest.fixture
+def config(tree, tmp_path):
+    return DataConfig(source="folder", root=str(tree), image_size=16, cache_dir=str(tmp_path / "cache"))
+
+
+def test_classes_are_sorted_folders_and_other_files_are_passed_over(tree, config, caplog):
+    save(tree / "BLA" / "slide 7" / "deep.JPG", (1, 2, 3))
+    save(tree / "BLA" / ".ipynb_checkpoints" / "0-checkpoint.png", (9, 9, 9))
+    save(tree / ".thumbnails" / "x.png", (9, 9, 9))
+    (tree / "PROVENANCE.md").write_text("text")
+    (tree / "NGS" / "notes.txt").write_text("text")
+    with caplog.at_level(logging.INFO):
+        dataset = load_dataset(config, progress=False)
+    assert dataset.classes == ("BLA", "NGS")
+    deep, others = "BLA/slide 7/deep.JPG", [f"NGS/{i}.png" for i in range(4)]
+    assert dataset.ids == (*(f"BLA/{i}.png" for i in range(4)), deep, *others)
+    assert dataset.labels.tolist() == [0] * 5 + [1] * 4
+    assert dataset.labels.dtype == np.int32
+    assert dataset.images.shape == (9, 16, 16, 3)
+    assert isinstance(dataset.images, np.memmap)
+    np.testing.assert_array_equal(dataset.images[3], np.broadcast_to(np.uint8([100, 60, 7]), (16, 16, 3)))
+    np.testing.assert_array_equal(dataset.images[6], np.broadcast_to(np.uint8([0, 20, 7]), (16, 16, 3)))
+    assert "2 files that aren't images" in caplog.text
+
+
+def test_errors_name_the_path_and_what_was_expected(tree, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere'; expected a folder with one sub-folder a class"):
+        list_images(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"'data.root' is ''; expected a folder"):
+        list_images("")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty: sub-folders found: none; expected at least two"):
+        list_images(tmp_path / "empty")
+    save(tmp_path / "one" / "BLA" / "a.png", (0, 0, 0))
+    with pytest.raises(ValueError, match=r"one: sub-folders found: BLA; expected at least two"):
+        list_images(tmp_path / "one")
+    (tree / "PMO").mkdir()
+    (tree / "PMO" / "a.doc").write_text("no image")
+    with pytest.raises(ValueError, match=r"PMO holds no image; expected files ending in .*\.png"):
+        list_images(tree)
+
+
+def test_resize_is_pillows_bilinear_to_a_square(tmp_path):
+    values = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    expected = np.asarray(Image.fromarray(values).resize((32, 32), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(decode_image(tmp_path / "a.png", 32), expected)
+    Image.fromarray(values[:32, :32]).save(tmp_path / "b.png")
+    np.testing.assert_array_equal(decode_image(tmp_path / "b.png", 32), values[:32, :32])
+
+
+def test_images_are_decoded_once(config, monkeypatch):
+    first = load_dataset(config, progress=False)
+    monkeypatch.setattr("bmjax.data.cache.decode_images", lambda paths, size: iter(()))
+    second = load_dataset(config, progress=False)
+    np.testing.assert_array_equal(first.images, second.images)
+    assert (first.fingerprint, first.hashes) == (second.fingerprint, second.hashes)
+
+
+def test_fingerprint_follows_contents_labels_and_size(tree, config):
+    def now(**changes):
+        return load_dataset(DataConfig(**{**vars(config), **changes}), progress=False).fingerprint
+
+    seen = [now(), now(image_size=24)]
+    os.rename(tree / "BLA" / "0.png", tree / "NGS" / "moved.png")
+    seen.append(now())
+    save(tree / "BLA" / "1.png", (250, 0, 0))
+    seen.append(now())
+    assert len(set(seen)) == 4
+    os.utime(tree / "BLA" / "1.png", (1, 1))  # times don't count
+    assert now() == seen[-1]
+
+
+def folder_of(config):
+    (folder,) = (p for p in os.scandir(config.cache_dir) if not p.name.startswith("."))
+    return folder
+
+
+@pytest.mark.parametrize("damage", ["cut", "grown_head", "other_shape", "no_list", "bad_list"])
+def test_damaged_cache_is_made_anew(config, damage, caplog):
+    good = np.array(load_dataset(config, progress=False).images)
+    folder = folder_of(config)
+    images, listed = f"{folder.path}/images.npy", f"{folder.path}/skipped.json"
+    if damage == "cut":
+        os.truncate(images, os.path.getsize(images) - 1)
+    elif damage == "grown_head":
+        with open(images, "r+b") as f:
+            f.write(b"garbage")
+    elif damage == "other_shape":
+        np.save(images, good[:-1])
+    elif damage == "no_list":
+        os.remove(listed)
+    else:
+        with open(listed, "w") as f:
+            f.write('{"half')
+    np.testing.assert_array_equal(load_dataset(config, progress=False).images, good)
+    assert ("damaged" in caplog.text) == (damage != "no_list")
+
+
+def test_a_kill_leaves_no_cache_that_is_read(config, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def half(paths, size):
+        yield np.zeros((size, size, 3), np.uint8)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bmjax.data.cache.decode_images", half)
+        # As SIGKILL: nothing is cleaned up.
+        patch.setattr(cache_module.shutil, "rmtree", lambda *a, **k: None)
+        with pytest.raises(Killed):
+            load_dataset(config, progress=False)
+    (leftover,) = (tmp_path / "cache").iterdir()
+    dataset = load_dataset(config, progress=False)
+    assert dataset.images[1].max() > 0
+    # A live run's folder stays; an old one's goes with the next cache that is made.
+    assert leftover.exists()
+    os.utime(leftover, (time.time() - 2 * 86400,) * 2)
+    load_dataset(DataConfig(**{**vars(config), "image_size": 20}), progress=False)
+    assert not leftover.exists()
+
+
+def test_two_runs_that_make_one_cache_both_get_it(tmp_path):
+    picture = np.full((16, 16, 3), 5, np.uint8)
+
+    def slow():
+        yield picture
+        # Meanwhile another run finishes the same.
+        cached(tmp_path, "key", 2, 16, iter([picture, picture]), progress=False)
+        yield picture
+
+    images, errors = cached(tmp_path, "key", 2, 16, slow(), progress=False)
+    assert images.shape == (2, 16, 16, 3)
+    assert errors == {}
+    assert [p.name for p in tmp_path.iterdir()] == ["key"]
+
+
+def test_a_full_disk_is_an_error_and_not_a_dead_process(tmp_path):
+    with pytest.raises(OSError, match=r"GB free; decoded images need \d+"):
+        cached(tmp_path, "key", 10**9, 1024, iter(()), progress=False)
+
+
+def test_skipped_images_leave_no_hole_in_the_cache(tmp_path):
+    pictures = [np.full((4, 4, 3), i % 256, np.uint8) for i in range(600)]
+    source = [f"bad {i}" if i in (0, 3, 599) else p for i, p in enumerate(pictures)]
+    for _ in range(2):
+        images, errors = cached(tmp_path, "key", 600, 4, iter(source), progress=False)
+        assert errors == {0: "bad 0", 3: "bad 3", 599: "bad 599"}
+        assert images[:, 0, 0, 0].tolist() == [i % 256 for i in range(600) if i not in errors]
+        assert isinstance(images, np.memmap)
+    assert json.loads((tmp_path / "key" / "skipped.json").read_text())[0] == [0, "bad 0"]
+
+
+@pytest.mark.shared
+def test_real_cells(shared, tmp_path):
+    root = shared / "data" / "bm7"
+    if not root.is_dir():
+        pytest.skip(f"no real cells at {root}")
+    config = DataConfig(source="folder", root=str(root), image_size=32, cache_dir=str(tmp_path))
+    dataset = load_dataset(config, progress=False)
+    assert dataset.classes == ("BLA", "EOS", "LYT", "MON", "NGS", "NIF", "PMO")
+    assert np.bincount(dataset.labels).tolist() == [400] * 7
+    assert dataset.skipped == ()
+    assert 60 < dataset.images.mean() < 220
