@@ -1,0 +1,97 @@
+"""Figures of merit, each with its n; accuracies with a 95 % interval. NumPy in, plain numbers out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+
+def wilson_interval(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a proportion of k in n (Wilson 1927), by SciPy."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(int(k), int(n)).proportion_ci(level, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def bootstrap_interval(
+    statistic: Callable[[np.ndarray, np.ndarray], float],
+    labels: np.ndarray,
+    predictions: np.ndarray,
+    *,
+    seed: int = 0,
+    resamples: int = 1000,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Percentile bootstrap over images of statistic(labels [n], predictions [n]) (Efron 1979)."""
+    rng = np.random.default_rng(seed)
+    rows = rng.integers(0, len(labels), (resamples, len(labels)))
+    values = [statistic(labels[r], predictions[r]) for r in rows]
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, k: int) -> np.ndarray:
+    """Counts int [k, k], rows the true class, columns the predicted one."""
+    return np.bincount(labels.astype(np.int64) * k + predictions, minlength=k * k).reshape(k, k)
+
+
+def macro_f1(labels: np.ndarray, predictions: np.ndarray, k: int) -> float:
+    """Mean of the classes' F1; a class neither present nor predicted is left out."""
+    counts = confusion_matrix(labels, predictions, k)
+    total = counts.sum(0) + counts.sum(1)
+    return float((2 * np.diag(counts) / np.maximum(total, 1))[total > 0].mean())
+
+
+def expected_calibration_error(labels: np.ndarray, probs: np.ndarray, bins: int = 15) -> float:
+    """Mean gap between confidence and accuracy over equal-width bins of the confidence (Guo et al. 2017)."""
+    confidence, hit = probs.max(-1), probs.argmax(-1) == labels
+    which = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = [abs(hit[which == i].mean() - confidence[which == i].mean()) * (which == i).mean() for i in np.unique(which)]
+    return float(sum(gaps))
+
+
+def classification_metrics(labels: np.ndarray, probs: np.ndarray) -> dict[str, Any]:
+    """All figures of labels int [n] (0..k-1) and probabilities [n, k].
+
+    n, accuracy with accuracy_low and accuracy_high (Wilson, 95 %), macro_f1 with its bootstrap interval over images,
+    balanced_accuracy (mean recall of the classes present), loss (mean negative log-likelihood), ece, per_class
+    (precision, recall, f1, n), confusion (counts, [true][predicted]).
+
+    Raises:
+      ValueError: no image, shapes that don't fit, or a label out of range.
+    """
+    labels, probs = np.asarray(labels), np.asarray(probs)
+    if probs.ndim != 2 or len(labels) != len(probs) or len(labels) == 0:
+        raise ValueError(f"labels {labels.shape} and probabilities {probs.shape}; expected [n] and [n, k] with n >= 1")
+    n, k = probs.shape
+    if labels.min() < 0 or labels.max() >= k:
+        raise ValueError(f"labels range from {labels.min()} to {labels.max()}; expected 0 to {k - 1}")
+    predictions = probs.argmax(-1)
+    counts = confusion_matrix(labels, predictions, k)
+    hits, true, predicted = np.diag(counts), counts.sum(1), counts.sum(0)
+    recall, precision = hits / np.maximum(true, 1), hits / np.maximum(predicted, 1)
+    f1 = 2 * hits / np.maximum(true + predicted, 1)
+    low, high = wilson_interval(hits.sum(), n)
+    f1_low, f1_high = bootstrap_interval(lambda y, p: macro_f1(y, p, k), labels, predictions)
+    # Float32 probabilities may round to zero; the loss of a wrong image is then large, not infinite.
+    likelihood = np.maximum(probs[np.arange(n), labels].astype(np.float64), np.finfo(np.float32).tiny)
+    return {
+        "n": int(n),
+        "accuracy": float(hits.sum() / n),
+        "accuracy_low": low,
+        "accuracy_high": high,
+        "macro_f1": macro_f1(labels, predictions, k),
+        "macro_f1_low": f1_low,
+        "macro_f1_high": f1_high,
+        "balanced_accuracy": float(recall[true > 0].mean()),
+        "loss": float(-np.log(likelihood).mean()),
+        "ece": expected_calibration_error(labels, probs),
+        "per_class": [
+            {"precision": float(p), "recall": float(r), "f1": float(f), "n": int(t)}
+            for p, r, f, t in zip(precision, recall, f1, true, strict=True)
+        ],
+        "confusion": counts.tolist(),
+    }

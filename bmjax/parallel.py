@@ -1,0 +1,99 @@
+"""Devices: mesh, shardings, compilation, placement. The only file that names Mesh, jit-with-shardings or pmap."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from bmjax.layers import BATCH_AXIS
+
+Tree = Any
+
+
+def largest_divisor(n: int, limit: int) -> int:
+    """The largest divisor of n that is at most limit."""
+    return max(d for d in range(1, min(n, limit) + 1) if n % d == 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Parallel:
+    """Runs a device-blind step on `devices`, batches split along their first axis, state on every device.
+
+    Both kinds give the same numbers: under `jit` reductions over the batch are global by themselves; under `pmap`
+    the layers and steps sum over the axis `data`, which is bound there.
+    """
+
+    kind: Literal["jit", "pmap"]
+    devices: tuple[jax.Device, ...]
+
+    @classmethod
+    def create(cls, kind: Literal["jit", "pmap"] = "jit", count: int | None = None, batch_size: int = 0) -> Parallel:
+        """Takes `count` devices (None: all); with a batch size, no more than divide it.
+
+        Raises:
+          ValueError: more devices are asked for than there are.
+        """
+        devices = jax.devices()
+        if count is not None and count > len(devices):
+            raise ValueError(f"train.devices is {count}; expected at most {len(devices)}, the devices there are")
+        n = count or len(devices)
+        return cls(kind, tuple(devices[: largest_divisor(batch_size, n) if batch_size else n]))
+
+    @property
+    def size(self) -> int:
+        return len(self.devices)
+
+    @functools.cached_property
+    def _mesh(self) -> jax.sharding.Mesh:
+        # Auto axes: explicit ones break Linen's Dropout.
+        return jax.make_mesh((self.size,), (BATCH_AXIS,), axis_types=(AxisType.Auto,), devices=self.devices)
+
+    def _sharding(self, *axes: str) -> NamedSharding:
+        return NamedSharding(self._mesh, PartitionSpec(*axes))
+
+    def compile_step(self, step: Callable, *, donate: bool = True, outputs: Literal["state", "batch"] = "state"):
+        """Compiles step(state, batch). `outputs`: "state" for (state, metrics), "batch" for arrays [b, ...].
+
+        The state is donated unless `donate` is False.
+        """
+        donated = (0,) if donate else ()
+        if self.kind == "pmap":
+            return jax.pmap(step, axis_name=BATCH_AXIS, devices=self.devices, donate_argnums=donated)
+        shardings = (self._sharding(), self._sharding(BATCH_AXIS))
+        # Outputs, per-image ones too, end on every device: each host can then read all of them.
+        return jax.jit(step, in_shardings=shardings, out_shardings=self._sharding(), donate_argnums=donated)
+
+    def to_devices(self, tree: Tree) -> Tree:
+        """Copies a host tree onto every device."""
+        if self.kind == "pmap":
+            stacked = jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(x), (self.size, *np.shape(x))), tree)
+            mesh = jax.make_mesh((self.size,), (BATCH_AXIS,), axis_types=(AxisType.Auto,), devices=self.devices)
+            return jax.device_put(stacked, NamedSharding(mesh, PartitionSpec(BATCH_AXIS)))
+        # A copy, since device_put may alias what the caller keeps and the step donates its input.
+        return jax.device_put(jax.tree.map(lambda x: jnp.array(x, copy=True), tree), self._sharding())
+
+    def to_host(self, tree: Tree) -> Tree:
+        """A host copy (numpy) of a tree that is equal on every device."""
+        pick = (lambda x: np.array(x[0])) if self.kind == "pmap" else np.array
+        return jax.tree.map(pick, tree)
+
+    def put_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """This process's rows of a batch -> the global batch, split over the devices; sizes divide evenly."""
+        if self.kind == "pmap":
+            local = len([d for d in self.devices if d.process_index == jax.process_index()])
+            return {k: jnp.asarray(v.reshape(local, -1, *v.shape[1:])) for k, v in batch.items()}
+        sharding = self._sharding(BATCH_AXIS)
+        return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+    def batch_to_host(self, outputs: dict[str, jax.Array]) -> dict[str, np.ndarray]:
+        """Per-image outputs of a step compiled with outputs="batch" -> numpy [b, ...]."""
+        if self.kind == "pmap":
+            return {k: np.asarray(v).reshape(-1, *v.shape[2:]) for k, v in outputs.items()}
+        return {k: np.asarray(v) for k, v in outputs.items()}

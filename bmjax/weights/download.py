@@ -1,0 +1,98 @@
+"""Fetches a published weight file into the cache: resumed where it broke off, checked, whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import os
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from tqdm import tqdm
+
+from bmjax.environment import cache_folder
+from bmjax.weights.catalog import WeightRecord
+
+_CHUNK = 1 << 20
+_ATTEMPTS = 5
+
+
+def checksum(path: Path, algorithm: str) -> str:
+    """Hex digest of a file."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, algorithm).hexdigest()
+
+
+def _manual(record: WeightRecord, target: Path) -> str:
+    return (
+        f"To fetch it by hand: download {record.url} on a machine with a network, check that its "
+        f"{record.checksum.replace(':', ' is ')}, and put it at {target}; or give its path as model.weights."
+    )
+
+
+def fetch(
+    record: WeightRecord, cache_dir: str | Path | None = None, *, progress: bool = True, wait: float = 1.0
+) -> Path:
+    """Path of the record's file in the cache, downloaded if it is not there. `wait`: seconds before a new attempt.
+
+    Raises:
+      ConnectionError: the server can't be reached or breaks off each time; says how to fetch the file by hand. What
+        came so far is kept and continued from the next time.
+      ValueError: the file that came isn't the published one (checksum).
+    """
+    folder = Path(cache_dir) if cache_dir is not None else cache_folder() / "weights"
+    target = folder / record.file_name
+    algorithm, _, expected = record.checksum.partition(":")
+    if target.is_file():
+        found = checksum(target, algorithm)
+        if found != expected:
+            raise ValueError(f"{target}: {algorithm} is {found}; expected {expected}. Delete it to fetch it again.")
+        return target
+    folder.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(target.name + ".part")
+    error: Exception | None = None
+    for attempt in range(_ATTEMPTS):
+        if attempt:
+            time.sleep(wait * attempt)
+        try:
+            _download(record, part, progress)
+            break
+        except urllib.error.HTTPError as e:
+            if e.code == 416:  # nothing left to send: the part is whole, or longer than the file
+                break
+            if e.code < 500:  # the server has answered: asking again won't change it
+                message = f"{record.url}: the server answers {e.code} {e.reason}. {_manual(record, target)}"
+                raise ConnectionError(message) from e
+            error = e
+        except (urllib.error.URLError, http.client.HTTPException, OSError) as e:
+            error = e
+    else:
+        message = f"{record.url}: not fetched in {_ATTEMPTS} attempts ({error}). {_manual(record, target)}"
+        raise ConnectionError(message) from error
+    found = checksum(part, algorithm)
+    if found != expected:
+        part.unlink()
+        message = f"{record.url}: {algorithm} of what came is {found}; expected {expected}. It was deleted. "
+        raise ValueError(message + _manual(record, target))
+    os.replace(part, target)
+    return target
+
+
+def _download(record: WeightRecord, part: Path, progress: bool) -> None:
+    """Appends to the part what is missing; raises if the connection breaks before the end."""
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(record.url, headers={"Range": f"bytes={have}-"} if have else {})
+    with urllib.request.urlopen(request, timeout=30) as response:
+        if have and response.status != 206:  # the server ignores ranges: from the start
+            have = 0
+        length = response.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        bar = tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=record.file_name, disable=not progress)
+        with bar, part.open("ab" if have else "wb") as out:
+            while chunk := response.read(_CHUNK):
+                out.write(chunk)
+                bar.update(len(chunk))
+        if total is not None and part.stat().st_size < total:
+            raise http.client.IncompleteRead(b"", total - part.stat().st_size)
