@@ -17,19 +17,21 @@ def wilson_interval(k: int, n: int, level: float = 0.95) -> tuple[float, float]:
 
 
 def bootstrap_interval(
-    statistic: Callable[[np.ndarray, np.ndarray], float],
-    labels: np.ndarray,
-    predictions: np.ndarray,
+    statistic: Callable[[np.ndarray], np.ndarray],
+    counts: np.ndarray,
     *,
     seed: int = 0,
     resamples: int = 1000,
     level: float = 0.95,
 ) -> tuple[float, float]:
-    """Percentile bootstrap over images of statistic(labels [n], predictions [n]) (Efron 1979)."""
-    rng = np.random.default_rng(seed)
-    rows = rng.integers(0, len(labels), (resamples, len(labels)))
-    values = [statistic(labels[r], predictions[r]) for r in rows]
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    """Percentile bootstrap over images (Efron 1979) of a statistic of the confusion matrix, counts [k, k].
+
+    `statistic` maps matrices [r, k, k] to [r]. The matrix of n images drawn with replacement is multinomial, so it is
+    drawn as such, which is the same and does not depend on n in time or memory.
+    """
+    n = int(counts.sum())
+    drawn = np.random.default_rng(seed).multinomial(n, counts.ravel() / n, resamples)
+    low, high = np.quantile(statistic(drawn.reshape(-1, *counts.shape)), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
@@ -38,11 +40,10 @@ def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, k: int) -> np.
     return np.bincount(labels.astype(np.int64) * k + predictions, minlength=k * k).reshape(k, k)
 
 
-def macro_f1(labels: np.ndarray, predictions: np.ndarray, k: int) -> float:
-    """Mean of the classes' F1; a class neither present nor predicted is left out."""
-    counts = confusion_matrix(labels, predictions, k)
-    total = counts.sum(0) + counts.sum(1)
-    return float((2 * np.diag(counts) / np.maximum(total, 1))[total > 0].mean())
+def macro_f1(counts: np.ndarray) -> np.ndarray:
+    """Mean of the classes' F1, of confusion matrices [..., k, k]; a class neither present nor predicted is left out."""
+    hits, total = np.diagonal(counts, axis1=-2, axis2=-1), counts.sum(-2) + counts.sum(-1)
+    return (2 * hits / np.maximum(total, 1)).sum(-1) / (total > 0).sum(-1)
 
 
 def expected_calibration_error(labels: np.ndarray, probs: np.ndarray, bins: int = 15) -> float:
@@ -75,7 +76,7 @@ def classification_metrics(labels: np.ndarray, probs: np.ndarray) -> dict[str, A
     recall, precision = hits / np.maximum(true, 1), hits / np.maximum(predicted, 1)
     f1 = 2 * hits / np.maximum(true + predicted, 1)
     low, high = wilson_interval(hits.sum(), n)
-    f1_low, f1_high = bootstrap_interval(lambda y, p: macro_f1(y, p, k), labels, predictions)
+    f1_low, f1_high = bootstrap_interval(macro_f1, counts)
     # Float32 probabilities may round to zero; the loss of a wrong image is then large, not infinite.
     likelihood = np.maximum(probs[np.arange(n), labels].astype(np.float64), np.finfo(np.float32).tiny)
     return {
@@ -83,7 +84,7 @@ def classification_metrics(labels: np.ndarray, probs: np.ndarray) -> dict[str, A
         "accuracy": float(hits.sum() / n),
         "accuracy_low": low,
         "accuracy_high": high,
-        "macro_f1": macro_f1(labels, predictions, k),
+        "macro_f1": float(macro_f1(counts)),
         "macro_f1_low": f1_low,
         "macro_f1_high": f1_high,
         "balanced_accuracy": float(recall[true > 0].mean()),

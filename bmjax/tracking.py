@@ -62,25 +62,34 @@ class NoTracker:
 
 
 class JsonlTracker(NoTracker):
-    """One JSON object a line: kind, step, time, and the figures. Each step stands there once per kind."""
+    """One JSON object a line: kind, step, time, and the figures. Each step stands there once per kind.
+
+    `last` maps each kind to its last logged step. A line that a kill tore is cut off when the file is opened.
+
+    Raises:
+      ValueError: a line that was finished is no record; names file and line.
+    """
 
     def __init__(self, path: Path):
-        self._last: dict[str, int] = {}
+        self.last: dict[str, int] = {}
         if path.exists():
             text = path.read_bytes()
             whole = text[: text.rfind(b"\n") + 1]
-            if len(whole) < len(text):  # a kill tore the last line
+            if len(whole) < len(text):
                 with path.open("r+b") as f:
                     f.truncate(len(whole))
-            for line in whole.splitlines():
-                record = json.loads(line)
-                self._last[record["kind"]] = max(record["step"], self._last.get(record["kind"], -1))
-        self._file = path.open("a")
+            for number, line in enumerate(whole.splitlines(), 1):
+                try:
+                    record = json.loads(line)
+                    self.last[record["kind"]] = max(record["step"], self.last.get(record["kind"], -1))
+                except (ValueError, KeyError, TypeError) as e:
+                    raise ValueError(f"{path}, line {number}: {line[:80]!r} is no record of a step: {e!r}") from e
+        self._file = path.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: dict[str, Any], *, kind: str) -> None:
-        if step <= self._last.get(kind, -1):
+        if step <= self.last.get(kind, -1):
             return
-        self._last[kind] = step
+        self.last[kind] = step
         self._file.write(json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3)} | metrics) + "\n")
         self._file.flush()
 
@@ -95,66 +104,92 @@ def new_run_id() -> str:
     return uuid.uuid4().hex[:12]
 
 
+def _server() -> urllib.parse.ParseResult:
+    return urllib.parse.urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+
+
 def has_key() -> bool:
     """Whether a W&B key is set in the environment or in ~/.netrc."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
-    host = urllib.parse.urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    return netrc.is_file() and host in netrc.read_text()
+    return netrc.is_file() and (_server().hostname or "") in netrc.read_text()
 
 
 def reachable(timeout: float = 3.0) -> bool:
     """Whether W&B's server takes a connection."""
-    url = urllib.parse.urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    url = _server()
     try:
-        with socket.create_connection((url.hostname or "", url.port or 443), timeout):
+        with socket.create_connection((url.hostname or "", url.port or (80 if url.scheme == "http" else 443)), timeout):
             return True
     except OSError:
         return False
 
 
-class WandbTracker:
-    """Logs to W&B by our own `global_step`, since W&B drops steps that go back; one log call a step and kind."""
+def why_offline() -> str | None:
+    """Why W&B can't be used online here; None where it can, as far as can be told beforehand."""
+    if not has_key():
+        return "there is no key"
+    return None if reachable() else f"{_server().hostname} can't be reached"
 
-    def __init__(self, config: TrackingConfig, run_dir: Path, run_id: str, run_config: dict[str, Any]):
+
+class WandbTracker:
+    """Logs to W&B by our own `global_step`, since W&B drops steps that go back; one log call a step and kind.
+
+    `last` maps each kind to the last step logged before a resume: an offline resume is a run folder of its own with
+    the same id, and what came before must not be logged again.
+    """
+
+    def __init__(
+        self,
+        config: TrackingConfig,
+        run_dir: Path,
+        run_id: str,
+        run_config: dict[str, Any],
+        last: dict[str, int] | None = None,
+    ):
         import wandb
 
-        mode = config.wandb
+        self._wandb, self._last = wandb, dict(last or {})
+
+        def start(mode: str) -> Any:
+            return wandb.init(
+                project=config.project,
+                group=config.group or None,
+                tags=list(config.tags) or None,
+                name=run_config.get("name"),
+                id=run_id,
+                # Offline too: `wandb sync` then appends a resumed run's folders in the order of their start.
+                resume="allow",
+                dir=str(run_dir),
+                config=run_config,
+                mode=mode,  # type: ignore[arg-type]
+                settings=wandb.Settings(silent=True),
+            )
+
+        mode, why = config.wandb, None
         if mode == "auto":
-            why = None if has_key() else "there is no key"
-            why = why or (None if reachable() else "the server can't be reached")
-            mode = "online" if why is None else "offline"
-            if why:
-                log.warning("W&B: %s, so the run is logged offline", why)
-        self._wandb = wandb
-        self._run = wandb.init(
-            project=config.project,
-            group=config.group or None,
-            tags=list(config.tags) or None,
-            name=run_config.get("name"),
-            id=run_id,
-            resume="allow" if mode == "online" else None,
-            dir=str(run_dir),
-            config=run_config,
-            mode=mode,
-            settings=wandb.Settings(silent=True),
-        )
+            mode, why = "online", why_offline()
+            if why is None:
+                try:
+                    self._run = start("online")
+                except wandb.Error as e:  # a key that is refused, or a server that takes the connection and no more
+                    why = str(e)
+        if why is not None:
+            log.warning("W&B: %s, so the run is logged offline", why)
+            mode = "offline"
+        if config.wandb != "auto" or why is not None:
+            self._run = start(mode)
         self._run.define_metric("global_step")
         self._run.define_metric("*", step_metric="global_step")
         self._offline = str(self._run.dir).removesuffix("/files") if mode == "offline" else None
-        # An offline resume is a run folder of its own with the same id; what came before must not be logged again.
-        self._marks = run_dir / "wandb_logged.json"
-        self._last: dict[str, int] = json.loads(self._marks.read_text()) if self._marks.exists() else {}
 
     def log(self, step: int, metrics: dict[str, Any], *, kind: str) -> None:
         if step <= self._last.get(kind, -1):
             return
         self._last[kind] = step
-        names = {name if "/" in name else f"{kind}/{name}": value for name, value in metrics.items()}
-        self._run.log({"global_step": step} | names)
-        if kind == "epoch":
-            self._marks.write_text(json.dumps(self._last))
+        # With the kind before every name, an epoch's mean loss and a step's loss never share a curve.
+        self._run.log({"global_step": step} | {f"{kind}/{name}": value for name, value in metrics.items()})
 
     def summary(self, metrics: dict[str, Any]) -> None:
         self._run.summary.update(metrics)
@@ -180,7 +215,6 @@ class WandbTracker:
         self._run.log_artifact(artifact)
 
     def close(self) -> None:
-        self._marks.write_text(json.dumps(self._last))
         self._run.finish()
         if self._offline:
             log.warning("W&B: logged offline; send it with: wandb sync %s", self._offline)
@@ -228,4 +262,8 @@ def make_tracker(
     jsonl = JsonlTracker(run_dir / "metrics.jsonl")
     if config.wandb == "off":
         return jsonl
-    return MultiTracker([jsonl, WandbTracker(config, run_dir, run_id, run_config)])
+    try:
+        return MultiTracker([jsonl, WandbTracker(config, run_dir, run_id, run_config, jsonl.last)])
+    except BaseException:
+        jsonl.close()
+        raise
