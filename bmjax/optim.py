@@ -106,7 +106,7 @@ def schedule(config: ScheduleConfig, total_steps: int, steps_per_epoch: int) -> 
         after = optax.cosine_decay_schedule(1.0, rest, alpha=config.final)
     elif config.kind == "step":
         every = max(1, round(config.step_epochs * steps_per_epoch))
-        drops = {k: config.factor for k in range(every, rest + 1, every)}
+        drops = dict.fromkeys(range(every, rest + 1, every), config.factor)
         after = optax.piecewise_constant_schedule(1.0, drops)
     else:
         after = optax.constant_schedule(1.0)
@@ -194,7 +194,7 @@ def make_optimizer(
 class PlateauOptimizer(Optimizer):
     """An optimizer whose rate drops when the validation loss stops falling."""
 
-    config: ScheduleConfig = ScheduleConfig()
+    config: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
 
 
 def _rate_state(opt_state: Tree) -> RateState:
