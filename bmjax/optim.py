@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import traverse_util
 
@@ -215,11 +216,12 @@ def update_plateau(optimizer: Optimizer, opt_state: Tree, value: float) -> Tree:
     def advance(s: Any) -> Any:
         if not isinstance(s, RateState):
             return s
-        better = value < float(s.best)
+        rounded = float(np.float32(value))  # as the best so far is kept, so that an equal loss is no improvement
+        better = rounded < float(s.best)
         waited = 0 if better else int(s.epochs_since_best) + 1
         drop = waited >= optimizer.config.patience
         return s._replace(
-            best=jnp.asarray(min(value, float(s.best)), jnp.float32),
+            best=jnp.asarray(min(rounded, float(s.best)), jnp.float32),
             epochs_since_best=jnp.asarray(0 if drop else waited, jnp.int32),
             plateau_scale=s.plateau_scale
             * jnp.asarray(optimizer.config.factor if drop else 1.0, s.plateau_scale.dtype),

@@ -59,7 +59,11 @@ def test_wandb_goes_offline_by_itself_and_takes_everything(tmp_path, monkeypatch
     assert len(runs) == 1
     assert (runs[0] / f"run-{run_id}.wandb").stat().st_size > 1000
     assert len(read(tmp_path / "metrics.jsonl")) == 3
-    assert list((runs[0] / "files" / "media").rglob("*.png")), "no picture of a mispredicted cell"
+    (table,) = runs[0].glob("files/media/table/mispredicted*.json")
+    rows = json.loads(table.read_text())["data"]
+    assert [row[0] for row in rows] == ["a.png", "b.png"]
+    assert all(row[1] == "Image" for row in rows), "the pictures are not pictures"
+    assert [row[2:4] for row in rows] == [["A", "B"], ["B", "A"]]
     # A resume with the same id logs nothing twice.
     again = make_tracker(TrackingConfig(wandb="offline"), tmp_path, run_id, {"name": "t"})
     again.log(2, {"loss": 1.0}, kind="train")
