@@ -70,7 +70,7 @@ class Conv(nn.Module):
         size = (self.kernel_size,) * 2 if isinstance(self.kernel_size, int) else tuple(self.kernel_size)
         strides = (self.strides,) * 2 if isinstance(self.strides, int) else tuple(self.strides)
         padding = self.padding if isinstance(self.padding, str) else _pixels(self.padding)
-        kernel = self.param("kernel", he_normal, (*size, x.shape[-1] // self.groups, self.features))
+        kernel = self.param("kernel", he_normal, (*size, x.shape[-1] // self.groups, self.features), jnp.float32)
         y = jax.lax.conv_general_dilated(
             x.astype(dtype),
             kernel.astype(dtype),
@@ -80,7 +80,7 @@ class Conv(nn.Module):
             feature_group_count=self.groups,
         )
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
+            bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
             y = y + over_channels(bias.astype(dtype), y.ndim)
         return y
 
@@ -136,8 +136,8 @@ class BatchNorm(nn.Module):
         shape = (x.shape[-1],)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
-        scale = self.param("scale", nn.initializers.ones_init(), shape)
-        bias = self.param("bias", nn.initializers.zeros_init(), shape)
+        scale = self.param("scale", nn.initializers.ones_init(), shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros_init(), shape, jnp.float32)
         if train and mode == "train":
             mean, var = batch_statistics(x) if statistics is None else statistics
             if not self.is_initializing():

@@ -200,9 +200,12 @@ class ParameterRow(NamedTuple):
 
 def parameter_table(variables: dict[str, Tree]) -> list[ParameterRow]:
     """A row per leaf of {"params", "batch_stats"} (arrays or their shapes), in the order of the tree."""
-    norms = {path[:-1] for path in traverse_util.flatten_dict(variables.get("batch_stats", {}))}
+    flat: dict[str, dict[tuple[str, ...], Any]] = {
+        name: traverse_util.flatten_dict(variables.get(name, {})) for name in ("params", "batch_stats")
+    }
+    norms = {path[:-1] for path in flat["batch_stats"]}
     return [
         ParameterRow(name, part_of(path), "/".join(path), tuple(leaf.shape), leaf.size, path[:-1] in norms)
-        for name in ("params", "batch_stats")
-        for path, leaf in traverse_util.flatten_dict(variables.get(name, {})).items()
+        for name, leaves in flat.items()
+        for path, leaf in leaves.items()
     ]

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import traverse_util
 
@@ -106,7 +107,7 @@ def schedule(config: ScheduleConfig, total_steps: int, steps_per_epoch: int) -> 
         after = optax.cosine_decay_schedule(1.0, rest, alpha=config.final)
     elif config.kind == "step":
         every = max(1, round(config.step_epochs * steps_per_epoch))
-        drops = {k: config.factor for k in range(every, rest + 1, every)}
+        drops = dict.fromkeys(range(every, rest + 1, every), config.factor)
         after = optax.piecewise_constant_schedule(1.0, drops)
     else:
         after = optax.constant_schedule(1.0)
@@ -194,7 +195,7 @@ def make_optimizer(
 class PlateauOptimizer(Optimizer):
     """An optimizer whose rate drops when the validation loss stops falling."""
 
-    config: ScheduleConfig = ScheduleConfig()
+    config: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
 
 
 def _rate_state(opt_state: Tree) -> RateState:
@@ -215,11 +216,12 @@ def update_plateau(optimizer: Optimizer, opt_state: Tree, value: float) -> Tree:
     def advance(s: Any) -> Any:
         if not isinstance(s, RateState):
             return s
-        better = value < float(s.best)
+        rounded = float(np.float32(value))  # as the best so far is kept, so that an equal loss is no improvement
+        better = rounded < float(s.best)
         waited = 0 if better else int(s.epochs_since_best) + 1
         drop = waited >= optimizer.config.patience
         return s._replace(
-            best=jnp.asarray(min(value, float(s.best)), jnp.float32),
+            best=jnp.asarray(min(rounded, float(s.best)), jnp.float32),
             epochs_since_best=jnp.asarray(0 if drop else waited, jnp.int32),
             plateau_scale=s.plateau_scale
             * jnp.asarray(optimizer.config.factor if drop else 1.0, s.plateau_scale.dtype),

@@ -62,7 +62,7 @@ def make_train_step(
                 mutable=["batch_stats"],
             )
             losses = cross_entropy(logits, micro["label"], label_smoothing, class_weights)
-            correct = (logits.argmax(-1) == micro["label"]).sum()
+            correct = (logits.argmax(-1) == micro["label"]).sum(dtype=jnp.int32)
             # Divided by the global count: the sum over devices and micro-batches is then the mean's gradient.
             return losses.sum() / count, (updates.get("batch_stats", batch_stats), correct)
 
@@ -89,7 +89,7 @@ def make_train_step(
             new = {"params": params, "batch_stats": batch_stats}
             ema = jax.tree.map(lambda old, x: ema_decay * old + (1 - ema_decay) * x, ema, new)
         state = state.replace(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state, ema=ema)
-        return state, {"loss": loss, "correct": correct, "count": count, "grad_norm": optax.global_norm(grads)}
+        return state, {"loss": loss, "correct": correct, "count": count, "grad_norm": optax.tree.norm(grads)}
 
     return train_step
 

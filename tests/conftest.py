@@ -12,9 +12,11 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
 
-import bmjax  # noqa: F401, I001  (sets the flags it measures as faster, before jax is imported)
+# isort: off
+import bmjax  # noqa: F401  (sets its flags before jax is imported)
 import jax
 import pytest
+# isort: on
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -27,3 +29,30 @@ def shared() -> pathlib.Path:
     if not folder.is_dir():
         pytest.skip(f"no shared data at {folder} (set BMJAX_SHARED)")
     return folder
+
+
+@pytest.fixture
+def tiny_config(tmp_path):
+    """A run of seconds: rendered cells, a tiny DenseNet, two stages of two epochs, everything random switched on."""
+    from bmjax.config import (
+        AugmentConfig,
+        Config,
+        DataConfig,
+        HeadConfig,
+        ModelConfig,
+        OptimConfig,
+        ScheduleConfig,
+        StageConfig,
+        TrainConfig,
+    )
+
+    return Config(
+        name="tiny",
+        run_dir=str(tmp_path / "run"),
+        data=DataConfig(image_size=32, synthetic_per_class=20, cache_dir=str(tmp_path / "cache")),
+        augment=AugmentConfig(rotate=20, shift=0.1, zoom=0.1, brightness=0.1, contrast=0.1, hue=0.05),
+        model=ModelConfig(backbone="densenet_tiny", weights=None, attention="cbam", head=HeadConfig(widths=(16,))),
+        optim=OptimConfig(name="adam", schedule=ScheduleConfig(kind="plateau", patience=1, warmup_epochs=0.5)),
+        stages=(StageConfig(epochs=2, train=("attention", "head")), StageConfig(epochs=2, lr_scale=0.3)),
+        train=TrainConfig(batch_size=16, eval_batch_size=16, ema_decay=0.9, accumulate=2, train_eval_epochs=0),
+    )

@@ -67,7 +67,8 @@ class DenseNet(nn.Module):
         size = x.shape[1:3]
         x = Conv(self.stem, 7, strides=2, padding=3, name="conv1_conv")(x)
         x = tap("conv1", norm_relu("conv1_bn", x))
-        x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        # Pads with -inf where Keras pads with zero: the same after a ReLU. (Flax's annotation forgets the pairs.)
+        x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
         for number, layers in enumerate(self.blocks, start=2):
             stage, last = f"conv{number}", number == len(self.blocks) + 1
             statistics = batch_statistics(x) if by_batch else None

@@ -48,7 +48,7 @@ def read(path: str | Path) -> dict[str, dict[tuple[str, str], np.ndarray]]:
         raise FileNotFoundError(f"{path}: no such weight file")
     try:
         with h5py.File(path, "r") as file:
-            root: Any = file["model_weights"] if "model_weights" in file else file
+            root: Any = file.get("model_weights", file)
             if "layer_names" not in root.attrs:
                 raise ValueError(f"{path}: no attribute 'layer_names'; expected Keras's published HDF5 weight layout")
             layers: dict[str, dict[tuple[str, str], np.ndarray]] = {}
