@@ -72,6 +72,16 @@ def test_bootstrap_agrees_with_drawing_images():
     assert expected[0] < narrow[0] < macro_f1(counts) < narrow[1] < expected[1]
 
 
+def test_bootstrap_covers_the_truth():
+    rng, covered = np.random.default_rng(0), 0
+    for seed in range(200):
+        hits = int(rng.binomial(80, 0.8))
+        counts = np.array([[hits, 80 - hits], [0, 0]])
+        low, high = bootstrap_interval(lambda c: c[:, 0, 0] / c.sum((1, 2)), counts, seed=seed, resamples=200)
+        covered += low <= 0.8 <= high
+    assert 0.88 < covered / 200 < 0.99
+
+
 def test_calibration_error_of_known_cases():
     labels = np.tile([0, 1], 500)
     sure = np.tile([[0.999, 0.001]], (1000, 1))  # right half of the time, sure always

@@ -8,35 +8,54 @@ import numpy as np
 
 from bmjax.metrics import classification_metrics
 
+STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
 
 def _logistic(c: float, seed: int):
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    return make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=5000, random_state=seed))
+    return make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=10000, random_state=seed))
+
+
+def _choose(features: np.ndarray, labels: np.ndarray, val: np.ndarray, val_labels: np.ndarray, seed: int):
+    """(C, model) with the highest accuracy on the validation rows; of equal ones the most regularised."""
+    models = [(c, _logistic(c, seed).fit(features, labels)) for c in STRENGTHS]
+    return max(models, key=lambda pair: pair[1].score(val, val_labels))
 
 
 def shrink(images: np.ndarray, size: int = 16) -> np.ndarray:
-    """Images uint8 [n, h, w, 3] -> mean pixels of blocks, float32 [n, size * size * 3].
+    """Images uint8 [n, h, w, 3] -> means of blocks of pixels, float32 [n, size * size * 3].
 
     Raises:
-      ValueError: the side is smaller than `size`.
+      ValueError: a side is smaller than `size`.
     """
     n, h, w, _ = images.shape
     if min(h, w) < size:
         raise ValueError(f"images of {h}x{w} pixels; expected at least {size}x{size}")
     block_h, block_w = h // size, w // size
-    images = images[:, : block_h * size, : block_w * size].astype(np.float32)
-    return images.reshape(n, size, block_h, size, block_w, 3).mean((2, 4)).reshape(n, -1)
+    out = np.empty((n, size * size * 3), np.float32)
+    for i, image in enumerate(images):  # one at a time: the images may be a memory map larger than memory
+        cropped = image[: block_h * size, : block_w * size].astype(np.float32)
+        out[i] = cropped.reshape(size, block_h, size, block_w, 3).mean((1, 3)).ravel()
+    return out
 
 
 def linear_pixels(
     images: np.ndarray, labels: np.ndarray, test_images: np.ndarray, test_labels: np.ndarray, *, seed: int = 0
 ) -> dict[str, Any]:
-    """Metrics on the test images of logistic regression on 16x16 pixels (images uint8 [n, h, w, 3])."""
-    model = _logistic(1e-2, seed).fit(shrink(images), labels)
-    return classification_metrics(test_labels, model.predict_proba(shrink(test_images)))
+    """Metrics on the test images of logistic regression on 16x16 pixels (images uint8 [n, h, w, 3]).
+
+    Its strength of regularisation, `C` in the metrics, is chosen on a fifth of the training images, then all train.
+    """
+    from sklearn.model_selection import train_test_split
+
+    features = shrink(images)
+    rows, held = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=seed)
+    c, _ = _choose(features[rows], labels[rows], features[held], labels[held], seed)
+    model = _logistic(c, seed).fit(features, labels)
+    return classification_metrics(test_labels, model.predict_proba(shrink(test_images))) | {"C": c}
 
 
 def linear_probe(
@@ -46,12 +65,5 @@ def linear_probe(
 
     Its strength of regularisation is chosen on the validation split; `C` stands in the metrics.
     """
-    best: tuple[float, float, Any] | None = None
-    for c in (1e-4, 1e-3, 1e-2, 1e-1, 1.0):
-        model = _logistic(c, seed).fit(features["train"], labels["train"])
-        score = float(model.score(features["val"], labels["val"]))
-        if best is None or score > best[0]:
-            best = (score, c, model)
-    assert best is not None
-    _, c, model = best
+    c, model = _choose(features["train"], labels["train"], features["val"], labels["val"], seed)
     return {s: classification_metrics(labels[s], model.predict_proba(features[s])) | {"C": c} for s in features}

@@ -1,212 +1,225 @@
-"""report.html of a run's folder: curves, confusion, calibration, classes, most wrong cells. One file, no links."""
+"""report.html of a run's folder: one file without links, made from whatever the folder holds."""
 
 from __future__ import annotations
 
 import base64
 import html
 import io
-import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-_STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
-table{border-collapse:collapse;margin:1rem 0}td,th{border:1px solid #ccc;padding:.25rem .6rem;text-align:right}
-td:first-child,th:first-child{text-align:left}img{max-width:100%}pre{background:#f5f5f5;padding:1rem;overflow:auto}
-h1,h2{line-height:1.2}"""
+from bmjax.analysis import figures
+from bmjax.analysis.evaluation import (
+    Predictions,
+    class_rows,
+    interval_text,
+    read_json,
+    read_predictions,
+    read_records,
+    reported_split,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["figure_result", "interval_text", "write_report"]
+
+_NAMES = {"train": "Training split", "val": "Validation", "test": "Test"}
+_STYLE = """
+:root{color-scheme:light}
+body{font:15px/1.55 system-ui,sans-serif;max-width:66rem;margin:0 auto;padding:2rem 1.25rem 4rem;color:#1d2530}
+h1{font-size:1.7rem;margin:0}h2{font-size:1.2rem;margin:2.6rem 0 .6rem;border-bottom:1px solid #d5dae1}
+p{max-width:48rem}.note{color:#56606e;margin-top:.2rem}
+.cards{display:flex;flex-wrap:wrap;gap:.8rem;margin:1.2rem 0}
+.card{border:1px solid #d5dae1;border-radius:6px;padding:.6rem .9rem;min-width:8.5rem}
+.card b{display:block;font-size:1.45rem;line-height:1.3}.card span{color:#56606e;font-size:.85rem}
+table{border-collapse:collapse;margin:.8rem 0;font-variant-numeric:tabular-nums}
+th,td{padding:.25rem .8rem;text-align:right;border-bottom:1px solid #e6e9ee}th{color:#56606e;font-weight:600}
+td:first-child,th:first-child{text-align:left;padding-left:0}
+img{max-width:100%;height:auto;display:block}.side{display:flex;flex-wrap:wrap;gap:1.5rem;align-items:flex-start}
+pre{background:#f5f7f9;padding:1rem;overflow:auto;font-size:.82rem}summary{cursor:pointer}
+"""
 
 
-def _figures():
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    return plt
+def _text(value: object) -> str:
+    return html.escape(str(value))
 
 
-def read_metrics(run_dir: Path, kind: str) -> list[dict[str, Any]]:
-    """Records of one kind in metrics.jsonl; a torn last line is passed over."""
-    path = run_dir / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [r for r in (json.loads(line) for line in lines if line.endswith("\n")) if r["kind"] == kind]
-
-
-def read_predictions(run_dir: Path, split: str) -> dict[str, np.ndarray] | None:
-    """predictions_<split>.npz as arrays, or None."""
-    path = run_dir / f"predictions_{split}.npz"
-    if not path.exists():
-        return None
-    with np.load(path, allow_pickle=False) as saved:
-        return {name: saved[name] for name in saved.files}
-
-
-def figure_curves(run_dir: Path):
-    """Loss and accuracy over the steps."""
-    plt = _figures()
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
-    steps, epochs = read_metrics(run_dir, "train"), read_metrics(run_dir, "epoch")
-    axes[0].plot([r["step"] for r in steps], [r["loss"] for r in steps], lw=0.5, alpha=0.5, label="train, a step")
-    axes[0].plot([r["step"] for r in epochs], [r["val/loss"] for r in epochs], marker="o", ms=3, label="validation")
-    axes[0].set(xlabel="step", ylabel="cross-entropy")
-    for name, label in (("train/accuracy_running", "train, running"), ("val/accuracy", "validation")):
-        axes[1].plot([r["step"] for r in epochs], [r[name] for r in epochs], marker="o", ms=3, label=label)
-    axes[1].set(xlabel="step", ylabel="accuracy")
-    for axis in axes:
-        axis.legend()
-        axis.grid(alpha=0.3)
-    return figure
-
-
-def figure_confusion(confusion: np.ndarray, classes: list[str], axis=None):
-    """Counts, coloured by the share of the true class."""
-    plt = _figures()
-    if axis is None:
-        _, axis = plt.subplots(figsize=(5.5, 5), layout="constrained")
-    share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    for i, j in np.ndindex(*confusion.shape):
-        colour = "white" if share[i, j] > 0.5 else "black"
-        axis.text(j, i, str(confusion[i, j]), ha="center", va="center", color=colour, fontsize=9)
-    axis.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
-    axis.set_yticks(range(len(classes)), classes)
-    axis.set(xlabel="predicted", ylabel="true")
-    return axis.figure
-
-
-def figure_calibration(labels: np.ndarray, probs: np.ndarray, bins: int = 10):
-    """Accuracy against confidence, with the number of cells in each bin."""
-    plt = _figures()
-    figure, axis = plt.subplots(figsize=(4.5, 4), layout="constrained")
-    confidence, hit = probs.max(-1), probs.argmax(-1) == labels
-    which = np.minimum((confidence * bins).astype(int), bins - 1)
-    axis.plot([0, 1], [0, 1], color="grey", lw=1)
-    present = np.unique(which)
-    axis.plot([confidence[which == i].mean() for i in present], [hit[which == i].mean() for i in present], marker="o")
-    for i in present:
-        at = (confidence[which == i].mean(), hit[which == i].mean())
-        axis.annotate(f"{(which == i).sum()}", at, textcoords="offset points", xytext=(4, -12), fontsize=8)
-    axis.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
-    axis.grid(alpha=0.3)
-    return figure
-
-
-def figure_cells(images: np.ndarray, titles: list[str], columns: int = 8):
-    """A grid of cells, uint8 [n, h, w, 3], each with a title."""
-    plt = _figures()
-    rows = -(-len(images) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(1.35 * columns, 1.7 * rows), layout="constrained", squeeze=False
-    )
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, image, title in zip(axes.flat, images, titles, strict=False):
-        axis.imshow(image)
-        axis.set_title(title, fontsize=7)
-    return figure
-
-
-def _embed(figure) -> str:
+def _image(figure: Figure, alt: str, width: int | None = None) -> str:
     data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=110)
-    _figures().close(figure)
-    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
+    figure.savefig(data, format="png", dpi=130)
+    size = f' style="width:{width}px"' if width else ""
+    return f'<img alt="{_text(alt)}"{size} src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
 
 
-def most_wrong(predictions: dict[str, np.ndarray], limit: int) -> tuple[np.ndarray, list[str]]:
-    """(places in the predictions, titles) of the wrong cells, the most confident first."""
-    probs, labels, classes = predictions["probs"], predictions["labels"], predictions["classes"]
-    top = probs.argmax(-1)
-    wrong = np.flatnonzero(top != labels)
-    wrong = wrong[np.argsort(-probs[wrong, top[wrong]], kind="stable")][:limit]
-    return wrong, [f"{classes[labels[i]]}\ntaken for {classes[top[i]]} {probs[i, top[i]]:.2f}" for i in wrong]
-
-
-def interval_text(metrics: dict[str, Any], name: str) -> str:
-    """`0.812 (0.771 to 0.848)`, the 95 % interval where there is one."""
-    text = f"{metrics[name]:.3f}"
-    if f"{name}_low" in metrics:
-        text += f" ({metrics[f'{name}_low']:.3f} to {metrics[f'{name}_high']:.3f})"
-    return text
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    lines = ["<tr>" + "".join(f"<th>{html.escape(c)}</th>" for c in header) + "</tr>"]
-    lines += ["<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows]
+def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = ["<tr>" + "".join(f"<th>{_text(c)}</th>" for c in header) + "</tr>"]
+    lines += ["<tr>" + "".join(f"<td>{_text(c)}</td>" for c in row) + "</tr>" for row in rows]
     return "<table>" + "".join(lines) + "</table>"
+
+
+def _card(value: str, name: str, below: str = "") -> str:
+    return f'<div class="card"><span>{_text(name)}</span><b>{_text(value)}</b><span>{_text(below)}&nbsp;</span></div>'
+
+
+def _head(config: dict[str, Any], data: dict[str, Any]) -> str:
+    model = config.get("model", {})
+    weights = model.get("weights")
+    parts = [f"{model.get('backbone', '?')}, {f'weights {weights}' if weights else 'random weights'}"]
+    parts.append(f"attention {model.get('attention', '?')}")
+    if data:
+        parts.append(
+            f"{data['n']} images of {data['name']} at {data['image_size']} pixels, {len(data['classes'])} classes"
+        )
+    return f'<h1>{_text(config.get("name", "run"))}</h1><p class="note">{_text("; ".join(parts))}</p>'
+
+
+def _numbers(run_dir: Path, results: dict[str, Any], split: str | None) -> str:
+    if split is None:
+        return "<p>This run has no results yet: it did not finish, or is still running.</p>"
+    m = results[split]
+
+    def between(name: str) -> str:
+        return f"{m[f'{name}_low']:.3f} to {m[f'{name}_high']:.3f}" if f"{name}_low" in m else ""
+
+    cards = [
+        _card(f"{m['accuracy']:.3f}", f"accuracy, {split}", between("accuracy")),
+        _card(f"{m['macro_f1']:.3f}", f"macro F1, {split}", between("macro_f1")),
+        _card(f"{m['balanced_accuracy']:.3f}", "balanced accuracy"),
+        _card(f"{m['n']}", "images"),
+    ]
+    columns = ("accuracy", "macro_f1", "balanced_accuracy", "loss", "ece")
+    rows = [[_NAMES[s], r["n"], *(interval_text(r, c) for c in columns)] for s, r in results.items() if s in _NAMES]
+    openings = run_dir / "openings.jsonl"
+    times = len(openings.read_text().splitlines()) if openings.is_file() else 0
+    note = "In brackets 95 % intervals: Wilson's for accuracy, the bootstrap's over images for macro F1. "
+    note += f"The {m.get('checkpoint', 'best')} checkpoint" + (f", of step {m['step']}. " if "step" in m else ". ")
+    if times:
+        note += f"The test split was opened {'once' if times == 1 else f'{times} times'}."
+    header = ("split", "n", "accuracy", "macro F1", "balanced accuracy", "loss", "ECE")
+    return f'<div class="cards">{"".join(cards)}</div>{_table(header, rows)}<p class="note">{_text(note)}</p>'
+
+
+def _training(steps: list[dict[str, Any]], epochs: list[dict[str, Any]], config: dict[str, Any]) -> str:
+    if not steps and not epochs:
+        return ""
+    records = sorted(steps + epochs, key=lambda r: r["time"])
+    # A run that was stopped and resumed has a gap of any length, which is no work: pauses over an hour are left out.
+    seconds = sum(d for d in np.diff([r["time"] for r in records]) if d < 3600)
+    note = (
+        f"{steps[-1]['step'] if steps else epochs[-1]['step']} steps, {len(epochs)} epochs, {seconds / 60:.1f} minutes"
+    )
+    if steps:
+        note += f", {np.median([r['images_per_second'] for r in steps]):.1f} images/s (median)"
+    note += "."
+    if config.get("train", {}).get("label_smoothing"):
+        note += " The training loss is that of smoothed labels, the validation loss is not."
+    picture = _image(figures.curves(steps, epochs), "Loss, accuracy and learning rate over the epochs")
+    return f'<h2>Training</h2>{picture}<p class="note">{_text(note)}</p>'
+
+
+def _classes(metrics: dict[str, Any], predictions: Predictions) -> str:
+    rows = [
+        [
+            r["name"],
+            r["n"],
+            f"{r['precision']:.3f}",
+            f"{r['recall']:.3f} ({r['recall_low']:.3f} to {r['recall_high']:.3f})",
+            f"{r['f1']:.3f}",
+            f"{r['confused'][0]} ({r['confused'][1]})" if r["confused"] else "",
+        ]
+        for r in class_rows(metrics, predictions.classes)
+    ]
+    split = _NAMES[predictions.split].lower()
+    header = ("class", "n", "precision", "recall", "F1", "most often taken for")
+    matrix = _image(figures.confusion(np.array(metrics["confusion"]), predictions.classes), "Confusion matrix", 620)
+    reliable = _image(figures.calibration(predictions), "Accuracy against confidence", 440)
+    return (
+        f"<h2>Confusion, {split}</h2>{matrix}<h2>Classes, {split}</h2>{_table(header, rows)}"
+        f"<h2>Calibration, {split}</h2>{reliable}"
+        f'<p class="note">Expected calibration error {metrics["ece"]:.3f}. On the dashed line, of a hundred '
+        "predictions made with confidence 0.8 eighty are right.</p>"
+    )
+
+
+def _mistakes(predictions: Predictions, images: np.ndarray | None) -> str:
+    wrong = int((predictions.predicted != predictions.labels).sum())
+    title = f"<h2>Mistakes, {_NAMES[predictions.split].lower()}</h2>"
+    if not wrong:
+        return f"{title}<p>None in {len(predictions.labels)} images.</p>"
+    text = f"<p>{wrong} of {len(predictions.labels)} images; the most confident first.</p>"
+    if images is not None and predictions.index.max() < len(images):
+        figure = figures.mistakes(predictions, images)
+        assert figure is not None
+        return title + text + _image(figure, "Cells that were taken for another class")
+    rows = [
+        (predictions.ids[i], predictions.classes[predictions.labels[i]], predictions.classes[predictions.predicted[i]])
+        for i in figures.most_wrong(predictions, 24)
+    ]
+    return title + text + _table(("image", "true", "predicted"), rows)
+
+
+def _data(data: dict[str, Any]) -> str:
+    if not data:
+        return ""
+    counts = data.get("counts", {})
+    rows: list[list[object]] = [[c, *(counts[s].get(c, 0) for s in counts)] for c in data["classes"]]
+    rows.append(["all", *(sum(counts[s].values()) for s in counts)])
+    note = f"Fingerprint {data['fingerprint'][:16]}; {data.get('copies', 0)} byte-identical copies, always on one side."
+    parts = [f'<h2>Data</h2>{_table(["class", *counts], rows)}<p class="note">{_text(note)}</p>']
+    if data.get("skipped"):
+        summary = f"<summary>{len(data['skipped'])} files could not be read</summary>"
+        parts.append(f"<details>{summary}{_table(('file', 'reason'), data['skipped'])}</details>")
+    return "".join(parts)
 
 
 def write_report(run_dir: str | Path, images: np.ndarray | None = None) -> Path:
     """Writes report.html from what the run's folder holds; `images` uint8 [n, h, w, 3], the dataset's, adds pictures.
 
     Raises:
-      FileNotFoundError: the folder holds no results.json.
+      FileNotFoundError: the folder holds no config.json, so it is no run.
     """
     run_dir = Path(run_dir)
-    if not (run_dir / "results.json").is_file():
-        raise FileNotFoundError(f"{run_dir / 'results.json'} is not there; expected a run that `bmjax train` finished")
-    results = json.loads((run_dir / "results.json").read_text())
-    data = json.loads((run_dir / "dataset.json").read_text())
-    config = (run_dir / "config.json").read_text()
-    split = "test" if "test" in results else "val"
-    names = ("accuracy", "macro_f1", "balanced_accuracy", "loss", "ece")
-    rows = [[s, str(m["n"]), *(interval_text(m, n) for n in names)] for s, m in results.items()]
-    title = html.escape(json.loads(config)["name"])
-    parts = [f"<h1>{title}</h1><p>{data['n']} images of {html.escape(data['name'])}, {data['image_size']} pixels.</p>"]
-    parts.append("<h2>Results</h2><p>Best checkpoint on validation; 95 % intervals in brackets.</p>")
-    parts.append(_table(["split", "n", "accuracy", "macro F1", "balanced accuracy", "loss", "ECE"], rows))
-    if read_metrics(run_dir, "epoch"):
-        parts.append("<h2>Training</h2>" + _embed(figure_curves(run_dir)))
-    predictions = read_predictions(run_dir, split)
-    if predictions is not None:
-        classes = list(map(str, predictions["classes"]))
-        parts.append(f"<h2>Confusion, {split}</h2>")
-        parts.append(_embed(figure_confusion(np.array(results[split]["confusion"]), classes)))
-        per_class = results[split]["per_class"]
-        body = [
-            [c, *(f"{m[k]:.3f}" for k in ("precision", "recall", "f1")), str(m["n"])]
-            for c, m in zip(classes, per_class, strict=True)
-        ]
-        parts.append(_table(["class", "precision", "recall", "F1", "n"], body))
-        parts.append(f"<h2>Calibration, {split}</h2>")
-        parts.append(_embed(figure_calibration(predictions["labels"], predictions["probs"])))
-        wrong, titles = most_wrong(predictions, 32)
-        if images is not None and len(wrong):
-            parts.append(f"<h2>Most confident mistakes, {split}</h2>")
-            parts.append(_embed(figure_cells(images[predictions["index"][wrong]], titles)))
-    counts = data["counts"]
-    body = [[c, *(str(counts[s][c]) for s in ("train", "val", "test"))] for c in data["classes"]]
-    parts.append("<h2>Data</h2>" + _table(["class", "train", "val", "test"], body))
-    if data["skipped"]:
-        parts.append("<h3>Skipped files</h3>" + _table(["file", "reason"], data["skipped"]))
-    parts.append(f"<h2>Configuration</h2><pre>{html.escape(config)}</pre>")
+    if not (run_dir / "config.json").is_file():
+        raise FileNotFoundError(f"{run_dir / 'config.json'} is not there; expected the folder of a run")
+    config, data, results = (read_json(run_dir / f"{name}.json") for name in ("config", "dataset", "results"))
+    split = reported_split(results)
+    parts = [_head(config, data), _numbers(run_dir, results, split)]
+    parts.append(_training(read_records(run_dir, "train"), read_records(run_dir, "epoch"), config))
+    predictions = read_predictions(run_dir, split) if split else None
+    if split and predictions is not None:
+        parts += [_classes(results[split], predictions), _mistakes(predictions, images)]
+    parts.append(_data(data))
+    text = (run_dir / "config.json").read_text()
+    parts.append(f"<h2>Configuration</h2><details><summary>config.json</summary><pre>{_text(text)}</pre></details>")
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{_text(config.get('name', 'run'))}</title><style>{_STYLE}</style></head><body>{''.join(parts)}"
+        "</body></html>"
+    )
     path = run_dir / "report.html"
-    page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
-    path.write_text(page + "".join(parts) + "</html>")
+    temporary = path.with_name(f".report.{os.getpid()}.html")
+    temporary.write_text(page, encoding="utf-8", errors="replace")
+    os.replace(temporary, path)
     return path
 
 
 def figure_result(run_dir: str | Path, images: np.ndarray, path: str | Path) -> None:
-    """One picture of a run: a row of its cells a class, right and wrong, beside the confusion matrix."""
-    plt = _figures()
-    run_dir = Path(run_dir)
-    results = json.loads((run_dir / "results.json").read_text())
-    split = "test" if "test" in results else "val"
-    predictions = read_predictions(run_dir, split)
-    assert predictions is not None
-    classes, labels, top = predictions["classes"], predictions["labels"], predictions["probs"].argmax(-1)
-    figure = plt.figure(figsize=(12, 5.4), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1.15, 1))
-    axes = left.subplots(len(classes), 8)
-    for row, name in zip(axes, range(len(classes)), strict=True):
-        for axis, i in zip(row, np.flatnonzero(labels == name), strict=False):
-            axis.imshow(images[predictions["index"][i]])
-            colour = "green" if top[i] == labels[i] else "red"
-            axis.set_title(str(classes[top[i]]), fontsize=7, color=colour, pad=1)
-        for axis in row:
-            axis.axis("off")
-    figure_confusion(np.array(results[split]["confusion"]), list(map(str, classes)), right.subplots())
-    right.suptitle(f"{split}: accuracy {interval_text(results[split], 'accuracy')}, n = {results[split]['n']}")
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    """One picture of a run as PNG: cells of each class with what they were taken for, and the confusion matrix.
+
+    `images` uint8 [n, h, w, 3] are the dataset's.
+
+    Raises:
+      FileNotFoundError: no split has been evaluated yet.
+    """
+    results = read_json(Path(run_dir) / "results.json")
+    split = reported_split(results)
+    predictions = read_predictions(run_dir, split) if split else None
+    if split is None or predictions is None:
+        raise FileNotFoundError(f"{run_dir} holds no predictions; expected a run that `bmjax train` finished")
+    figures.result(predictions, results[split], images).savefig(path, dpi=120)
