@@ -67,6 +67,11 @@ def test_conv_computes_in_its_dtype_and_keeps_float32_parameters():
         y, variables = module.init_with_output(jax.random.key(0), x)
         assert y.dtype == expected
         assert variables["params"]["kernel"].dtype == jnp.float32
+    with jax.enable_x64(True):
+        double = Conv(2, 3, use_bias=True).init(jax.random.key(0), x.astype(jnp.float64))
+        assert {leaf.dtype for leaf in jax.tree.leaves(double)} == {jnp.dtype("float32")}
+    # The same draw whatever the compute type.
+    np.testing.assert_array_equal(double["params"]["kernel"], variables["params"]["kernel"])
 
 
 def numpy_batch_norm(x, scale, bias, mean, var, epsilon):
