@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import logging
 import os
 import sys
@@ -14,60 +13,20 @@ from types import ModuleType
 from typing import Any
 
 from bmjax.config import Config, from_json, to_json
+from bmjax.experiment import load_experiment, override, sweep
 
-
-def load_experiment(path: str) -> tuple[Config, ModuleType | None]:
-    """The Config of an experiment file (its `config()`), or of a run's config.json; and the experiment's module.
-
-    Raises:
-      FileNotFoundError: no such file.
-      ValueError: the file has no `config()` that returns a Config.
-    """
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"{path}: no such experiment; expected a Python file with config(), or a config.json")
-    if file.suffix == ".json":
-        return from_json(file.read_text()), None
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"{path}: expected a file ending in .py or .json")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.config() if hasattr(module, "config") else None
-    if not isinstance(config, Config):
-        raise ValueError(f"{path}: config() gives {config!r}; expected a bmjax.Config")
-    return config, module
-
-
-def override(config: Config, arguments: Sequence[str], prog: str) -> Config:
-    """The configuration with fields set by their dotted names, types checked; wrong ones exit with a suggestion."""
-    import tyro
-
-    # Every field is a plain flag: no sub-commands for optional values, no True/False pairs of flags.
-    flags = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands, tyro.conf.SuppressFixed)
-    return tyro.cli(Config, default=config, args=list(arguments), prog=prog, config=flags)
-
-
-def settings(overrides: dict[str, Any]) -> list[str]:
-    """Overrides of a sweep, {"optim.lr": 0.1}, as command-line arguments."""
-    return [word for name, value in overrides.items() for word in (f"--{name}", str(value))]
+# As many decoded images at once: at 224 pixels 300 MB.
+_PREDICT_AT_ONCE = 2048
 
 
 def train(options: argparse.Namespace, rest: Sequence[str]) -> int:
     config, module = load_experiment(options.experiment)
     config = override(config, rest, f"bmjax train {options.experiment}")
-    configs = [config]
-    if options.sweep:
-        if module is None or not hasattr(module, "sweep"):
-            raise ValueError(f"{options.experiment}: has no sweep(); expected one that yields overrides")
-        configs = []
-        for i, changes in enumerate(module.sweep()):
-            changed = override(config, settings(changes), "sweep")
-            name = changes.get("name", f"{config.name}_{i}")
-            run_dir = f"{config.run_dir}/{name}" if config.run_dir else ""
-            configs.append(dataclasses.replace(changed, name=name, run_dir=run_dir))
-    for config in configs:
-        code = _train_one(config, module, options.resume)
+    configs = sweep(config, module, options.experiment) if options.sweep else [config]
+    for i, one in enumerate(configs, 1):
+        if len(configs) > 1:
+            print(f"run {i} of {len(configs)}: {one.name}")
+        code = _train_one(one, module, options.resume)
         if code:
             return code
     return 0
@@ -75,22 +34,27 @@ def train(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _train_one(config: Config, module: ModuleType | None, resume: bool) -> int:
     from bmjax import loop
-    from bmjax.analysis.report import interval_text, write_report
+    from bmjax.analysis.report import write_report
     from bmjax.run import load_data
 
     result = loop.train(config, resume=resume)
     if result.interrupted:
         return 143 if result.interrupted == "SIGTERM" else 130
     dataset, _ = load_data(result.run_dir, config)
-    report = write_report(result.run_dir, dataset.images)
     for split, m in result.metrics.items():
-        print(f"{split}: n {m['n']}, accuracy {interval_text(m, 'accuracy')}, macro F1 {interval_text(m, 'macro_f1')}")
+        print(_line(split, m))
     if "test" in result.metrics:
         print_confusion(result.metrics["test"]["confusion"], dataset.classes)
     if module is not None and hasattr(module, "report"):
         module.report(result)
-    print(f"report: {report}")
+    print(f"report: {write_report(result.run_dir, dataset.images)}")
     return 0
+
+
+def _line(split: str, m: dict[str, Any]) -> str:
+    from bmjax.analysis.evaluation import interval_text
+
+    return f"{split}: n {m['n']}, accuracy {interval_text(m, 'accuracy')}, macro F1 {interval_text(m, 'macro_f1')}"
 
 
 def print_confusion(confusion: list[list[int]], classes: Sequence[str]) -> None:
@@ -102,49 +66,81 @@ def print_confusion(confusion: list[list[int]], classes: Sequence[str]) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> int:
+    path = Path(options.run) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there; expected the folder of a run that `bmjax train` made")
     from bmjax import loop
-    from bmjax.analysis.report import interval_text
-    from bmjax.run import load_run
+    from bmjax.analysis.report import write_report
+    from bmjax.run import load_data
 
-    m = loop.evaluate(options.run, options.split, options.which)
+    data = load_data(Path(options.run), from_json(path.read_text()))
+    m = loop.evaluate(options.run, options.split, options.which, data=data)
     print(
-        f"{options.split}: n {m['n']}, accuracy {interval_text(m, 'accuracy')}, macro F1 "
-        f"{interval_text(m, 'macro_f1')}, balanced accuracy {m['balanced_accuracy']:.3f}, loss {m['loss']:.3f}, "
+        f"{_line(options.split, m)}, balanced accuracy {m['balanced_accuracy']:.3f}, loss {m['loss']:.3f}, "
         f"ECE {m['ece']:.3f} ({options.which} checkpoint, step {m['step']})"
     )
-    print_confusion(m["confusion"], load_run(options.run, options.which).classes)
+    print_confusion(m["confusion"], data[0].classes)
+    print(f"report: {write_report(options.run, data[0].images)}")
     return 0
 
 
+def image_files(paths: Sequence[str]) -> list[Path]:
+    """The files given, and the images within the folders given, sorted; hidden ones are passed over.
+
+    Raises:
+      FileNotFoundError: a path is not there.
+      ValueError: a folder holds no image.
+    """
+    from bmjax.data.sources import SUFFIXES
+
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such file or folder")
+        if not path.is_dir():
+            found.append(path)
+            continue
+        names = sorted(p.relative_to(path) for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+        if not names:
+            raise ValueError(f"{path} holds no image; expected files ending in {', '.join(sorted(SUFFIXES))}")
+        found += [path / name for name in names]
+    return found
+
+
 def predict(options: argparse.Namespace) -> int:
+    out = Path(options.out)
+    if out.suffix not in (".csv", ".parquet"):
+        raise ValueError(f"--out is {options.out!r}; expected a name ending in .csv or .parquet")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"--out is {options.out!r}, but there is no folder {out.parent}")
+    paths = image_files(options.paths)
+
     import numpy as np
     import pyarrow as pa
     import pyarrow.csv
     import pyarrow.parquet
 
-    from bmjax.data.sources import SUFFIXES, decode_images
+    from bmjax.data.sources import decode_images
     from bmjax.loop import load_run, predict_probs
 
-    out = Path(options.out)
-    if out.suffix not in (".csv", ".parquet"):
-        raise ValueError(f"--out is {options.out!r}; expected a name ending in .csv or .parquet")
-    paths: list[Path] = []
-    for path in map(Path, options.paths):
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: no such file or folder")
-        found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
-        paths += found
     run = load_run(options.run, options.which)
-    # Decoded and classified a thousand at a time, so that a folder larger than memory works.
+    # No more padding than there are images, for the few that one looks at by hand.
+    batch = min(options.batch_size or run.config.train.eval_batch_size, len(paths))
+    setting = dataclasses.replace(run.config.train, eval_batch_size=batch)
+    run = dataclasses.replace(run, config=dataclasses.replace(run.config, train=setting))
     kept: list[str] = []
     errors: list[str] = []
     probs: list[np.ndarray] = []
-    for start in range(0, len(paths), 1024):
-        part = paths[start : start + 1024]
-        decoded = list(decode_images(part, run.config.data.image_size))
-        errors += [f"{p}: {d}" for p, d in zip(part, decoded, strict=True) if isinstance(d, str)]
-        images = [d for d in decoded if not isinstance(d, str)]
-        kept += [str(p) for p, d in zip(part, decoded, strict=True) if not isinstance(d, str)]
+    for start in range(0, len(paths), _PREDICT_AT_ONCE):
+        part = paths[start : start + _PREDICT_AT_ONCE]
+        images = []
+        for path, image in zip(part, decode_images(part, run.config.data.image_size), strict=True):
+            if isinstance(image, str):
+                errors.append(f"{path}: {image}")
+            else:
+                images.append(image)
+                kept.append(str(path))
         if images:
             probs.append(predict_probs(run, np.stack(images)))
     if errors:
@@ -152,89 +148,139 @@ def predict(options: argparse.Namespace) -> int:
     if not kept:
         raise ValueError(f"none of the {len(paths)} files given is a readable image")
     table = np.concatenate(probs)
-    columns: dict[str, Any] = {"path": kept, "predicted": [run.classes[i] for i in table.argmax(-1)]}
-    columns |= {name: table[:, i] for i, name in enumerate(run.classes)}
-    arrow = pa.table(columns)
+    columns = [kept, [run.classes[i] for i in table.argmax(-1)], *table.T]
+    # Names as a list: a class may be called "path".
+    arrow = pa.table([pa.array(column) for column in columns], names=["path", "predicted", *run.classes])
     write = pyarrow.csv.write_csv if out.suffix == ".csv" else pyarrow.parquet.write_table
     write(arrow, str(out))
     print(f"{len(kept)} images classified into {out}")
     return 1 if errors and options.strict else 0
 
 
+def _classes_of(config: Config) -> tuple[int, str]:
+    """(number of classes, where the number is from), without reading an image."""
+    if config.data.source == "synthetic":
+        from bmjax.data.synthetic import CLASSES
+
+        return len(CLASSES), "rendered cells"
+    from bmjax.data.sources import list_images
+
+    try:
+        return len(list_images(config.data.root)[0]), config.data.root
+    except FileNotFoundError:
+        return 7, "assumed, for data.root is not there"
+
+
 def show(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    import jax
-    import numpy as np
-
-    from bmjax import loop
-    from bmjax.model import count_parameters, create, init, parameter_table
-    from bmjax.parallel import Parallel
-    from bmjax.state import create_state, split_params
-
     config, _ = load_experiment(options.experiment)
     config = override(config, rest, f"bmjax show {options.experiment}")
     print(to_json(config))
-    model = create(config.model, options.classes, config.train.dtype)
+
+    import jax
+
+    from bmjax import loop
+    from bmjax.model import count_parameters, create, init, parameter_table
+    from bmjax.state import split_params
+
+    classes, origin = (options.classes, "given") if options.classes else _classes_of(config)
+    model = create(config.model, classes, config.train.dtype)
     variables = jax.eval_shape(lambda: init(model, jax.random.key(0), config.data.image_size))
-    groups: dict[tuple[str, str], list[int]] = {}
+    plans = loop.plan_stages(config, 1, model, variables["batch_stats"])
+
+    # A backbone's layers are gathered by their first word: conv2, pool2, ...
+    groups: dict[str, list[int]] = {}
     for row in parameter_table(variables):
-        layer = row.path.split("/")
-        # A backbone's layers are gathered by their first word: conv2, pool2, ...
-        name = "/".join([layer[0], layer[1].split("_")[0]]) if len(layer) > 2 else layer[0]
-        sums = groups.setdefault((row.part, name), [0, 0, 0])
+        layer = tuple(row.path.split("/"))
+        name = f"{layer[0]}/{layer[1].split('_')[0]}" if row.part == "backbone" else "/".join(layer[:-1])
+        sums = groups.setdefault(name, [0, 0, 0] + [0] * len(plans))
         sums[0 if row.collection == "params" else 1] += row.count
         sums[2] += row.is_norm and layer[-1] == "mean"
-    print(f"\n{'layers':32}{'parameters':>12}{'statistics':>12}{'norms':>7}")
-    for (_, name), (parameters, statistics, norms) in groups.items():
-        print(f"{name:32}{parameters:>12,}{statistics:>12,}{norms:>7}")
-    print(f"{'all':32}{count_parameters(variables['params']):>12,}{count_parameters(variables['batch_stats']):>12,}")
-    plans = loop.plan_stages(config, 1, model, variables["batch_stats"])
+        for i, plan in enumerate(plans):
+            sums[3 + i] += row.count if row.collection == "params" and plan.is_trainable(layer) else 0
+    header = ["parameters", "statistics", "norms", *(f"stage {i} trains" for i in range(len(plans)))]
+    print(f"\n{'layers':30}" + "".join(h.rjust(16) for h in header))
+    for name, sums in [*groups.items(), ("all", [sum(column) for column in zip(*groups.values(), strict=True)])]:
+        print(f"{name:30}" + "".join(f"{s:16,}" for s in sums))
+    print(f"\n{classes} classes ({origin})")
     for i, (stage, plan) in enumerate(zip(config.stages, plans, strict=True)):
         trainable = count_parameters(split_params(variables["params"], plan.is_trainable)[0])
         modes = ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(plan.batch_norm).items())
         print(f"stage {i}: {stage.epochs} epochs, {trainable:,} parameters train; batch-norm: {modes}")
-    size, b = config.data.image_size, config.train.batch_size
-    shapes = jax.eval_shape(
-        lambda v: create_state(
-            v, plans[-1].optimizer.tx, plans[-1].is_trainable, seed=0, ema=config.train.ema_decay is not None
-        ),
-        variables,
-    )
-    batch = {
-        "image": jax.ShapeDtypeStruct((b, size, size, 3), np.uint8),
-        "label": jax.ShapeDtypeStruct((b,), np.int32),
-        "position": jax.ShapeDtypeStruct((b,), np.int32),
-    }
-    parallel = Parallel("jit", (jax.devices()[0],))
-    compiled = loop.compile_stage(config, model, plans[-1], parallel, None).lower(shapes, batch).compile()
-    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
-    if cost and "flops" in cost:
-        print(f"one train step of {b} images: {cost['flops'] / 1e9:.1f} GFLOP (by XLA, last stage, one device)")
-    if memory is not None:
-        arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-        print(f"memory: {arguments / 1e6:.0f} MB of state and batch, {temporary / 1e6:.0f} MB temporary")
+    if options.compile:
+        _print_cost(config, model, plans, variables)
     return 0
+
+
+def _print_cost(config: Config, model: Any, plans: list[Any], variables: dict[str, Any]) -> None:
+    """FLOPs and memory by XLA, of the compiled train step of each stage on one device; nothing runs."""
+    import jax
+    import numpy as np
+
+    from bmjax import loop
+    from bmjax.parallel import Parallel
+    from bmjax.run import image_dtype
+    from bmjax.state import create_state
+    from bmjax.steps import make_eval_step
+
+    size, b = config.data.image_size, config.train.batch_size
+    image = jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
+    forward = jax.jit(make_eval_step(model, image_dtype=image_dtype(config))).lower(variables, {"image": image})
+    if cost := forward.cost_analysis():
+        print(f"one image forward: {cost['flops'] / 1e9:.2f} GFLOP")
+    shapes = {"image": ((b, size, size, 3), np.uint8), "label": ((b,), np.int32), "position": ((b,), np.int32)}
+    batch = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+    parallel = Parallel("jit", (jax.devices()[0],))
+    ema = config.train.ema_decay is not None
+    for i, plan in enumerate(plans):
+        state = jax.eval_shape(
+            lambda v, p=plan: create_state(v, p.optimizer.tx, p.is_trainable, seed=0, ema=ema), variables
+        )
+        compiled = loop.compile_stage(config, model, plan, parallel, None).lower(state, batch).compile()
+        text, cost, memory = f"stage {i}, one step of {b} images:", compiled.cost_analysis(), compiled.memory_analysis()
+        if cost and "flops" in cost:
+            text += f" {cost['flops'] / 1e9:.1f} GFLOP;"
+        if memory is not None:
+            # The new state takes the place of the old one, which is donated.
+            text += f" {memory.argument_size_in_bytes / 1e6:.0f} MB of state and batch,"
+            text += f" {memory.temp_size_in_bytes / 1e6:.0f} MB temporary"
+        print(text)
 
 
 def list_names(options: argparse.Namespace) -> int:
     def attention() -> list[str]:
         from bmjax.attention import list_attention
+        from bmjax.registry import modules
 
-        return list_attention()
+        docs = {name: (m.__doc__ or "").strip().split("\n")[0] for name, m in modules("bmjax.attention").items()}
+        return [f"{name:20} {docs[name]}" for name in list_attention()]
 
     def backbones() -> list[str]:
         from bmjax.backbones import list_backbones
+        from bmjax.weights.catalog import RECORDS
 
-        return list_backbones()
+        known = {r.backbone for r in RECORDS}
+        return [f"{name:20} {'imagenet weights' if name in known else ''}".rstrip() for name in list_backbones()]
 
     def optimizers() -> list[str]:
         from bmjax.optim import PRESETS
 
-        return [f"{name}  keras lr {p['keras']['lr']:g}, tuned {p['tuned']}" for name, p in PRESETS.items()]
+        def preset(numbers: dict[str, Any]) -> str:
+            return ", ".join(f"{key} {value}" for key, value in numbers.items())
+
+        return [f"{name:20} keras: {preset(p['keras'])}; tuned: {preset(p['tuned'])}" for name, p in PRESETS.items()]
 
     def weights() -> list[str]:
+        from bmjax.environment import cache_folder
         from bmjax.weights.catalog import RECORDS
 
-        return [f"{r.name}  {r.parameters:,} values, {r.preprocess}, {r.checksum}\n    {r.url}" for r in RECORDS]
+        def state(file_name: str) -> str:
+            return "fetched" if (cache_folder() / "weights" / file_name).is_file() else "not fetched yet"
+
+        return [
+            f"{r.name:20} {r.parameters:,} values, {r.preprocess}, {r.licence}, {state(r.file_name)}\n"
+            f"{'':23}{r.checksum}\n{'':23}{r.url}"
+            for r in RECORDS
+        ]
 
     kinds: dict[str, Callable[[], list[str]]] = {
         "attention": attention,
@@ -248,7 +294,7 @@ def list_names(options: argparse.Namespace) -> int:
     return 0
 
 
-def doctor() -> int:
+def doctor(options: argparse.Namespace) -> int:
     from bmjax.doctor import examine
 
     findings = examine()
@@ -263,22 +309,41 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bmjax", description="Classify bone-marrow cells with attention, in JAX.")
     parser.add_argument("--version", action="version", version=bmjax.__version__)
     verbs = parser.add_subparsers(dest="verb", required=True)
-    p = verbs.add_parser("train", help="train an experiment", add_help=False)
-    p.add_argument("experiment", nargs="?", help="a Python file with config(), or a config.json")
+    experiment = "a Python file with config(), a config.json, or a run's folder"
+    overrides = "Any field of the configuration follows by its dotted name, as in --optim.lr 0.01; "
+    overrides += "`bmjax %(prog)s EXPERIMENT --help` lists them."
+
+    def configured(name: str, text: str) -> argparse.ArgumentParser:
+        # Abbreviations are off, and --help is left, so that what follows the experiment reaches the configuration.
+        p = verbs.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}.",
+            epilog=overrides.replace("%(prog)s", name),
+            usage=f"bmjax {name} EXPERIMENT [options] [--FIELD VALUE ...]",
+            add_help=False,
+            allow_abbrev=False,
+        )
+        p.add_argument("experiment", nargs="?", help=experiment)
+        p.set_defaults(parser=p)
+        return p
+
+    p = configured("train", "train an experiment")
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
-    p.add_argument("--sweep", action="store_true", help="run all of the experiment's sweep()")
-    p = verbs.add_parser("show", help="print what an experiment is, without training", add_help=False)
-    p.add_argument("experiment", nargs="?")
-    p.add_argument("--classes", type=int, default=7, help="number of classes")
+    p.add_argument("--sweep", action="store_true", help="run each of the experiment's sweep()")
+    p = configured("show", "print what an experiment is, without training")
+    p.add_argument("--classes", type=int, help="number of classes; by default that of the data")
+    p.add_argument("--no-compile", dest="compile", action="store_false", help="leave out FLOPs and memory; quicker")
     p = verbs.add_parser("eval", help="evaluate a run on one split")
     p.add_argument("run", help="folder of a run")
     p.add_argument("--split", choices=("train", "val", "test"), default="val")
-    p.add_argument("--which", choices=("best", "last"), default="best")
+    p.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint")
     p = verbs.add_parser("predict", help="classify image files or folders")
     p.add_argument("run", help="folder of a run")
     p.add_argument("paths", nargs="+", help="images, or folders of images")
-    p.add_argument("--out", default="predictions.csv", help="a .csv or .parquet file")
-    p.add_argument("--which", choices=("best", "last"), default="best")
+    p.add_argument("--out", default="predictions.csv", help="a .csv or .parquet file (default: %(default)s)")
+    p.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint")
+    p.add_argument("--batch-size", type=int, help="images at once; by default the run's train.eval_batch_size")
     p.add_argument("--strict", action="store_true", help="exit with 1 if a file can't be read")
     p = verbs.add_parser("list", help="list what there is by name")
     p.add_argument("kind", nargs="?", choices=("attention", "backbones", "optimizers", "weights"))
@@ -295,22 +360,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, rest = parser.parse_known_args(arguments)
     if options.verb in ("train", "show"):
         if options.experiment is None:
-            parser.error(
-                f"{options.verb}: expected an experiment, as in: bmjax {options.verb} experiments/quickstart.py"
-            )
+            if {"-h", "--help"} & set(rest):
+                options.parser.print_help()
+                return 0
+            options.parser.error(f"expected an experiment, as in: bmjax {options.verb} experiments/quickstart.py")
     elif rest:
         parser.error(f"{options.verb}: unrecognized arguments: {' '.join(rest)}")
     try:
         if options.verb in ("train", "show"):
             return {"train": train, "show": show}[options.verb](options, rest)
-        if options.verb == "doctor":
-            return doctor()
-        return {"eval": evaluate, "predict": predict, "list": list_names}[options.verb](options)
+        return {"eval": evaluate, "predict": predict, "list": list_names, "doctor": doctor}[options.verb](options)
     except (ValueError, OSError, FloatingPointError) as e:
         if os.environ.get("BMJAX_DEBUG"):
             raise
         print(f"bmjax: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":
