@@ -63,7 +63,7 @@ def _preallocation() -> Finding:
 def _x64() -> Finding:
     import jax
 
-    if jax.config.jax_enable_x64:
+    if jax.config.read("jax_enable_x64"):
         return (
             "WARN",
             "x64",
