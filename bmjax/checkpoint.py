@@ -49,7 +49,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def meta(self, step: int) -> dict[str, Any]:
-        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        return self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
     def restore(self, step: int, template: TrainState) -> TrainState:
         """The state of a step, numpy leaves; `template` gives structure, shapes and dtypes.
@@ -65,9 +65,9 @@ class Checkpoints:
             ),
         )
         return (
-            TrainState(**restored.model, **restored.train)
+            TrainState(**restored["model"], **restored["train"])
             if template.ema is not None
-            else TrainState(**restored.model, **restored.train, ema=None)
+            else TrainState(**restored["model"], **restored["train"], ema=None)
         )
 
     def restore_variables(self, step: int, template: dict[str, Tree], ema: bool) -> dict[str, Tree]:
@@ -75,14 +75,14 @@ class Checkpoints:
         both = {"params": template["params"], "batch_stats": template["batch_stats"]}
         item = both | ({"ema": both} if ema else {})
         args = ocp.args.Composite(model=ocp.args.StandardRestore(_abstract(item)))
-        model = self._manager.restore(step, args=args).model
+        model = self._manager.restore(step, args=args)["model"]
         return model["ema"] if ema else model
 
     def raw(self, step: int) -> dict[str, np.ndarray]:
         """Every array of a checkpoint, by its path, read without a template."""
         args = ocp.args.Composite(model=ocp.args.StandardRestore(), train=ocp.args.StandardRestore())
         items = self._manager.restore(step, args=args)
-        leaves = jax.tree_util.tree_leaves_with_path({"model": items.model, "train": items.train})
+        leaves = jax.tree_util.tree_leaves_with_path({"model": items["model"], "train": items["train"]})
         return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
     def wait(self) -> None:

@@ -192,9 +192,14 @@ class StageConfig:
 
     def resolved_batch_norm(self) -> BatchNormConfig:
         """The modes with `auto` decided: `train` where the part trains, else `frozen`."""
-        modes = {part: getattr(self.batch_norm, part) for part in PARTS}
-        auto = {part: "train" if part in self.train else "frozen" for part in PARTS}
-        return BatchNormConfig(**{part: auto[part] if mode == "auto" else mode for part, mode in modes.items()})
+
+        def mode(part: str) -> BatchNormMode:
+            chosen: BatchNormMode = getattr(self.batch_norm, part)
+            if chosen != "auto":
+                return chosen
+            return "train" if part in self.train else "frozen"
+
+        return BatchNormConfig(mode("backbone"), mode("attention"), mode("head"))
 
     def __post_init__(self) -> None:
         _check(self.epochs >= 1, "stages.epochs", self.epochs, "at least 1")

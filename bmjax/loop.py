@@ -313,7 +313,7 @@ def train(config: Config, *, resume: bool = False) -> Result:
     results: dict[str, dict[str, Any]] = {}
     with contextlib.closing(tracker), contextlib.closing(last), contextlib.closing(best), Signals() as signals:
         predictor = Predictor(config, model, signals)
-        train_step, compiled_stage = None, -1
+        train_step = compile_stage(config, model, plans[progress.stage], parallel, class_weights)
         try:
             while True:
                 # An epoch ends here, also where a resume starts between its last step and its evaluation.
@@ -337,12 +337,8 @@ def train(config: Config, *, resume: bool = False) -> Result:
                 if step >= plans[progress.stage].end:  # other parameters train now: the optimizer starts anew
                     progress.stage += 1
                     state = state.replace(opt_state=plans[progress.stage].opt_state(state.params))
+                    train_step = compile_stage(config, model, plans[progress.stage], parallel, class_weights)
                 plan = plans[progress.stage]
-                if compiled_stage != progress.stage:
-                    train_step, compiled_stage = (
-                        compile_stage(config, model, plan, parallel, class_weights),
-                        progress.stage,
-                    )
                 on_devices, lr_at = parallel.to_devices(state), plan.optimizer.lr_at(state.opt_state)
                 epoch_end = (step // per_epoch + 1) * per_epoch
                 for batch in batches.batches(step):

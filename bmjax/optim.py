@@ -177,7 +177,8 @@ def make_optimizer(
                 u = u - peak * config.weight_decay * flat_params[path]
             return u * jnp.asarray(rate * depth_multiplier(path), u.dtype)
 
-        flat = {path: one(path, u) for path, u in traverse_util.flatten_dict(updates).items()}
+        flat_updates: dict[Path, Any] = dict(traverse_util.flatten_dict(updates))
+        flat = {path: one(path, u) for path, u in flat_updates.items()}
         return traverse_util.unflatten_dict(flat), state._replace(count=state.count + 1)
 
     rescale = _rescale(peak, numbers["momentum"], numbers["nesterov"], config.name)

@@ -31,7 +31,7 @@ class Parallel:
     """
 
     kind: Literal["jit", "pmap"]
-    devices: tuple[jax.Device, ...]
+    devices: tuple[Any, ...]
 
     @classmethod
     def create(cls, kind: Literal["jit", "pmap"] = "jit", count: int | None = None, batch_size: int = 0) -> Parallel:

@@ -15,8 +15,7 @@ Tree = Any
 Path = tuple[str, ...]
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """State between two updates; `step` counts completed updates.
 
     `key` holds the raw data of the run's PRNG key and never changes: every draw folds the step into it. `ema` is

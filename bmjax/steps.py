@@ -86,8 +86,9 @@ def make_train_step(
         params = merge_params(optax.apply_updates(trainable, updates), frozen)
         ema = state.ema
         if ema_decay is not None:
+            keep = float(ema_decay)
             new = {"params": params, "batch_stats": batch_stats}
-            ema = jax.tree.map(lambda old, x: ema_decay * old + (1 - ema_decay) * x, ema, new)
+            ema = jax.tree.map(lambda old, x: keep * old + (1 - keep) * x, ema, new)
         state = state.replace(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state, ema=ema)
         return state, {"loss": loss, "correct": correct, "count": count, "grad_norm": optax.tree.norm(grads)}
 
@@ -98,6 +99,7 @@ def make_eval_step(model: Classifier, *, image_dtype: Any = jnp.float32) -> Call
     """eval_step(variables, batch) -> {"logits" [b, k]}; `batch` holds image uint8 [b, h, w, 3]."""
 
     def eval_step(variables: Tree, batch: Batch) -> Metrics:
-        return {"logits": model.apply(variables, batch["image"].astype(image_dtype), train=False)}
+        logits: Any = model.apply(variables, batch["image"].astype(image_dtype), train=False)
+        return {"logits": logits}
 
     return eval_step

@@ -16,7 +16,8 @@ def merge(target: Tree, source: Tree, origin: str) -> Tree:
     Raises:
       ValueError: a leaf is on one side only, or two shapes differ; names the leaf and the shapes.
     """
-    wanted, given = traverse_util.flatten_dict(target), traverse_util.flatten_dict(source)
+    wanted: dict[tuple[str, ...], Any] = dict(traverse_util.flatten_dict(target))
+    given: dict[tuple[str, ...], Any] = dict(traverse_util.flatten_dict(source))
     for path, leaf in wanted.items():
         name = "/".join(path)
         if path not in given:
