@@ -90,7 +90,7 @@ def test_eager_is_jit_and_bfloat16_is_near(name):
     eager = model.apply(variables, images())
     jitted = np.asarray(jax.jit(model.apply)(variables, images()))
     np.testing.assert_allclose(jitted, eager, rtol=1e-5, atol=1e-5 * jitted.max())
-    half = create_backbone(name, dtype=jnp.bfloat16).apply(variables, images())
+    half = jax.jit(create_backbone(name, dtype=jnp.bfloat16).apply)(variables, images())
     assert half.dtype == jnp.bfloat16
     assert np.abs(np.asarray(half, np.float32) - jitted).max() < 0.05 * jitted.max()
 
