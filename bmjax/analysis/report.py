@@ -69,7 +69,7 @@ def _card(value: str, name: str, below: str = "") -> str:
 def _head(config: dict[str, Any], data: dict[str, Any]) -> str:
     model = config.get("model", {})
     weights = model.get("weights")
-    parts = [f"{model.get('backbone', '?')}, {f'weights {weights}' if weights else 'random weights'}"]
+    parts = [f"{model.get('backbone', '?')}, {f'weights {Path(weights).name}' if weights else 'random weights'}"]
     parts.append(f"attention {model.get('attention', '?')}")
     if data:
         parts.append(

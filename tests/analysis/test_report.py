@@ -18,7 +18,7 @@ from bmjax.analysis.evaluation import (
     reported_split,
 )
 from bmjax.analysis.report import figure_result, interval_text, write_report
-from bmjax.config import Config, to_json
+from bmjax.config import Config, ModelConfig, to_json
 from bmjax.metrics import classification_metrics
 
 CLASSES = ("BLA", "EOS", "<b>NIF</b>")
@@ -28,7 +28,8 @@ CLASSES = ("BLA", "EOS", "<b>NIF</b>")
 def run(tmp_path):
     """A run's folder as train() leaves it, and the dataset's images [40, 8, 8, 3]."""
     rng = np.random.default_rng(0)
-    (tmp_path / "config.json").write_text(to_json(dataclasses.replace(Config(), name="a & b")))
+    config = Config(name="a & b", model=ModelConfig(weights="/some/where/notop.h5"))
+    (tmp_path / "config.json").write_text(to_json(config))
     counts = {s: dict.fromkeys(CLASSES, n) for s, n in (("train", 30), ("val", 5), ("test", 4))}
     summary = {"name": "cells", "classes": CLASSES, "n": 117, "image_size": 8, "fingerprint": "f" * 64}
     skipped = {"counts": counts, "copies": 2, "skipped": [["BLA/bad.png", "the file is empty"]]}
@@ -91,7 +92,15 @@ def test_report_holds_the_run(run):
     assert len(page.images) == 4
     for split in ("train", "val", "test"):
         assert interval_text(results[split], "accuracy") in page.text
-    for text in ("a & b", "117 images", "opened 2 times", "the file is empty", "<b>NIF</b>", "50.0 images/s"):
+    for text in (
+        "a & b",
+        "weights notop.h5",
+        "117 images",
+        "opened 2 times",
+        "the file is empty",
+        "<b>NIF</b>",
+        "50.0 images/s",
+    ):
         assert text in page.text, text
     assert "b" in page.tags, "the cards' figures are bold"
     assert "<td><b>" not in source, "a class's name is not escaped"
