@@ -39,6 +39,7 @@ from bmjax.run import (
     run_folder,
     save_predictions,
     save_results,
+    saved_results,
 )
 from bmjax.state import Path as ParamPath
 from bmjax.state import TrainState, Tree, create_state, split_params
@@ -363,7 +364,10 @@ def train(config: Config, *, resume: bool = False) -> Result:
             return Result(run_dir, {}, step, interrupted=signals.stop.name)
         best.wait()
         for split in ("train", "val", "test") if config.train.final_test else ("train", "val"):
-            results[split] = evaluate(run_dir, split, data=(dataset, splits))
+            # The test split is opened once: a run that was finished before and is resumed keeps what it found.
+            known = saved_results(run_dir).get("test") if split == "test" else None
+            reusable = known is not None and known["step"] == progress.best_step
+            results[split] = known if reusable else evaluate(run_dir, split, data=(dataset, splits))
         track_results(run_dir, tracker, dataset, results)
     return Result(run_dir, results, step)
 

@@ -171,8 +171,12 @@ def save_predictions(run_dir: Path, split: str, dataset: Dataset, probs: np.ndar
     )
 
 
+def saved_results(run_dir: Path) -> dict[str, dict[str, Any]]:
+    """results.json by split; empty before the first evaluation."""
+    path = run_dir / "results.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def save_results(run_dir: Path, split: str, metrics: dict[str, Any]) -> None:
     """Sets one split's metrics in results.json."""
-    path = run_dir / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
-    write_text(path, json.dumps(results | {split: metrics}, indent=2))
+    write_text(run_dir / "results.json", json.dumps(saved_results(run_dir) | {split: metrics}, indent=2))

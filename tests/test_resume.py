@@ -130,6 +130,14 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_images(tiny_config, monke
         loop.train(config)
 
 
+def test_a_finished_run_that_is_resumed_does_not_open_the_test_split_again(tiny_config):
+    train = dataclasses.replace(tiny_config.train, final_test=True)
+    config = dataclasses.replace(tiny_config, stages=tiny_config.stages[:1], train=train)
+    first, again = loop.train(config), loop.train(config, resume=True)
+    assert again.metrics == first.metrics
+    assert len((first.run_dir / "openings.jsonl").read_text().splitlines()) == 1
+
+
 def test_what_is_read_is_what_was_trained(tiny_config):
     result = loop.train(dataclasses.replace(tiny_config, stages=tiny_config.stages[:1]))
     run = load_run(result.run_dir)
