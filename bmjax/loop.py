@@ -366,8 +366,9 @@ def train(config: Config, *, resume: bool = False) -> Result:
         for split in ("train", "val", "test") if config.train.final_test else ("train", "val"):
             # The test split is opened once: a run that was finished before and is resumed keeps what it found.
             known = saved_results(run_dir).get("test") if split == "test" else None
-            reusable = known is not None and known["step"] == progress.best_step
-            results[split] = known if reusable else evaluate(run_dir, split, data=(dataset, splits))
+            if known is None or known["step"] != progress.best_step:
+                known = evaluate(run_dir, split, data=(dataset, splits))
+            results[split] = known
         track_results(run_dir, tracker, dataset, results)
     return Result(run_dir, results, step)
 
