@@ -54,8 +54,8 @@ def _importlib_resources() -> Finding:
     # tensorflow-datasets 4.9.10 imports it and forgets to say so.
     if importlib.util.find_spec("importlib_resources") is None:
         advice = "missing, and tensorflow-datasets imports it; python -m pip install importlib_resources"
-        return ("FAIL", "importlib_resources", advice)
-    return ("OK", "importlib_resources", "there, as tensorflow-datasets wants it")
+        return ("FAIL", "importlib_resources for tfds", advice)
+    return ("OK", "importlib_resources for tfds", "there, as tensorflow-datasets wants it")
 
 
 def _tensorflow() -> Finding:

@@ -52,7 +52,7 @@ def test_a_package_too_old_or_missing_fails(monkeypatch):
 def test_missing_importlib_resources_fails(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "importlib_resources" else find(n))
-    assert level("importlib_resources") == "FAIL"
+    assert level("importlib_resources for tfds") == "FAIL"
 
 
 def test_a_cache_that_cannot_be_written_fails(monkeypatch, tmp_path):
