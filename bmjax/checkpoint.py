@@ -64,11 +64,7 @@ class Checkpoints:
                 train=ocp.args.StandardRestore(_abstract(_train_item(template))),
             ),
         )
-        return (
-            TrainState(**restored["model"], **restored["train"])
-            if template.ema is not None
-            else TrainState(**restored["model"], **restored["train"], ema=None)
-        )
+        return TrainState(**({"ema": None} | restored["model"] | restored["train"]))
 
     def restore_variables(self, step: int, template: dict[str, Tree], ema: bool) -> dict[str, Tree]:
         """{"params", "batch_stats"} for evaluation, the moving average where the run kept one."""

@@ -35,12 +35,11 @@ def train(options: argparse.Namespace, rest: Sequence[str]) -> int:
 def _train_one(config: Config, module: ModuleType | None, resume: bool) -> int:
     from bmjax import loop
     from bmjax.analysis.report import write_report
-    from bmjax.run import load_data
 
     result = loop.train(config, resume=resume)
     if result.interrupted:
         return 143 if result.interrupted == "SIGTERM" else 130
-    dataset, _ = load_data(result.run_dir, config)
+    dataset, _ = result.data
     for split, m in result.metrics.items():
         print(_line(split, m))
     if "test" in result.metrics:
@@ -91,7 +90,7 @@ def image_files(paths: Sequence[str]) -> list[Path]:
       FileNotFoundError: a path is not there.
       ValueError: a folder holds no image.
     """
-    from bmjax.data.sources import SUFFIXES
+    from bmjax.data.sources import SUFFIXES, images_below
 
     found: list[Path] = []
     for path in map(Path, paths):
@@ -100,8 +99,7 @@ def image_files(paths: Sequence[str]) -> list[Path]:
         if not path.is_dir():
             found.append(path)
             continue
-        names = sorted(p.relative_to(path) for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+        names = images_below(path)
         if not names:
             raise ValueError(f"{path} holds no image; expected files ending in {', '.join(sorted(SUFFIXES))}")
         found += [path / name for name in names]
@@ -122,13 +120,14 @@ def predict(options: argparse.Namespace) -> int:
     import pyarrow.parquet
 
     from bmjax.data.sources import decode_images
-    from bmjax.loop import load_run, predict_probs
+    from bmjax.loop import Predictor, load_run, predict_probs
 
     run = load_run(options.run, options.which)
     # No more padding than there are images, for the few that one looks at by hand.
     batch = min(options.batch_size or run.config.train.eval_batch_size, len(paths))
     setting = dataclasses.replace(run.config.train, eval_batch_size=batch)
     run = dataclasses.replace(run, config=dataclasses.replace(run.config, train=setting))
+    predictor = Predictor(run.config, run.model)
     kept: list[str] = []
     errors: list[str] = []
     probs: list[np.ndarray] = []
@@ -142,7 +141,7 @@ def predict(options: argparse.Namespace) -> int:
                 images.append(image)
                 kept.append(str(path))
         if images:
-            probs.append(predict_probs(run, np.stack(images)))
+            probs.append(predict_probs(run, np.stack(images), predictor))
     if errors:
         print(f"{len(errors)} of {len(paths)} images can't be read:", *errors, sep="\n  ", file=sys.stderr)
     if not kept:

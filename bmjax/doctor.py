@@ -156,8 +156,8 @@ def _compilation_cache() -> Finding:
 
 
 def _weights() -> list[Finding]:
+    from bmjax.files import checksum
     from bmjax.weights.catalog import RECORDS
-    from bmjax.weights.download import checksum
 
     found: list[Finding] = []
     for record in RECORDS:

@@ -54,11 +54,12 @@ SplitName = Literal["train", "val", "test"]
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What train() leaves: the folder, the metrics by split, the steps done, and whether a signal ended it."""
+    """What train() leaves: the folder, the metrics by split, the steps done, the data, and what signal ended it."""
 
     run_dir: Path
     metrics: dict[str, dict[str, Any]]
     steps: int
+    data: tuple[Dataset, Splits]
     interrupted: str | None = None
 
 
@@ -202,7 +203,7 @@ class Predictor:
         self.batch_size = math.ceil(config.train.eval_batch_size / self._parallel.size) * self._parallel.size
         self._signals = signals
         step = make_eval_step(model, image_dtype=image_dtype(config))
-        self._step = self._parallel.compile_step(step, donate=False, outputs="batch")
+        self._step = self._parallel.compile_step(step, donate=False)
 
     def __call__(self, variables: Tree, dataset: Dataset, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(probabilities float32 [n, k], rows [n]): every image once, padding left out.
@@ -276,7 +277,6 @@ def train(config: Config, *, resume: bool = False) -> Result:
     model_check(config)
     open_run(run_dir, config, resume)
     dataset, splits = load_data(run_dir, config)
-    rows: dict[SplitName, np.ndarray] = {"train": splits.train, "val": splits.val, "test": splits.test}
     batch_size, per_epoch = config.train.batch_size, steps_per_epoch(len(splits.train), config.train.batch_size)
     class_weights = None
     if config.train.class_weights == "balanced":
@@ -297,14 +297,8 @@ def train(config: Config, *, resume: bool = False) -> Result:
         state = last.restore(newest, template)
         log.info("%s: resumed at step %d", run_dir, newest)
     step, total = int(state.step), plans[-1].end
-    log.info(
-        "%d images to train on, %d steps an epoch, %d steps, %d %s",
-        len(splits.train),
-        per_epoch,
-        total,
-        parallel.size,
-        "device(s)",
-    )
+    counts = (len(splits.train), per_epoch, total, parallel.size)
+    log.info("%d images to train on, %d steps an epoch, %d steps, %d device(s)", *counts)
 
     shard = {"process_index": jax.process_index(), "process_count": jax.process_count()}
     batches = TrainBatches(dataset, splits.train, batch_size, config.seed, workers=config.train.workers, **shard)
@@ -314,20 +308,18 @@ def train(config: Config, *, resume: bool = False) -> Result:
     results: dict[str, dict[str, Any]] = {}
     with contextlib.closing(tracker), contextlib.closing(last), contextlib.closing(best), Signals() as signals:
         predictor = Predictor(config, model, signals)
+
+        def evaluate_split(state: TrainState, split: SplitName) -> dict[str, Any]:
+            return predictor.metrics(state.variables(), dataset, getattr(splits, split))
+
         train_step = compile_stage(config, model, plans[progress.stage], parallel, class_weights)
         try:
             while True:
                 # An epoch ends here, also where a resume starts between its last step and its evaluation.
                 if step and step % per_epoch == 0 and progress.epochs_evaluated < step // per_epoch:
-                    evaluate_split = lambda s, split: predictor.metrics(s.variables(), dataset, rows[split])  # noqa: E731
+                    optimizer = plans[progress.stage].optimizer
                     state, is_best = end_epoch(
-                        config,
-                        state,
-                        progress,
-                        tracker,
-                        evaluate_split,
-                        plans[progress.stage].optimizer,
-                        is_last=step == total,
+                        config, state, progress, tracker, evaluate_split, optimizer, is_last=step == total
                     )
                     if is_best:
                         best.save(state, dataclasses.asdict(progress))
@@ -361,16 +353,17 @@ def train(config: Config, *, resume: bool = False) -> Result:
         last.wait()
         if signals.stop is not None:
             log.warning("%s: stopped by %s at step %d; resume with --resume", run_dir, signals.stop.name, step)
-            return Result(run_dir, {}, step, interrupted=signals.stop.name)
+            return Result(run_dir, {}, step, (dataset, splits), interrupted=signals.stop.name)
         best.wait()
+        trained, final = load_run(run_dir), Predictor(config, model)
         for split in ("train", "val", "test") if config.train.final_test else ("train", "val"):
             # The test split is opened once: a run that was finished before and is resumed keeps what it found.
             known = saved_results(run_dir).get("test") if split == "test" else None
             if known is None or known["step"] != progress.best_step:
-                known = evaluate(run_dir, split, data=(dataset, splits))
+                known = evaluate_run(trained, split, "best", final, dataset, splits)
             results[split] = known
         track_results(run_dir, tracker, dataset, results)
-    return Result(run_dir, results, step)
+    return Result(run_dir, results, step, (dataset, splits))
 
 
 def model_check(config: Config) -> None:
@@ -427,12 +420,18 @@ def evaluate(
     """
     run = load_run(run_dir, which)
     dataset, splits = data or load_data(run.run_dir, run.config)
+    return evaluate_run(run, split, which, Predictor(run.config, run.model), dataset, splits)
+
+
+def evaluate_run(
+    run: Run, split: SplitName, which: Which, predictor: Predictor, dataset: Dataset, splits: Splits
+) -> dict[str, Any]:
+    """As `evaluate`, of a run that is read already; one predictor serves several splits."""
     if split == "test" and (openings := record_opening(run.run_dir, run.step)) > 1:
         log.warning(
-            "%s: the test split is opened for time %d; a choice made on it is no longer a test", run_dir, openings
+            "%s: the test split is opened for time %d; a choice made on it is no longer a test", run.run_dir, openings
         )
-    rows = {"train": splits.train, "val": splits.val, "test": splits.test}[split]
-    probs, done = Predictor(run.config, run.model)(run.variables, dataset, rows)
+    probs, done = predictor(run.variables, dataset, getattr(splits, split))
     metrics = classification_metrics(dataset.labels[done], probs) | {"step": run.step, "checkpoint": which}
     if jax.process_index() == 0:
         save_predictions(run.run_dir, split, dataset, probs, done)
@@ -440,8 +439,11 @@ def evaluate(
     return metrics
 
 
-def predict_probs(run: Run, images: np.ndarray) -> np.ndarray:
-    """Class probabilities float32 [n, k] of images uint8 [n, h, w, 3] at the run's image size."""
+def predict_probs(run: Run, images: np.ndarray, predictor: Predictor | None = None) -> np.ndarray:
+    """Class probabilities float32 [n, k] of images uint8 [n, h, w, 3] at the run's image size.
+
+    `predictor`: one made before, where this is called again and again; it compiles once.
+    """
     n = len(images)
     unlabelled = Dataset(
         name="images",
@@ -453,4 +455,5 @@ def predict_probs(run: Run, images: np.ndarray) -> np.ndarray:
         fingerprint="",
         skipped=(),
     )
-    return Predictor(run.config, run.model)(run.variables, unlabelled, np.arange(n))[0]
+    predictor = predictor or Predictor(run.config, run.model)
+    return predictor(run.variables, unlabelled, np.arange(n))[0]

@@ -22,7 +22,6 @@ from bmjax.config import OptimConfig, ScheduleConfig
 
 Tree = Any
 Path = tuple[str, ...]
-Builder = Callable[[float, float, bool], optax.GradientTransformation]
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "adagrad": {"keras": {"lr": 1e-3}, "tuned": {"lr": 1e-2}},
@@ -36,7 +35,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-def _rescale(lr: float, momentum: float, nesterov: bool, name: str) -> optax.GradientTransformation:
+def _rescale(name: str, lr: float, momentum: float, nesterov: bool) -> optax.GradientTransformation:
     """The update of an optimizer at a constant rate, sign included; schedules multiply it afterwards.
 
     A rate inside a momentum buffer (as in Keras) and one outside are the same while it is constant. Under a schedule
@@ -67,11 +66,15 @@ class RateState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """`tx` acts on the tree of trainable parameters; `multiplier(step)` is the schedule's factor, 0..1."""
+    """`tx` acts on the tree of trainable parameters; `multiplier(step)` is the schedule's factor, 0..1.
+
+    `schedule` is the configuration it follows; of kind `plateau`, `update_plateau` lowers the rate.
+    """
 
     tx: optax.GradientTransformation
     peak_lr: float
     multiplier: Callable[[Any], Any]
+    schedule: ScheduleConfig
 
     def lr_at(self, opt_state: Tree) -> Callable[[int], float]:
         """Learning rate by step of the stage, with the plateau's verdict in `opt_state`."""
@@ -181,29 +184,18 @@ def make_optimizer(
         flat = {path: one(path, u) for path, u in flat_updates.items()}
         return traverse_util.unflatten_dict(flat), state._replace(count=state.count + 1)
 
-    rescale = _rescale(peak, numbers["momentum"], numbers["nesterov"], config.name)
+    rescale = _rescale(config.name, peak, numbers["momentum"], numbers["nesterov"])
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
-    plateau = config.schedule if config.schedule.kind == "plateau" else None
     rate = optax.GradientTransformation(init, update)  # type: ignore[arg-type]
-    return (
-        Optimizer(optax.chain(*clip, rescale, rate), peak, multiplier)
-        if plateau is None
-        else PlateauOptimizer(optax.chain(*clip, rescale, rate), peak, multiplier, plateau)
-    )
+    return Optimizer(optax.chain(*clip, rescale, rate), peak, multiplier, config.schedule)
 
 
-@dataclasses.dataclass(frozen=True)
-class PlateauOptimizer(Optimizer):
-    """An optimizer whose rate drops when the validation loss stops falling."""
-
-    config: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
+def _is_rate_state(node: Any) -> bool:
+    return isinstance(node, RateState)
 
 
 def _rate_state(opt_state: Tree) -> RateState:
-    found = [
-        s for s in jax.tree.leaves(opt_state, is_leaf=lambda s: isinstance(s, RateState)) if isinstance(s, RateState)
-    ]
-    return found[0]
+    return next(filter(_is_rate_state, jax.tree.leaves(opt_state, is_leaf=_is_rate_state)))
 
 
 def update_plateau(optimizer: Optimizer, opt_state: Tree, value: float) -> Tree:
@@ -211,21 +203,21 @@ def update_plateau(optimizer: Optimizer, opt_state: Tree, value: float) -> Tree:
 
     After `patience` epochs without a new best the rate is multiplied by `factor`, and the count begins anew.
     """
-    if not isinstance(optimizer, PlateauOptimizer):
+    if optimizer.schedule.kind != "plateau":
         return opt_state
 
     def advance(s: Any) -> Any:
-        if not isinstance(s, RateState):
+        if not _is_rate_state(s):
             return s
         rounded = float(np.float32(value))  # as the best so far is kept, so that an equal loss is no improvement
         better = rounded < float(s.best)
         waited = 0 if better else int(s.epochs_since_best) + 1
-        drop = waited >= optimizer.config.patience
+        drop = waited >= optimizer.schedule.patience
         return s._replace(
             best=jnp.asarray(min(rounded, float(s.best)), jnp.float32),
             epochs_since_best=jnp.asarray(0 if drop else waited, jnp.int32),
             plateau_scale=s.plateau_scale
-            * jnp.asarray(optimizer.config.factor if drop else 1.0, s.plateau_scale.dtype),
+            * jnp.asarray(optimizer.schedule.factor if drop else 1.0, s.plateau_scale.dtype),
         )
 
-    return jax.tree.map(advance, opt_state, is_leaf=lambda s: isinstance(s, RateState))
+    return jax.tree.map(advance, opt_state, is_leaf=_is_rate_state)

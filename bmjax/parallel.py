@@ -58,8 +58,8 @@ class Parallel:
     def _sharding(self, *axes: str) -> NamedSharding:
         return NamedSharding(self._mesh, PartitionSpec(*axes))
 
-    def compile_step(self, step: Callable, *, donate: bool = True, outputs: Literal["state", "batch"] = "state"):
-        """Compiles step(state, batch). `outputs`: "state" for (state, metrics), "batch" for arrays [b, ...].
+    def compile_step(self, step: Callable, *, donate: bool = True):
+        """Compiles step(state, batch) -> (state, metrics), or -> arrays [b, ...], which `batch_to_host` reads.
 
         The state is donated unless `donate` is False.
         """
@@ -74,8 +74,7 @@ class Parallel:
         """Copies a host tree onto every device."""
         if self.kind == "pmap":
             stacked = jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(x), (self.size, *np.shape(x))), tree)
-            mesh = jax.make_mesh((self.size,), (BATCH_AXIS,), axis_types=(AxisType.Auto,), devices=self.devices)
-            return jax.device_put(stacked, NamedSharding(mesh, PartitionSpec(BATCH_AXIS)))
+            return jax.device_put(stacked, self._sharding(BATCH_AXIS))
         # A copy, since device_put may alias what the caller keeps and the step donates its input.
         return jax.device_put(jax.tree.map(lambda x: jnp.array(x, copy=True), tree), self._sharding())
 
@@ -93,7 +92,7 @@ class Parallel:
         return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
     def batch_to_host(self, outputs: dict[str, jax.Array]) -> dict[str, np.ndarray]:
-        """Per-image outputs of a step compiled with outputs="batch" -> numpy [b, ...]."""
+        """Per-image outputs of a compiled step -> numpy [b, ...]."""
         if self.kind == "pmap":
             return {k: np.asarray(v).reshape(-1, *v.shape[2:]) for k, v in outputs.items()}
         return {k: np.asarray(v) for k, v in outputs.items()}

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +20,7 @@ import numpy as np
 from bmjax.checkpoint import Checkpoints
 from bmjax.config import Config, from_json, to_json
 from bmjax.data import Dataset, Splits, dataset_summary, load_dataset, split_dataset, write_split
+from bmjax.files import write_text
 from bmjax.model import Classifier, create, init
 from bmjax.state import Tree
 
@@ -87,13 +87,6 @@ def open_run(run_dir: Path, config: Config, resume: bool) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     if jax.process_index() == 0 and not path.exists():
         write_text(path, to_json(config))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all, also under a kill."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def load_data(run_dir: Path, config: Config) -> tuple[Dataset, Splits]:

@@ -36,12 +36,8 @@ def config() -> Config:
 def report(result) -> None:
     """Prints a linear model on the pixels, trained and tested on the same split."""
     from bmjax.analysis.baseline import linear_pixels
-    from bmjax.config import from_json
-    from bmjax.data import load_dataset, split_dataset
 
-    run = from_json((result.run_dir / "config.json").read_text())
-    dataset = load_dataset(run.data)
-    splits = split_dataset(dataset, run.data)
+    dataset, splits = result.data
     images, labels = dataset.images, dataset.labels
     linear = linear_pixels(images[splits.train], labels[splits.train], images[splits.test], labels[splits.test], seed=0)
     for name, m in (("network", result.metrics["test"]), ("linear model on pixels", linear)):

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "bmjax"
 
 # Lowest first. A package's name stands for every module in it; they may import each other without a circle.
 FLOORS = [
-    ["config", "registry", "environment"],
+    ["config", "registry", "environment", "files"],
     ["layers", "losses", "metrics", "optim", "tracking", "experiment"],
     ["state", "attention", "backbones", "data"],
     ["weights"],

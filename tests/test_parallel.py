@@ -75,7 +75,7 @@ def test_state_and_batches_survive_the_way_to_devices_and_back(kind):
     back = parallel.to_host(parallel.to_devices(tree))
     jax.tree.map(np.testing.assert_array_equal, tree, back)
     batch = {"image": np.arange(8 * 3, dtype=np.float32).reshape(8, 3)}
-    double = parallel.compile_step(lambda _, b: {"y": b["image"] * 2}, donate=False, outputs="batch")
+    double = parallel.compile_step(lambda _, b: {"y": b["image"] * 2}, donate=False)
     out = parallel.batch_to_host(double(parallel.to_devices(tree), parallel.put_batch(batch)))
     np.testing.assert_array_equal(out["y"], batch["image"] * 2)
 

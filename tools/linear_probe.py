@@ -12,10 +12,12 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+# isort: off
+import bmjax  # noqa: F401  (sets its flags before jax is imported)
 import jax
 import numpy as np
 
-import bmjax  # noqa: F401  (sets its flags before jax is imported)
+# isort: on
 from bmjax.analysis.baseline import linear_probe
 from bmjax.analysis.report import interval_text
 from bmjax.config import from_json

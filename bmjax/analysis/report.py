@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from bmjax.analysis.evaluation import (
     read_records,
     reported_split,
 )
+from bmjax.files import write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -203,9 +203,7 @@ def write_report(run_dir: str | Path, images: np.ndarray | None = None) -> Path:
         "</body></html>"
     )
     path = run_dir / "report.html"
-    temporary = path.with_name(f".report.{os.getpid()}.html")
-    temporary.write_text(page, encoding="utf-8", errors="replace")
-    os.replace(temporary, path)
+    write_text(path, page, errors="replace")
     return path
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 import warnings
@@ -14,10 +13,18 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from bmjax.files import checksum
+
 log = logging.getLogger(__name__)
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif"})
 # A cell image has some 10^4 to 10^6 pixels; one of 10^8 is a mistake or an attack, and decoding it takes gigabytes.
 MAX_PIXELS = 50_000_000
+
+
+def images_below(folder: Path) -> list[Path]:
+    """Paths relative to `folder` of the images at any depth, sorted; hidden files and folders are passed over."""
+    paths = (p.relative_to(folder) for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    return sorted(p for p in paths if not any(part.startswith(".") for part in p.parts))
 
 
 def list_images(root: str | Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
@@ -42,27 +49,20 @@ def list_images(root: str | Path) -> tuple[tuple[str, ...], list[tuple[str, int]
         raise ValueError(f"{root}: sub-folders found: {found}; expected at least two, one a class")
     entries, passed_over = [], 0
     for label, folder in enumerate(folders):
-        paths = [p.relative_to(root) for p in folder.rglob("*") if p.is_file()]
-        images = [p for p in paths if p.suffix.lower() in SUFFIXES and not any(s.startswith(".") for s in p.parts)]
+        images = images_below(folder)
         if not images:
             raise ValueError(f"{folder} holds no image; expected files ending in {', '.join(sorted(SUFFIXES))}")
-        passed_over += len(paths) - len(images)
-        entries += sorted((p.as_posix(), label) for p in images)
+        passed_over += sum(p.is_file() for p in folder.rglob("*")) - len(images)
+        entries += sorted(((Path(folder.name) / p).as_posix(), label) for p in images)
     if passed_over:
         log.info("%s: %d files that aren't images are passed over", root, passed_over)
     return tuple(f.name for f in folders), entries
 
 
-def hash_file(path: Path) -> str:
-    """sha256 of a file's bytes."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 def hash_files(paths: Sequence[Path]) -> list[str]:
     """sha256 of each file's bytes, by threads."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(hash_file, paths))
+        return list(pool.map(lambda path: checksum(path, "sha256"), paths))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import hashlib
-import os
+import io
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 
 from bmjax.config import DataConfig
 from bmjax.data.dataset import Dataset
+from bmjax.files import write_text
 
 NAMES = ("train", "val", "test")
 
@@ -71,15 +72,13 @@ def split_dataset(dataset: Dataset, config: DataConfig) -> Splits:
 def write_split(path: str | Path, dataset: Dataset, splits: Splits) -> None:
     """The split as CSV: path, sha256, label, split."""
     side = {int(i): name for name in NAMES for i in getattr(splits, name)}
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(("path", "sha256", "label", "split"))
+    for i, (name, digest) in enumerate(zip(dataset.ids, dataset.hashes, strict=True)):
+        writer.writerow((name, digest, dataset.classes[dataset.labels[i]], side[i]))
     # File names need not be valid text.
-    with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as f:
-        writer = csv.writer(f)
-        writer.writerow(("path", "sha256", "label", "split"))
-        for i, (name, digest) in enumerate(zip(dataset.ids, dataset.hashes, strict=True)):
-            writer.writerow((name, digest, dataset.classes[dataset.labels[i]], side[i]))
-    os.replace(temporary, path)
+    write_text(Path(path), text.getvalue(), errors="surrogateescape")
 
 
 def read_split(path: str | Path, dataset: Dataset) -> Splits:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import os
 import time
@@ -13,16 +12,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from bmjax.environment import cache_folder
+from bmjax.files import checksum
 from bmjax.weights.catalog import WeightRecord
 
 _CHUNK = 1 << 20
 _ATTEMPTS = 5
-
-
-def checksum(path: Path, algorithm: str) -> str:
-    """Hex digest of a file."""
-    with path.open("rb") as f:
-        return hashlib.file_digest(f, algorithm).hexdigest()
 
 
 def _manual(record: WeightRecord, target: Path) -> str:

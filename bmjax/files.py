@@ -1,0 +1,20 @@
+"""Files: written whole or not at all, and told apart by their bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+
+def write_text(path: Path, text: str, errors: str = "strict") -> None:
+    """Writes a UTF-8 file whole or not at all, also under a kill; `errors` as in `str.encode`."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(text.encode("utf-8", errors))
+    os.replace(temporary, path)
+
+
+def checksum(path: Path, algorithm: str) -> str:
+    """Hex digest of a file's bytes; `algorithm` as in hashlib."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, algorithm).hexdigest()
