@@ -23,7 +23,7 @@ def examine() -> list[Finding]:
     found: list[Finding] = [
         ("OK" if python[0] else "FAIL", "python", python[1] + ("" if python[0] else "; 3.11 needed"))
     ]
-    found += [*_packages(), _importlib_resources(), _tensorflow(), *_jax(), _cpu_flag()]
+    found += [*_packages(), _importlib_resources(), _tensorflow(), *_jax(), _cpu_flags()]
     found += [_cache(), _compilation_cache(), *_weights(), _wandb()]
     return found
 
@@ -115,14 +115,15 @@ def _gpu() -> list[Finding]:
     return found
 
 
-def _cpu_flag() -> Finding:
+def _cpu_flags() -> Finding:
     flags, version = os.environ.get("XLA_FLAGS", ""), metadata.version("jaxlib")
-    if environment.CPU_FLAG in flags:
+    missing = [flag for flag in environment.CPU_FLAGS if flag not in flags]
+    if not missing:
         return ("OK", "XLA_FLAGS", flags)
-    if version in environment.CPU_FLAG_JAXLIB:
-        advice = f"{flags!r}; import bmjax before jax, or add {environment.CPU_FLAG}: convolutions on CPUs are faster"
+    if version in environment.CPU_FLAGS_JAXLIB:
+        advice = f"{flags!r}; import bmjax before jax, or add {' '.join(missing)}: faster on CPUs, less memory"
         return ("WARN", "XLA_FLAGS", advice)
-    return ("OK", "XLA_FLAGS", f"{flags!r}; the flag for CPUs isn't set: it isn't measured with jaxlib {version}")
+    return ("OK", "XLA_FLAGS", f"{flags!r}; the flags for CPUs aren't set: they aren't measured with jaxlib {version}")
 
 
 def _writable(folder: Path) -> str | None:

@@ -10,11 +10,15 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-# Keeps XLA's CPU backend from handing single convolutions to the YNN library, which is slower for the small
-# convolutions of these networks (tools/bench.py measures it). A flag unknown to a version of jaxlib aborts the
-# process, so it is set only for the versions it was measured on. It concerns CPUs alone.
-CPU_FLAG = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
-CPU_FLAG_JAXLIB = ("0.10.2",)
+# Of the CPU backend alone. The first keeps single convolutions from the YNN library, which is slower at those of these
+# networks; the second runs what frees memory first, and a train step of a DenseNet then needs half the temporaries
+# (docs/speed.md has both measured). A flag unknown to a version of jaxlib aborts the process, so they are set only
+# for versions they were measured on.
+CPU_FLAGS = (
+    "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution",
+    "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+)
+CPU_FLAGS_JAXLIB = ("0.10.2",)
 
 
 def cache_folder() -> Path:
@@ -23,10 +27,11 @@ def cache_folder() -> Path:
 
 
 def apply() -> None:
-    """Sets the CPU flag and the persistent compilation cache, if jax is not imported yet."""
+    """Sets the CPU flags and the persistent compilation cache, if jax is not imported yet."""
     if "jax" in sys.modules:
         return
-    flags = os.environ.get("XLA_FLAGS", "")
-    if metadata.version("jaxlib") in CPU_FLAG_JAXLIB and "xla_cpu_experimental_ynn_fusion_type" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {CPU_FLAG}".strip()
+    if metadata.version("jaxlib") in CPU_FLAGS_JAXLIB:
+        given = os.environ.get("XLA_FLAGS", "")
+        missing = [flag for flag in CPU_FLAGS if flag.split("=")[0] not in given]
+        os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "jax"))

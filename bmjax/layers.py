@@ -7,12 +7,16 @@ in its `dtype`, or in that of its input.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
+
+from bmjax import convolution
 
 BATCH_AXIS = "data"
 """Name of the device axis over which a batch is split, where it is bound."""
@@ -48,6 +52,14 @@ def over_channels(v: jax.Array, ndim: int) -> jax.Array:
     return v.reshape((1,) * (ndim - 1) + v.shape)
 
 
+class Kernel(nn.Module):
+    """A convolution's kernel alone, for layers that compute it their own way: as `Conv`'s, float32."""
+
+    @nn.compact
+    def __call__(self, shape: tuple[int, int, int, int]) -> jax.Array:
+        return self.param("kernel", he_normal, shape, jnp.float32)
+
+
 class Conv(nn.Module):
     """Convolution, NHWC, kernel HWIO.
 
@@ -67,26 +79,24 @@ class Conv(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[b, h, w, c] -> [b, h', w', features]; c and features divide by groups."""
         dtype = self.dtype or x.dtype
-        size = (self.kernel_size,) * 2 if isinstance(self.kernel_size, int) else tuple(self.kernel_size)
-        strides = (self.strides,) * 2 if isinstance(self.strides, int) else tuple(self.strides)
+        size = (self.kernel_size, self.kernel_size) if isinstance(self.kernel_size, int) else self.kernel_size
+        strides = (self.strides, self.strides) if isinstance(self.strides, int) else self.strides
         padding = self.padding if isinstance(self.padding, str) else _pixels(self.padding)
         kernel = self.param("kernel", he_normal, (*size, x.shape[-1] // self.groups, self.features), jnp.float32)
-        y = jax.lax.conv_general_dilated(
-            x.astype(dtype),
-            kernel.astype(dtype),
-            strides,
-            padding,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            feature_group_count=self.groups,
-        )
+        y = convolution.conv(x.astype(dtype), kernel.astype(dtype), strides, padding, self.groups)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
             y = y + over_channels(bias.astype(dtype), y.ndim)
         return y
 
 
-def _pixels(padding: int | Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    return [(padding, padding)] * 2 if isinstance(padding, int) else [(a, b) for a, b in padding]
+def _pixels(padding: int | Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    return ((padding, padding),) * 2 if isinstance(padding, int) else tuple((a, b) for a, b in padding)
+
+
+def batch_count(x: jax.Array) -> int:
+    """How many values a channel of [..., c] has over the batch, on all devices."""
+    return x.size // x.shape[-1] * (_axis_size() or 1)
 
 
 def batch_statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -96,10 +106,60 @@ def batch_statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     x = x.astype(at_least_float32(x.dtype))
     axes = tuple(range(x.ndim - 1))
-    count = x.size // x.shape[-1] * (_axis_size() or 1)
+    count = batch_count(x)
     mean = all_sum(x.sum(axes)) / count
     var = all_sum(jnp.square(x - over_channels(mean, x.ndim)).sum(axes)) / count
     return mean, var
+
+
+def norm_affine(values: tuple[jax.Array, ...], epsilon: float, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Batch normalisation of an input in `dtype` as one affine map: (factor, offset), each [c], at least float32.
+
+    `values`: scale, bias, mean and variance, each [c].
+    """
+    scale, bias, mean, var = (v.astype(at_least_float32(dtype)) for v in values)
+    factor = scale * jax.lax.rsqrt(var + epsilon)
+    return factor, bias - mean * factor
+
+
+class NormVariables(NamedTuple):
+    """Parameters and running statistics of a batch-norm, each [c]."""
+
+    scale: jax.Array
+    bias: jax.Array
+    mean: nn.Variable
+    var: nn.Variable
+    momentum: float
+    initializing: bool
+
+    def update(self, mean: jax.Array, var: jax.Array) -> None:
+        """Moves the running statistics towards a batch's, but not while the module is initialised."""
+        if self.initializing:
+            return
+        for running, new in ((self.mean, mean), (self.var, var)):
+            kept = self.momentum * running.value + (1 - self.momentum) * new
+            running.value = kept.astype(running.value.dtype)
+
+
+def _norm_variables(module: nn.Module, channels: int, momentum: float) -> NormVariables:
+    return NormVariables(
+        module.param("scale", nn.initializers.ones_init(), (channels,), jnp.float32),
+        module.param("bias", nn.initializers.zeros_init(), (channels,), jnp.float32),
+        module.variable("batch_stats", "mean", jnp.zeros, (channels,), jnp.float32),
+        module.variable("batch_stats", "var", jnp.ones, (channels,), jnp.float32),
+        momentum,
+        module.is_initializing(),
+    )
+
+
+class BatchNormVariables(nn.Module):
+    """What a `BatchNorm` of that name would have, for layers that compute it their own way."""
+
+    momentum: float = 0.99
+
+    @nn.compact
+    def __call__(self, channels: int) -> NormVariables:
+        return _norm_variables(self, channels, self.momentum)
 
 
 class BatchNorm(nn.Module):
@@ -133,26 +193,18 @@ class BatchNorm(nn.Module):
         """
         if mode not in ("train", "stats_frozen", "frozen"):
             raise ValueError(f"batch-norm mode is {mode!r}; expected 'train', 'stats_frozen' or 'frozen'")
-        shape = (x.shape[-1],)
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
-        running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
-        scale = self.param("scale", nn.initializers.ones_init(), shape, jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros_init(), shape, jnp.float32)
+        variables = _norm_variables(self, x.shape[-1], self.momentum)
+        scale, bias = variables.scale, variables.bias
         if train and mode == "train":
             mean, var = batch_statistics(x) if statistics is None else statistics
-            if not self.is_initializing():
-                for running, new in ((running_mean, mean), (running_var, var)):
-                    kept = self.momentum * running.value + (1 - self.momentum) * new
-                    running.value = kept.astype(running.value.dtype)
+            variables.update(mean, var)
         else:
-            mean, var = running_mean.value, running_var.value
+            mean, var = variables.mean.value, variables.var.value
         if mode == "frozen":
             scale, bias = jax.lax.stop_gradient((scale, bias))
         # One affine map over x: a fused pass that keeps only x for the backward one.
-        compute = at_least_float32(x.dtype)
-        factor = scale.astype(compute) * jax.lax.rsqrt(var.astype(compute) + self.epsilon)
-        offset = bias.astype(compute) - mean.astype(compute) * factor
-        y = x.astype(compute) * over_channels(factor, x.ndim) + over_channels(offset, x.ndim)
+        factor, offset = norm_affine((scale, bias, mean, var), self.epsilon, x.dtype)
+        y = x.astype(factor.dtype) * over_channels(factor, x.ndim) + over_channels(offset, x.ndim)
         return y.astype(self.dtype or x.dtype)
 
 
@@ -181,3 +233,62 @@ class Dropout(nn.Module):
 def global_average(x: jax.Array) -> jax.Array:
     """[b, h, w, c] -> [b, c], summed in at least float32."""
     return x.astype(at_least_float32(x.dtype)).mean((1, 2))
+
+
+def max_pool(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array:
+    """The largest value of each square window: [b, h, w, c] -> [b, h', w', c]. Padded with -inf.
+
+    The gradient goes to the first of equal values, row by row.
+    """
+    if convolution.platform() == "cpu":
+        return _max_pool(x, window, stride, padding)
+    return _plain_max_pool(x, window, stride, padding)
+
+
+def _plain_max_pool(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array:
+    pads = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+    return lax.reduce_window(
+        x, jnp.array(-jnp.inf, x.dtype), lax.max, (1, window, window, 1), (1, stride, stride, 1), pads
+    )
+
+
+# XLA's CPU backend scatters a pool's gradient one value at a time. Here each place of the window is one strided view.
+
+
+def _pool_views(x: jax.Array, window: int, stride: int, padding: int) -> list[jax.Array]:
+    sides = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+    x = jnp.pad(x, sides, constant_values=-jnp.inf)
+    return convolution.views(x, (window, window), (stride, stride), convolution.NO_PADDING)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _max_pool(x, window, stride, padding):
+    return _plain_max_pool(x, window, stride, padding)
+
+
+def _max_pool_forward(x, window, stride, padding):
+    views = _pool_views(x, window, stride, padding)
+    y = functools.reduce(jnp.maximum, views)
+    place = jnp.zeros(y.shape, jnp.int8)
+    for n in reversed(range(len(views))):
+        place = jnp.where(views[n] == y, jnp.int8(n), place)
+    return y, (place, x.shape)
+
+
+def _max_pool_backward(window, stride, padding, residuals, gradient):
+    place, (_, height, width, _) = residuals
+    zero = jnp.zeros((), gradient.dtype)
+
+    def spread(n: int) -> jax.Array:
+        """The gradients of the windows whose maximum was at place n, where they came from."""
+        sides = [
+            (start, size + 2 * padding - start - (count - 1) * stride - 1, stride - 1)
+            for start, size, count in zip(divmod(n, window), (height, width), place.shape[1:3], strict=True)
+        ]
+        return lax.pad(jnp.where(place == n, gradient, zero), zero, ((0, 0, 0), *sides, (0, 0, 0)))
+
+    total = functools.reduce(jnp.add, [spread(n) for n in range(window * window)])
+    return (total[:, padding : padding + height, padding : padding + width],)
+
+
+_max_pool.defvjp(_max_pool_forward, _max_pool_backward)

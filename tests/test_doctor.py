@@ -81,13 +81,13 @@ def test_settings_that_change_numbers_warn(monkeypatch):
         assert level("random numbers") == "WARN"
 
 
-def test_the_flag_for_cpus(monkeypatch):
-    monkeypatch.setattr(environment, "CPU_FLAG_JAXLIB", (metadata.version("jaxlib"),))
-    monkeypatch.setenv("XLA_FLAGS", f"--some {environment.CPU_FLAG}")
+def test_the_flags_for_cpus(monkeypatch):
+    monkeypatch.setattr(environment, "CPU_FLAGS_JAXLIB", (metadata.version("jaxlib"),))
+    monkeypatch.setenv("XLA_FLAGS", " ".join(("--some", *environment.CPU_FLAGS)))
     assert level("XLA_FLAGS") == "OK"
     monkeypatch.setenv("XLA_FLAGS", "")
     assert level("XLA_FLAGS") == "WARN"
-    monkeypatch.setattr(environment, "CPU_FLAG_JAXLIB", ())
+    monkeypatch.setattr(environment, "CPU_FLAGS_JAXLIB", ())
     assert level("XLA_FLAGS") == "OK"
 
 

@@ -14,8 +14,9 @@ PACKAGE = ROOT / "bmjax"
 
 # Lowest first. A package's name stands for every module in it; they may import each other without a circle.
 FLOORS = [
-    ["config", "registry", "environment", "files"],
+    ["config", "registry", "environment", "files", "convolution"],
     ["layers", "losses", "metrics", "optim", "tracking", "experiment"],
+    ["dense_block"],
     ["state", "attention", "backbones", "data"],
     ["weights"],
     ["model"],

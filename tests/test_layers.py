@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bmjax import convolution
 from bmjax.layers import (
     BATCH_AXIS,
     BatchNorm,
@@ -15,6 +16,7 @@ from bmjax.layers import (
     batch_axis_bound,
     batch_statistics,
     global_average,
+    max_pool,
     over_channels,
 )
 
@@ -237,3 +239,20 @@ def test_small_helpers():
     assert global_average(x).dtype == jnp.float32
     np.testing.assert_allclose(global_average(x), np.asarray(x, np.float64).mean((1, 2)), rtol=1e-5, atol=1e-6)
     assert over_channels(jnp.ones(5), 4).shape == (1, 1, 1, 5)
+
+
+@pytest.mark.parametrize("spatial", [(8, 8), (9, 7), (5, 6)])
+@pytest.mark.parametrize(("window", "stride", "padding"), [(3, 2, 1), (2, 2, 0), (3, 1, 1)])
+def test_max_pool_and_its_gradient_are_xlas(spatial, window, stride, padding):
+    # Few different values, so that many windows have several maxima.
+    x = jnp.asarray(rng(0).integers(-3, 2, (2, *spatial, 3)).astype(np.float32))
+
+    def both(x):
+        y, vjp = jax.vjp(lambda x: max_pool(x, window, stride, padding), x)
+        return y, vjp(jnp.asarray(rng(1).standard_normal(y.shape), jnp.float32))[0]
+
+    y, gradient = both(x)
+    with convolution.traced_for("gpu"):
+        expected, expected_gradient = both(x)
+    np.testing.assert_array_equal(y, expected)
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-6, atol=1e-6)

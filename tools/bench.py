@@ -1,14 +1,16 @@
-"""Speed and memory of the train step against keras.applications on JAX, and of the input pipeline.
+"""Speed and memory of training and inference against other frameworks, and of the input pipeline.
 
-    python tools/bench.py [--backbone densenet121] [--size 224] [--batch 16] [--rounds 5]
+    python tools/bench.py [--backbone densenet121] [--size 224] [--batch 16 32] [--rounds 5] [--plot speed.png]
 
-Each contender runs in a process of its own; rounds are interleaved, since a machine's speed drifts, and only the
-ratios of one run count. Needs the `test` extra, for Keras. Prints a table in Markdown.
+Contenders are plain Flax, keras.applications on JAX and, where the `bench` extra is installed, PyTorch in channels-last
+and keras.applications on TensorFlow. Each runs in a process of its own; rounds are interleaved, since a machine's speed
+drifts, and only the ratios of one run count. Prints tables in Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -18,10 +20,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 
 import numpy as np
 
 CLASSES = 7
+MODES = ("train", "inference", "frozen")
+LABELS = {
+    "bmjax": "bmjax",
+    "flax": "plain Flax",
+    "keras_jax": "Keras on JAX",
+    "torch": "PyTorch, channels-last",
+    "keras_tensorflow": "Keras on TensorFlow",
+}
+NEEDS = {"bmjax": "bmjax", "flax": "flax", "keras_jax": "keras", "torch": "torch", "keras_tensorflow": "tensorflow"}
+Run = Callable[[], None]
 
 
 def random_batch(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
@@ -30,61 +43,165 @@ def random_batch(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
     return images, rng.integers(0, CLASSES, args.batch).astype(np.int32)
 
 
-def bmjax_step(args: argparse.Namespace):
-    """A function that does one update of the whole network by bmjax."""
-    import bmjax  # noqa: F401  (sets the CPU flag before jax is imported)
+def bmjax_run(args: argparse.Namespace) -> Run:
+    """One update, or one prediction, by bmjax as its loop does it."""
+    import bmjax  # noqa: F401  (sets the CPU flags before jax is imported)
     from bmjax import loop
-    from bmjax.config import AugmentConfig, Config, DataConfig, ModelConfig, OptimConfig
+    from bmjax.config import AugmentConfig, Config, DataConfig, ModelConfig, OptimConfig, StageConfig
     from bmjax.model import create
     from bmjax.parallel import Parallel
     from bmjax.run import new_variables
     from bmjax.state import create_state
+    from bmjax.steps import make_eval_step
 
+    parts = ("attention", "head") if args.mode == "frozen" else ("backbone", "attention", "head")
     config = Config(
         data=DataConfig(image_size=args.size),
         augment=AugmentConfig(flip=False, right_angles=False),
         model=ModelConfig(backbone=args.backbone, weights=None, attention="none"),
         optim=OptimConfig(name="adamax", preset="keras"),
+        stages=(StageConfig(train=parts),),
     )
     model = create(config.model, CLASSES)
     variables = new_variables(config, model)
-    plan = loop.plan_stages(config, 10, model, variables["batch_stats"])[0]
-    state = create_state(variables, plan.optimizer.tx, plan.is_trainable, seed=0, ema=False)
     parallel = Parallel.create("jit", 1)
-    step = loop.compile_stage(config, model, plan, parallel, None)
     images, labels = random_batch(args)
     batch = {"image": images, "label": labels, "position": np.arange(args.batch, dtype=np.int32)}
+    if args.mode == "inference":
+        evaluate = parallel.compile_step(make_eval_step(model), donate=False)
+        placed = parallel.to_devices(variables)
+
+        def predict() -> None:
+            evaluate(placed, parallel.put_batch(batch))["logits"].block_until_ready()
+
+        return predict
+    plan = loop.plan_stages(config, 10, model, variables["batch_stats"])[0]
+    state = create_state(variables, plan.optimizer.tx, plan.is_trainable, seed=0, ema=False)
+    step = loop.compile_stage(config, model, plan, parallel, None)
     on_device = parallel.to_devices(state)
 
-    def run() -> None:
+    def update() -> None:
         nonlocal on_device
         on_device, metrics = step(on_device, parallel.put_batch(batch))
         metrics["loss"].block_until_ready()
 
-    return run
+    return update
 
 
-def keras_step(args: argparse.Namespace):
-    """The same network and head by keras.applications on the JAX backend."""
-    os.environ["KERAS_BACKEND"] = "jax"
+def flax_run(args: argparse.Namespace) -> Run:
+    """The same in plain Flax and Optax, with the settings that jax comes with."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+    from peers import flax_densenet
+
+    model = flax_densenet(args.backbone)
+    images, labels = random_batch(args)
+    whole = args.mode != "frozen"
+
+    def scaled(images):
+        mean, std = jnp.array([0.485, 0.456, 0.406]), jnp.array([0.229, 0.224, 0.225])
+        return (images.astype(jnp.float32) / 255 - mean) / std
+
+    init = jax.jit(lambda key: model.init(key, jnp.zeros((1, args.size, args.size, 3)), False))
+    variables = init(jax.random.key(0))
+    if args.mode == "inference":
+        apply = jax.jit(lambda v, x: model.apply(v, scaled(x), False))
+        return lambda: apply(variables, images).block_until_ready()
+    head = ("head_norm", "dense", "logits")
+    tx = optax.adamax(1e-3, eps=1e-7)
+    params = variables["params"]
+    trained = params if whole else {k: params[k] for k in head}
+    opt_state = tx.init(trained)
+
+    def step(params, stats, opt_state, images, labels, key):
+        def loss_fn(trained):
+            logits, new = model.apply(
+                {"params": {**params, **trained}, "batch_stats": stats},
+                scaled(images),
+                True,
+                whole,
+                rngs={"dropout": key},
+                mutable=["batch_stats"],
+            )
+            loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+            return loss, new["batch_stats"]
+
+        trained = params if whole else {k: params[k] for k in head}
+        (loss, stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(trained)
+        updates, opt_state = tx.update(grads, opt_state, trained)
+        return params | optax.apply_updates(trained, updates), stats, opt_state, loss
+
+    compiled = jax.jit(step, donate_argnums=(0, 1, 2))
+    carry = (params, variables["batch_stats"], opt_state)
+
+    def update() -> None:
+        nonlocal carry
+        *new, loss = compiled(*carry, images, labels, jax.random.key(0))
+        carry = tuple(new)
+        loss.block_until_ready()
+
+    return update
+
+
+def keras_run(args: argparse.Namespace) -> Run:
+    """The same by keras.applications."""
     import keras
 
     names = {"densenet121": "DenseNet121", "densenet169": "DenseNet169", "densenet201": "DenseNet201"}
     inputs = keras.Input((args.size, args.size, 3))
     x = keras.applications.densenet.preprocess_input(inputs)
     build = getattr(keras.applications, names[args.backbone])
-    x = build(include_top=False, weights=None, input_shape=(args.size, args.size, 3), pooling="avg")(x)
-    x = keras.layers.Dense(256, activation="relu")(keras.layers.Dropout(0.5)(keras.layers.BatchNormalization()(x)))
-    model = keras.Model(inputs, keras.layers.Dense(CLASSES)(x))
+    base = build(include_top=False, weights=None, input_shape=(args.size, args.size, 3), pooling="avg")
+    base.trainable = args.mode != "frozen"
+    x = keras.layers.Dropout(0.5)(keras.layers.BatchNormalization()(base(x)))
+    model = keras.Model(inputs, keras.layers.Dense(CLASSES)(keras.layers.Dense(256, activation="relu")(x)))
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(optimizer=keras.optimizers.Adamax(), loss=loss)
     images, labels = random_batch(args)
     images = images.astype(np.float32)
+    if args.mode == "inference":
+        return lambda: model.predict_on_batch(images)
+    return lambda: model.train_on_batch(images, labels)
 
-    def run() -> None:
-        model.train_on_batch(images, labels)
 
-    return run
+def torch_run(args: argparse.Namespace) -> Run:
+    """The same in PyTorch, channels-last."""
+    import torch  # pyright: ignore[reportMissingImports]
+    from peers import torch_densenet
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    backbone, head = torch_densenet(args.backbone)
+    images, labels = (torch.from_numpy(a) for a in random_batch(args))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    labels = labels.long()
+
+    def scaled():
+        # NHWC in memory already, so this is a view in channels-last.
+        return (images.permute(0, 3, 1, 2).float() / 255 - mean) / std
+
+    if args.mode == "inference":
+        backbone.eval()
+        head.eval()
+
+        def predict() -> None:
+            with torch.inference_mode():
+                head(backbone(scaled()))
+
+        return predict
+    whole = args.mode == "train"
+    backbone.train(whole)
+    parameters = [*(backbone.parameters() if whole else ()), *head.parameters()]
+    optimizer = torch.optim.Adamax(parameters, 1e-3, eps=1e-7)
+
+    def update() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.set_grad_enabled(whole):
+            features = backbone(scaled())
+        torch.nn.functional.cross_entropy(head(features), labels).backward()
+        optimizer.step()
+
+    return update
 
 
 def pipeline_speed(args: argparse.Namespace, seconds: float = 5.0) -> float:
@@ -105,10 +222,51 @@ def pipeline_speed(args: argparse.Namespace, seconds: float = 5.0) -> float:
         return n / (time.perf_counter() - start)
 
 
+def machine_peak(_: argparse.Namespace) -> float:
+    """The best float32 matrix product of this machine, FLOP/s."""
+    import jax
+
+    import bmjax  # noqa: F401
+
+    def speed(n: int) -> float:
+        a = jax.random.normal(jax.random.key(0), (n, n))
+        product = jax.jit(lambda a: a @ a)
+        product(a).block_until_ready()
+        taken = []
+        for _ in range(10):
+            start = time.perf_counter()
+            product(a).block_until_ready()
+            taken.append(time.perf_counter() - start)
+        return 2 * n**3 / min(taken)
+
+    return max(speed(n) for n in (1024, 1536, 2048))
+
+
+def forward_flops(args: argparse.Namespace) -> float:
+    """FLOPs of one image's forward pass, plainly written, as XLA counts them before it optimises."""
+    import jax
+    import jax.numpy as jnp
+
+    # isort: split
+    from peers import flax_densenet
+
+    model, x = flax_densenet(args.backbone), jnp.zeros((1, args.size, args.size, 3))
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), x, False))
+    cost = jax.jit(lambda v, x: model.apply(v, x, False)).lower(variables, x).cost_analysis()
+    return float(cost["flops"])  # pyright: ignore
+
+
+QUESTIONS = {"pipeline": pipeline_speed, "peak": machine_peak, "flops": forward_flops}
+RUNS = {"bmjax": bmjax_run, "flax": flax_run, "keras_jax": keras_run, "torch": torch_run, "keras_tensorflow": keras_run}
+
+
 def worker(args: argparse.Namespace) -> None:
     """Answers each line on standard input with the seconds of one step, or the peak memory."""
+    if args.worker in QUESTIONS:
+        print(QUESTIONS[args.worker](args))
+        return
     start = time.perf_counter()
-    run = {"bmjax": bmjax_step, "keras": keras_step}[args.worker](args)
+    run = RUNS[args.worker](args)
     run()
     print(json.dumps({"first": time.perf_counter() - start}), flush=True)
     for line in sys.stdin:
@@ -127,60 +285,125 @@ def ask(process: subprocess.Popen, line: str) -> dict:
     if line:
         process.stdin.write(line + "\n")
         process.stdin.flush()
-    return json.loads(process.stdout.readline())
+    answer = process.stdout.readline()
+    while not answer.startswith("{"):
+        if not answer:
+            raise RuntimeError(f"{process.args} ended before it answered")
+        answer = process.stdout.readline()
+    return json.loads(answer)
+
+
+def command(args: argparse.Namespace, name: str, mode: str, batch: int) -> list[str]:
+    options = {"--backbone": args.backbone, "--size": args.size, "--batch": batch, "--mode": mode, "--worker": name}
+    return [sys.executable, __file__, *(str(part) for pair in options.items() for part in pair)]
+
+
+def environment(name: str) -> dict[str, str]:
+    # No compilation cache: the time to the first step is that of a fresh machine.
+    backend = "tensorflow" if name == "keras_tensorflow" else "jax"
+    own = {"KERAS_BACKEND": backend, "JAX_ENABLE_COMPILATION_CACHE": "false", "TQDM_DISABLE": "1"}
+    return os.environ | own | {"TF_CPP_MIN_LOG_LEVEL": "3"}
+
+
+def compare(args: argparse.Namespace, names: list[str], mode: str, batch: int) -> dict[str, dict]:
+    """Per contender: "seconds" of each round, "memory" in bytes, "first" in seconds."""
+    processes, found = {}, {}
+    for name in names:
+        processes[name] = subprocess.Popen(
+            command(args, name, mode, batch),
+            env=environment(name),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        found[name] = {"first": ask(processes[name], "")["first"], "seconds": []}
+    for _ in range(args.rounds):
+        for name, process in processes.items():
+            found[name]["seconds"].append(ask(process, "step")["seconds"])
+    for name, process in processes.items():
+        found[name]["memory"] = ask(process, "memory")["memory"]
+        process.stdin.close()  # type: ignore[union-attr]
+        process.wait()
+    return found
+
+
+def ratio(found: dict[str, dict], name: str, other: str) -> float:
+    """How many times as fast `name` is as `other`: the median over rounds of the ratio within a round."""
+    pairs = zip(found[name]["seconds"], found[other]["seconds"], strict=True)
+    return statistics.median(b / a for a, b in pairs)
+
+
+def question(args: argparse.Namespace, name: str) -> float:
+    run = command(args, name, "train", args.batch[0])
+    out = subprocess.run(run, env=environment(name), capture_output=True, text=True, check=True).stdout
+    return float(out.split()[-1])
+
+
+def plot(results: dict[tuple[str, int], dict[str, dict]], path: str, title: str) -> None:
+    """Bars of images a second, a panel for each mode and batch size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.6 * len(results), 3.2), layout="constrained")
+    for number, ((mode, batch), found) in enumerate(results.items(), start=1):
+        axes = figure.add_subplot(1, len(results), number)
+        speeds = [batch / statistics.median(f["seconds"]) for f in found.values()]
+        bars = axes.barh([LABELS[n] for n in found], speeds, color=["C1" if n == "bmjax" else "C0" for n in found])
+        axes.bar_label(bars, fmt="%.1f", padding=2)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.18 * max(speeds))
+        axes.set_title(f"{mode}, batch {batch}")
+        axes.set_xlabel("images/s")
+        if number > 1:
+            axes.set_yticklabels([])
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--backbone", default="densenet121")
+    parser.add_argument("--backbone", default="densenet121", choices=("densenet121", "densenet169", "densenet201"))
     parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, nargs="+", default=[16])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--worker", choices=("bmjax", "keras", "pipeline"))
+    parser.add_argument("--mode", nargs="+", default=["train", "inference"], choices=MODES)
+    parser.add_argument("--contenders", nargs="+", default=list(LABELS), choices=list(LABELS))
+    parser.add_argument("--plot", help="PNG file for a picture of the speeds")
+    parser.add_argument("--worker", choices=(*RUNS, *QUESTIONS), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.worker == "pipeline":
-        print(pipeline_speed(args))
-        return
     if args.worker:
+        args.batch, args.mode = args.batch[0], args.mode[0]
         worker(args)
         return
-    command = [
-        sys.executable,
-        __file__,
-        "--backbone",
-        args.backbone,
-        "--size",
-        str(args.size),
-        "--batch",
-        str(args.batch),
-    ]
-    processes, first = {}, {}
-    for name in ("bmjax", "keras"):
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        # No compilation cache: the time to the first step is that of a fresh machine.
-        environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false", "TQDM_DISABLE": "1"}
-        processes[name] = subprocess.Popen([*command, "--worker", name], env=environment, **pipes)
-        first[name] = ask(processes[name], "")["first"]
-    seconds: dict[str, list[float]] = {name: [] for name in processes}
-    for _ in range(args.rounds):
-        for name, process in processes.items():
-            seconds[name].append(ask(process, "step")["seconds"])
-    memory = {name: ask(process, "memory")["memory"] for name, process in processes.items()}
-    for process in processes.values():
-        process.stdin.close()  # type: ignore[union-attr]
-        process.wait()
-    out = subprocess.run([*command, "--worker", "pipeline"], capture_output=True, text=True, check=True).stdout
-    pipeline = float(out.split()[-1])
-    speed = {name: args.batch / statistics.median(s) for name, s in seconds.items()}
-    print(f"{args.backbone}, {args.size}x{args.size}, batch {args.batch}, float32, train step, median of {args.rounds}")
-    print(f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}\n")
-    print("| | images/s | peak memory, GB | seconds to the end of the first step |\n|---|---|---|---|")
-    for name, label in (("bmjax", "bmjax"), ("keras", "keras.applications on JAX")):
-        print(f"| {label} | {speed[name]:.2f} | {memory[name] / 1e9:.2f} | {first[name]:.0f} |")
-    ratio = statistics.median([k / b for b, k in zip(seconds["bmjax"], seconds["keras"], strict=True)])
-    print(f"\ntrain step, bmjax over Keras: {ratio:.2f} times as fast")
-    print(f"peak memory, bmjax over Keras: {memory['bmjax'] / memory['keras']:.2f}")
-    print(f"cached input pipeline: {pipeline:.0f} images/s, {pipeline / speed['bmjax']:.0f} times the train step")
+    names = [name for name in args.contenders if importlib.util.find_spec(NEEDS[name])]
+    peak, flops = question(args, "peak"), question(args, "flops")
+    print(f"{args.backbone}, {args.size}x{args.size}, float32, medians of {args.rounds} interleaved rounds")
+    print(f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()};", end=" ")
+    print(f"float32 matrix product {peak / 1e9:.0f} GFLOP/s; forward {flops / 1e9:.2f} GFLOP an image\n")
+    results = {}
+    for mode in args.mode:
+        for batch in args.batch:
+            found = results[mode, batch] = compare(args, names, mode, batch)
+            work = 3 * flops if mode == "train" else flops
+            print(f"{mode}, batch {batch}:\n")
+            print("| | images/s | bmjax is faster by | peak memory, GB | to the end of the first step, s | of peak |")
+            print("|---|---|---|---|---|---|")
+            for name in names:
+                f = found[name]
+                speed = batch / statistics.median(f["seconds"])
+                times = f"{ratio(found, 'bmjax', name):.2f}x" if "bmjax" in found else ""
+                share = f"{100 * speed * work / peak:.0f} %"
+                cells = (LABELS[name], f"{speed:.2f}", times, f"{f['memory'] / 1e9:.2f}", f"{f['first']:.0f}", share)
+                print(f"| {' | '.join(cells)} |", flush=True)
+            print()
+    if "bmjax" in names and "train" in args.mode:
+        pipeline = question(args, "pipeline")
+        trained = args.batch[0] / statistics.median(results["train", args.batch[0]]["bmjax"]["seconds"])
+        print(f"cached input pipeline: {pipeline:.0f} images/s, {pipeline / trained:.0f} times the train step")
+    if args.plot:
+        plot(results, args.plot, f"{args.backbone}, {args.size}x{args.size}, {os.cpu_count()} CPUs")
 
 
 if __name__ == "__main__":

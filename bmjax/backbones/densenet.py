@@ -13,10 +13,10 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from einops import reduce
 
-from bmjax.layers import BatchNorm, Conv, NormMode, batch_statistics, global_average
+from bmjax.dense_block import dense_block
+from bmjax.layers import BatchNorm, Conv, NormMode, global_average, max_pool
 
 Tap = Callable[[str, jax.Array], jax.Array]
 
@@ -56,7 +56,6 @@ class DenseNet(nn.Module):
           ValueError: the images are too small for the number of blocks.
         """
         tap = tap or (lambda stage, x: x)
-        by_batch = train and mode == "train"
 
         def norm_relu(name: str, x: jax.Array, statistics: tuple[jax.Array, jax.Array] | None = None) -> jax.Array:
             norm = BatchNorm(epsilon=self.epsilon, name=name)
@@ -67,21 +66,19 @@ class DenseNet(nn.Module):
         size = x.shape[1:3]
         x = Conv(self.stem, 7, strides=2, padding=3, name="conv1_conv")(x)
         x = tap("conv1", norm_relu("conv1_bn", x))
-        # Pads with -inf where Keras pads with zero: the same after a ReLU. (Flax's annotation forgets the pairs.)
-        x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
+        # Pads with -inf where Keras pads with zero: the same after a ReLU.
+        x = max_pool(x, window=3, stride=2, padding=1)
         for number, layers in enumerate(self.blocks, start=2):
             stage, last = f"conv{number}", number == len(self.blocks) + 1
-            statistics = batch_statistics(x) if by_batch else None
-            for i in range(1, layers + 1):
-                name = f"{stage}_block{i}"
-                y = norm_relu(f"{name}_0_bn", x, statistics)
-                y = Conv(4 * self.growth, 1, name=f"{name}_1_conv")(y)
-                y = norm_relu(f"{name}_1_bn", y)
-                y = Conv(self.growth, 3, padding=1, name=f"{name}_2_conv")(y)
-                x = jnp.concatenate([x, y], axis=-1)
-                if statistics is not None:
-                    # Per channel, so those of the concatenation are the concatenated ones.
-                    statistics = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), statistics, batch_statistics(y))
+            x, statistics = dense_block(
+                x,
+                name=stage,
+                layers=layers,
+                growth=self.growth,
+                epsilon=self.epsilon,
+                train=train,
+                mode=mode,
+            )
             if last:
                 x = tap(stage, norm_relu("bn", x, statistics))
                 break

@@ -1,0 +1,114 @@
+"""Measures the formulations of bmjax/convolution.py on this CPU and writes the table they are chosen by.
+
+    python tools/tune_conv.py [--rounds 9] [--write]
+
+Every formulation runs at shapes of the networks here, interleaved; a row holds medians in milliseconds. Without
+--write it only prints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from importlib import metadata
+from pathlib import Path
+
+# isort: off
+import bmjax  # noqa: F401  (sets its flags before jax is imported)
+import jax
+import numpy as np
+
+# isort: on
+from bmjax import convolution
+
+TABLE = Path(convolution.__file__).with_name("convolution_table.json")
+BATCH = 16
+# (output side, kernel, stride, inputs, outputs, groups): DenseNet's first, then what the other families need.
+SHAPES = [
+    (112, 7, 2, 3, 64, 1),
+    *((side, 1, 1, inputs, 128, 1) for side, inputs in ((56, 64), (56, 192), (28, 256), (14, 512), (7, 768))),
+    *((side, 1, 1, inputs, outputs, 1) for side, inputs, outputs in ((28, 256, 128), (14, 512, 256), (7, 1024, 512))),
+    *((side, 3, 1, 128, 32, 1) for side in (56, 28, 14, 7)),
+    (56, 3, 1, 64, 64, 1),
+    (14, 3, 1, 256, 256, 1),
+    (56, 1, 1, 64, 256, 1),
+    (28, 1, 2, 256, 512, 1),
+    (112, 3, 2, 3, 32, 1),
+    (56, 3, 1, 96, 96, 96),
+    (14, 3, 1, 384, 384, 384),
+    (28, 3, 2, 144, 144, 144),
+    (14, 5, 1, 384, 384, 384),
+]
+
+
+def arrays(side: int, size: int, stride: int, inputs: int, outputs: int, groups: int):
+    """x, kernel, gradient of the result, and the convolution's strides and padding."""
+    rng = np.random.default_rng(0)
+    pad = (size - 1) // 2
+    x = rng.standard_normal((BATCH, side * stride, side * stride, inputs), dtype=np.float32)
+    kernel = rng.standard_normal((size, size, inputs // groups, outputs), dtype=np.float32)
+    y_gradient = rng.standard_normal((BATCH, side, side, outputs), dtype=np.float32)
+    strides, padding = (stride, stride), ((pad, pad), (pad, pad))
+    if stride == 1 or size > 1:
+        assert (
+            jax.eval_shape(lambda x, k: convolution.plain(x, k, strides, padding, groups), x, kernel).shape[1] == side
+        )
+    return jax.device_put((x, kernel, y_gradient)), strides, padding
+
+
+def milliseconds(candidates: dict, rounds: int) -> dict[str, float]:
+    """Medians over interleaved rounds."""
+    for run in candidates.values():
+        jax.block_until_ready(run())
+    taken: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, run in candidates.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            taken[name].append(1e3 * (time.perf_counter() - start))
+    return {name: round(statistics.median(t), 3) for name, t in taken.items()}
+
+
+def rows_of(spec: tuple[int, int, int, int, int, int], rounds: int) -> list[dict]:
+    side, size, _, inputs, outputs, groups = spec
+    (x, kernel, y_gradient), strides, padding = arrays(*spec)
+    shape = convolution.Shape(BATCH * side * side, (size, size), strides, inputs, outputs, groups)
+    rows = []
+    operations: dict = {
+        "forward": (x, kernel, ()),
+        "input_gradient": (y_gradient, kernel, (x.shape,)),
+        "kernel_gradient": (x, y_gradient, (kernel.shape,)),
+    }
+    for operation, (a, b, result) in operations.items():
+        runs = {}
+        for name, fn in convolution.formulations(operation, shape, padding).items():
+            compiled = jax.jit(lambda a, b, fn=fn, result=result: fn(a, b, *result, strides, padding, groups))
+            runs[name] = lambda compiled=compiled, a=a, b=b: compiled(a, b)
+        rows.append({**shape._asdict(), "operation": operation, "ms": milliseconds(runs, rounds)})
+        best = min(rows[-1]["ms"], key=rows[-1]["ms"].get)
+        gflops = 2 * shape.pixels * size * size * inputs // groups * outputs / rows[-1]["ms"][best] / 1e6
+        print(f"{shape.kind:18} {side:4} {size}x{size} {inputs:4} -> {outputs:4} {operation:16}", end=" ")
+        print(f"{best:16} {gflops:6.0f} GFLOP/s  {rows[-1]['ms']}", flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--write", action="store_true")
+    args = parser.parse_args()
+    rows = [row for spec in SHAPES for row in rows_of(spec, args.rounds)]
+    machine = f"{platform.machine()}, {os.cpu_count()} CPUs, jaxlib {metadata.version('jaxlib')}"
+    if args.write:
+        lines = ",\n".join("  " + json.dumps(row) for row in rows)
+        command = f"python tools/tune_conv.py --rounds {args.rounds} --write"
+        head = f'{{"machine": {json.dumps(machine)}, "command": {json.dumps(command)},'
+        TABLE.write_text(f'{head}\n "rows": [\n{lines}\n]}}\n')
+
+
+if __name__ == "__main__":
+    main()
