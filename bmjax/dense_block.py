@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +85,7 @@ def dense_block(
         given = None
         running = tuple(((n0.mean.value, n0.var.value), (n1.mean.value, n1.var.value)) for n0, n1 in norms)
     on_cpu = convolution.platform() == "cpu" and x.dtype in (jnp.float32, jnp.float64)
-    compute: Callable[..., Any] = _in_place if on_cpu else _plain
+    compute = cast(Callable[..., Any], _in_place if on_cpu else _plain)
     x, statistics, bottlenecks = compute(epsilon, x, given, params, running)
     if by_batch:
         assert statistics is not None
