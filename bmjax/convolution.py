@@ -149,38 +149,33 @@ def _input_plain(y_gradient, kernel, x_shape, strides, padding, groups):
     return jax.linear_transpose(lambda x: plain(x, kernel, strides, padding, groups), x)(y_gradient)[0]
 
 
+def _spread(
+    y_gradient: jax.Array, x_shape: tuple[int, ...], size: tuple[int, int], strides: tuple[int, int], padding: Padding
+) -> jax.Array:
+    """Zeros between and around a gradient [b, h', w', n], over which a turned kernel of stride 1 gives x's."""
+    sides = []
+    for n, m, k, s, (before, _) in zip(x_shape[1:3], y_gradient.shape[1:3], size, strides, padding, strict=True):
+        low = k - 1 - before
+        sides.append((low, n + k - 2 - low - (m - 1) * s, s - 1))
+    return lax.pad(y_gradient, jnp.zeros((), y_gradient.dtype), ((0, 0, 0), *sides, (0, 0, 0)))
+
+
 def _input_dot(y_gradient, kernel, x_shape, strides, padding, groups):
-    del padding, groups
+    del groups
     x_gradient = (_rows(y_gradient) @ kernel[0, 0].T).reshape(*y_gradient.shape[:-1], x_shape[-1])
-    if strides == (1, 1):
-        return x_gradient
-    ends = [
-        (0, n - (m - 1) * s - 1, s - 1) for n, m, s in zip(x_shape[1:3], y_gradient.shape[1:3], strides, strict=True)
-    ]
-    return lax.pad(x_gradient, jnp.zeros((), x_gradient.dtype), ((0, 0, 0), *ends, (0, 0, 0)))
-
-
-def _turned(padding: Padding, size: tuple[int, int]) -> Padding:
-    """The padding of the convolution by which a gradient of stride 1 comes back."""
-    (top, bottom), (left, right) = padding
-    return (size[0] - 1 - top, size[0] - 1 - bottom), (size[1] - 1 - left, size[1] - 1 - right)
+    return _spread(x_gradient, x_shape, (1, 1), strides, padding)
 
 
 def _input_patches(y_gradient, kernel, x_shape, strides, padding, groups):
-    del strides, groups
+    del groups
     size = kernel.shape[:2]
     turned = kernel[::-1, ::-1].transpose(0, 1, 3, 2).reshape(-1, kernel.shape[2])
-    return (_patches(y_gradient, size, (1, 1), _turned(padding, size)) @ turned).reshape(x_shape)
+    spread = _spread(y_gradient, x_shape, size, strides, padding)
+    return (_patches(spread, size, (1, 1), NO_PADDING) @ turned).reshape(x_shape)
 
 
 def _input_taps(y_gradient, kernel, x_shape, strides, padding, groups):
-    sides = []
-    for n, m, k, s, (before, _) in zip(
-        x_shape[1:3], y_gradient.shape[1:3], kernel.shape[:2], strides, padding, strict=True
-    ):
-        low = k - 1 - before
-        sides.append((low, n + k - 2 - low - (m - 1) * s, s - 1))
-    spread = lax.pad(y_gradient, jnp.zeros((), y_gradient.dtype), ((0, 0, 0), *sides, (0, 0, 0)))
+    spread = _spread(y_gradient, x_shape, kernel.shape[:2], strides, padding)
     return _forward_taps(spread, kernel[::-1, ::-1], (1, 1), NO_PADDING, groups)
 
 
@@ -202,9 +197,9 @@ def _kernel_patches(x, y_gradient, kernel_shape, strides, padding, groups):
 
 def _kernel_gradient_patches(x, y_gradient, kernel_shape, strides, padding, groups):
     """Patches of the gradient instead of the input: fewer numbers where the outputs are few."""
-    del strides, groups
+    del groups
     kh, kw, c, n = kernel_shape
-    patches = _patches(y_gradient, (kh, kw), (1, 1), _turned(padding, (kh, kw)))
+    patches = _patches(_spread(y_gradient, x.shape, (kh, kw), strides, padding), (kh, kw), (1, 1), NO_PADDING)
     product = _columns_product(_rows(x), patches).reshape(c, kh, kw, n)
     return product[:, ::-1, ::-1].transpose(1, 2, 0, 3)
 

@@ -23,6 +23,7 @@ from bmjax.layers import (
     Kernel,
     NormMode,
     all_sum,
+    apply_affine,
     batch_count,
     batch_statistics,
     norm_affine,
@@ -47,7 +48,6 @@ class Layer(NamedTuple):
 
 def dense_block(
     x: jax.Array,
-    statistics: Statistics | None = None,
     *,
     name: str,
     layers: int,
@@ -59,7 +59,7 @@ def dense_block(
     """[b, h, w, c] -> [b, h, w, c + layers * growth] and, where norms go by the batch, its statistics.
 
     Called inside a Linen module, whose parameters `<name>_block<i>_0_bn`, `_1_conv`, `_1_bn`, `_2_conv` it makes.
-    `statistics` are the batch's of x, where the caller has them. `train` and `mode` are bmjax.layers.BatchNorm's.
+    `train` and `mode` are bmjax.layers.BatchNorm's.
     """
     by_batch = train and mode == "train"
     channels = x.shape[-1]
@@ -79,7 +79,7 @@ def dense_block(
         ]
     params = jax.tree.map(lambda a: a.astype(x.dtype) if a.ndim == 4 else a, tuple(params))
     if by_batch:
-        given = statistics or batch_statistics(x)
+        given = batch_statistics(x)
         running = None
     else:
         given = None
@@ -98,8 +98,7 @@ def dense_block(
 
 
 def _norm_relu(x: jax.Array, factor: jax.Array, offset: jax.Array) -> jax.Array:
-    y = x.astype(factor.dtype) * over_channels(factor, x.ndim) + over_channels(offset, x.ndim)
-    return jnp.maximum(y, 0).astype(x.dtype)
+    return jnp.maximum(apply_affine(x, factor, offset), 0).astype(x.dtype)
 
 
 def _plain(
@@ -159,10 +158,9 @@ def _in_place_forward(epsilon, x, statistics, params, running):
 
 def _through_norm_relu(x, y_gradient, affine, vjp):
     """Gradients of relu(factor * x + offset): with respect to x by the map alone, and to what the map is made of."""
-    factor, offset = affine
-    dz = jnp.where(x * over_channels(factor, 4) + over_channels(offset, 4) > 0, y_gradient, 0)
+    dz = jnp.where(apply_affine(x, *affine) > 0, y_gradient, 0)
     over = tuple(range(x.ndim - 1))
-    return dz * over_channels(factor, 4), vjp(((dz * x).sum(over), dz.sum(over)))
+    return dz * over_channels(affine[0], 4), vjp(((dz * x).sum(over), dz.sum(over)))
 
 
 def _through_statistics(x, statistics, gradients, count):

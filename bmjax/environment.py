@@ -11,9 +11,8 @@ from importlib import metadata
 from pathlib import Path
 
 # Of the CPU backend alone. The first keeps single convolutions from the YNN library, which is slower at those of these
-# networks; the second runs what frees memory first, and a train step of a DenseNet then needs half the temporaries
-# (docs/speed.md has both measured). A flag unknown to a version of jaxlib aborts the process, so they are set only
-# for versions they were measured on.
+# networks; the second runs what frees memory first, so that a dense block's backward pass needs fewer temporaries. A
+# flag unknown to a version of jaxlib aborts the process, so they are set only for versions they were measured on.
 CPU_FLAGS = (
     "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution",
     "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",

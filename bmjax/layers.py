@@ -122,6 +122,11 @@ def norm_affine(values: tuple[jax.Array, ...], epsilon: float, dtype: Any) -> tu
     return factor, bias - mean * factor
 
 
+def apply_affine(x: jax.Array, factor: jax.Array, offset: jax.Array) -> jax.Array:
+    """factor * x + offset per channel of x [..., c], in the type of the factor."""
+    return x.astype(factor.dtype) * over_channels(factor, x.ndim) + over_channels(offset, x.ndim)
+
+
 class NormVariables(NamedTuple):
     """Parameters and running statistics of a batch-norm, each [c]."""
 
@@ -203,8 +208,7 @@ class BatchNorm(nn.Module):
         if mode == "frozen":
             scale, bias = jax.lax.stop_gradient((scale, bias))
         # One affine map over x: a fused pass that keeps only x for the backward one.
-        factor, offset = norm_affine((scale, bias, mean, var), self.epsilon, x.dtype)
-        y = x.astype(factor.dtype) * over_channels(factor, x.ndim) + over_channels(offset, x.ndim)
+        y = apply_affine(x, *norm_affine((scale, bias, mean, var), self.epsilon, x.dtype))
         return y.astype(self.dtype or x.dtype)
 
 

@@ -31,7 +31,7 @@ BATCH = 16
 SHAPES = [
     (112, 7, 2, 3, 64, 1),
     *((side, 1, 1, inputs, 128, 1) for side, inputs in ((56, 64), (56, 192), (28, 256), (14, 512), (7, 768))),
-    *((side, 1, 1, inputs, outputs, 1) for side, inputs, outputs in ((28, 256, 128), (14, 512, 256), (7, 1024, 512))),
+    *((side, 1, 1, inputs, outputs, 1) for side, inputs, outputs in ((14, 512, 256), (7, 1024, 512))),
     *((side, 3, 1, 128, 32, 1) for side in (56, 28, 14, 7)),
     (56, 3, 1, 64, 64, 1),
     (14, 3, 1, 256, 256, 1),
