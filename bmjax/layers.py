@@ -96,9 +96,7 @@ def _pixels(
 ) -> convolution.Padding:
     if isinstance(padding, int):
         return ((padding, padding),) * 2
-    return convolution.explicit_padding(
-        padding if isinstance(padding, str) else tuple(padding), spatial, size, strides
-    )
+    return convolution.explicit_padding(padding if isinstance(padding, str) else tuple(padding), spatial, size, strides)
 
 
 def batch_count(x: jax.Array) -> int:

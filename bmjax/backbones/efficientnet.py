@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -170,18 +169,17 @@ def timm_name(module: EfficientNet, layer: str) -> str:
     Raises:
       ValueError: the module has no such layer.
     """
-    simple = {"stem_conv": "conv_stem", "stem_bn": "bn1", "top_conv": "conv_head", "top_bn": "bn2"}
-    simple["predictions"] = "classifier"
-    if layer in simple:
-        return simple[layer]
-    # A block without an expansion is timm's depthwise-separable block, with names of its own.
-    parts = {"se_reduce": "se.conv_reduce", "se_expand": "se.conv_expand", "dwconv": "conv_dw"}
+    names = {"stem_conv": "conv_stem", "stem_bn": "bn1", "top_conv": "conv_head", "top_bn": "bn2"}
+    names["predictions"] = "classifier"
+    parts = {"dwconv": "conv_dw", "se_reduce": "se.conv_reduce", "se_expand": "se.conv_expand"}
     inverted = {"expand_conv": "conv_pw", "expand_bn": "bn1", "bn": "bn2", "project_conv": "conv_pwl"}
-    inverted |= parts | {"project_bn": "bn3"}
+    inverted |= {"project_bn": "bn3"} | parts
+    # A block without an expansion is timm's depthwise-separable block, with names of its own.
     separable = {"bn": "bn1", "project_conv": "conv_pw", "project_bn": "bn2"} | parts
-    if (match := re.fullmatch(r"(block(\d+)([a-z]))_(\w+)", layer)) and match[1] in module.stages:
-        number, i = int(match[2]) - 1, ord(match[3]) - ord("a")
-        names = inverted if module.rows[number].expansion > 1 else separable
-        if match[4] in names:
-            return f"blocks.{number}.{i}.{names[match[4]]}"
-    raise ValueError(f"layer is {layer!r}; expected one of EfficientNet's")
+    for block in module.blocks():
+        row, i = int(block.name[len("block") : -1]) - 1, ord(block.name[-1]) - ord("a")
+        for ours, timm in (inverted if block.expansion > 1 else separable).items():
+            names[f"{block.name}_{ours}"] = f"blocks.{row}.{i}.{timm}"
+    if layer not in names:
+        raise ValueError(f"layer is {layer!r}; expected one of EfficientNet's")
+    return names[layer]

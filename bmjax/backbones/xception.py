@@ -7,7 +7,6 @@ The pools are "SAME" in Keras, symmetric in timm: the field `pool_padding`.
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -67,11 +66,9 @@ class Xception(nn.Module):
             number = f"_{shortcut}" if shortcut else ""
             y = nn.relu(x) if shortcut else x  # the network's first block comes after a ReLU
             y = nn.relu(norm(f"{name}_sepconv1_bn", separable(f"{name}_sepconv1", y, first)))
-            y = separable(f"{name}_sepconv2", y, second)
-            # In the order of Keras's layers, which is that of the published files.
-            x = Conv(second, 1, strides=2, name=f"conv2d{number}")(x)
-            y = norm(f"{name}_sepconv2_bn", y)
-            x = norm(f"batch_normalization{number}", x)
+            y = norm(f"{name}_sepconv2_bn", separable(f"{name}_sepconv2", y, second))
+            # After the others: the order of Keras's layers, which is that of the published files.
+            x = norm(f"batch_normalization{number}", Conv(second, 1, strides=2, name=f"conv2d{number}")(x))
             return x + max_pool(y, window=3, stride=2, padding=self.pool_padding)
 
         if min(x.shape[1:3]) < 7:
@@ -120,22 +117,26 @@ def timm_name(module: Xception, layer: str) -> str:
     Raises:
       ValueError: the module has no such layer.
     """
-    refused = ValueError(f"layer is {layer!r}; expected one of Xception's")
-    if layer == "predictions":
-        return "fc"
-    first, last = 1, len(module.stages)
-    if match := re.fullmatch(r"(conv2d|batch_normalization)(?:_(\d+))?", layer):
-        shortcut = int(match[2] or 0)
-        block = shortcut + 1 if shortcut < len(module.entry) else last - 2
-        return f"block{block}.{'skip' if match[1] == 'conv2d' else 'skipbn'}"
-    match = re.fullmatch(r"block(\d+)_(?:sep)?conv(\d)_?(bn|depthwise|pointwise|)", layer)
-    if not match or f"block{match[1]}" not in module.stages:
-        raise refused
-    number, i, part = int(match[1]), int(match[2]), match[3]
-    if number in (first, last):
-        i += 2 if number == last else 0
-        return {"bn": f"bn{i}", "": f"conv{i}", "depthwise": f"conv{i}.conv1", "pointwise": f"conv{i}.pointwise"}[part]
-    # A block is a list of ReLU, convolution, norm, ...; the first lacks the ReLU that begins the others.
-    place = 3 * (i - 1) + (number > 2)
-    name = {"bn": f"{place + 1}", "depthwise": f"{place}.conv1", "pointwise": f"{place}.pointwise"}[part]
-    return f"block{number - 1}.rep.{name}"
+    count, names = len(module.stages), {"predictions": "fc"}
+
+    def add_separable(name: str, conv: str, norm: str) -> None:
+        names.update({f"{name}_depthwise": f"{conv}.conv1", f"{name}_pointwise": f"{conv}.pointwise"})
+        names[f"{name}_bn"] = norm
+
+    for i in (1, 2):
+        names |= {f"block1_conv{i}": f"conv{i}", f"block1_conv{i}_bn": f"bn{i}"}
+        add_separable(f"block{count}_sepconv{i}", f"conv{i + 2}", f"bn{i + 2}")
+    halving = [*range(2, len(module.entry) + 2), count - 1]
+    for number in range(2, count):
+        for i in range(2 if number in halving else 3):
+            # A block is a list of ReLU, convolution, norm, ...; the first lacks the ReLU that begins the others.
+            place = 3 * i + (number > 2)
+            block = f"block{number - 1}.rep"
+            add_separable(f"block{number}_sepconv{i + 1}", f"{block}.{place}", f"{block}.{place + 1}")
+    for shortcut, number in enumerate(halving):
+        suffix = f"_{shortcut}" if shortcut else ""
+        names |= {f"conv2d{suffix}": f"block{number - 1}.skip"}
+        names |= {f"batch_normalization{suffix}": f"block{number - 1}.skipbn"}
+    if layer not in names:
+        raise ValueError(f"layer is {layer!r}; expected one of Xception's")
+    return names[layer]
