@@ -95,7 +95,7 @@ def _pixels(
     padding: Padding, spatial: tuple[int, int], size: tuple[int, int], strides: tuple[int, int]
 ) -> convolution.Padding:
     if isinstance(padding, int):
-        return ((padding, padding),) * 2
+        return (padding, padding), (padding, padding)
     return convolution.explicit_padding(padding if isinstance(padding, str) else tuple(padding), spatial, size, strides)
 
 
