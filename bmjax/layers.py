@@ -298,3 +298,9 @@ def _max_pool_backward(window, stride, padding, residuals, gradient):
 
 
 _max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+
+
+def round_channels(channels: float) -> int:
+    """The nearest multiple of 8, but no less than 8 or nine tenths of the channels: as MobileNet and its followers."""
+    rounded = max(8, int(channels + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * channels else rounded
