@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from bmjax import convolution
@@ -262,7 +263,7 @@ def max_pool(x: jax.Array, window: int, stride: int, padding: Padding) -> jax.Ar
 def _plain_max_pool(x: jax.Array, window: int, stride: int, pads: convolution.Padding) -> jax.Array:
     return lax.reduce_window(
         x,
-        jnp.array(-jnp.inf, x.dtype),
+        np.array(-np.inf, x.dtype),  # NumPy's: an array of JAX's is traced under jit, and the gradient then unknown
         lax.max,
         (1, window, window, 1),
         (1, stride, stride, 1),
