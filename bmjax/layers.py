@@ -253,9 +253,7 @@ def max_pool(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array:
 
 def _plain_max_pool(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array:
     pads = ((0, 0), (padding, padding), (padding, padding), (0, 0))
-    return lax.reduce_window(
-        x, jnp.array(-jnp.inf, x.dtype), lax.max, (1, window, window, 1), (1, stride, stride, 1), pads
-    )
+    return lax.reduce_window(x, -jnp.inf, lax.max, (1, window, window, 1), (1, stride, stride, 1), pads)
 
 
 # XLA's CPU backend scatters a pool's gradient one value at a time. Here each place of the window is one strided view.

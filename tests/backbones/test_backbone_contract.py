@@ -78,10 +78,11 @@ def test_what_a_tap_returns_replaces_the_stage(name):
 
 
 def loss_and_grads(name, variables, x, mode="train"):
-    model = create_backbone(name)
+    model, rngs = create_backbone(name), {"dropout": jax.random.key(7)}
 
     def loss(params):
-        y, new = model.apply(variables | {"params": params}, x, train=True, mode=mode, mutable=["batch_stats"])
+        variables_ = variables | {"params": params}
+        y, new = model.apply(variables_, x, train=True, mode=mode, mutable=["batch_stats"], rngs=rngs)
         return (jnp.sin(y) * jnp.cos(jnp.arange(y.size // len(y), dtype=y.dtype)).reshape(1, *y.shape[1:])).sum(), new
 
     grads, new = jax.grad(loss, has_aux=True)(variables["params"])
