@@ -14,7 +14,6 @@ from typing import Any, Literal, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from bmjax import convolution
@@ -261,14 +260,8 @@ def max_pool(x: jax.Array, window: int, stride: int, padding: Padding) -> jax.Ar
 
 
 def _plain_max_pool(x: jax.Array, window: int, stride: int, pads: convolution.Padding) -> jax.Array:
-    return lax.reduce_window(
-        x,
-        np.array(-np.inf, x.dtype),  # NumPy's: an array of JAX's is traced under jit, and the gradient then unknown
-        lax.max,
-        (1, window, window, 1),
-        (1, stride, stride, 1),
-        ((0, 0), *pads, (0, 0)),
-    )
+    sides = ((0, 0), *pads, (0, 0))
+    return lax.reduce_window(x, -jnp.inf, lax.max, (1, window, window, 1), (1, stride, stride, 1), sides)
 
 
 # XLA's CPU backend scatters a pool's gradient one value at a time. Here each place of the window is one strided view.
