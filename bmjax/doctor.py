@@ -128,7 +128,7 @@ def _cpu_flags() -> Finding:
 
 def _malloc() -> Finding:
     if environment.keeps_freed_memory():
-        return ("OK", "malloc", "keeps what is freed: an eighth of a training step on CPUs")
+        return ("OK", "malloc", "keeps what is freed, which saves time on CPUs")
     if environment.cpu_only() and sys.platform == "linux":
         return ("WARN", "malloc", "hands freed memory back, which costs time on CPUs; import bmjax before jax")
     return ("OK", "malloc", "as it comes")

@@ -49,13 +49,13 @@ def _keep_freed_memory() -> bool:
     """Tells malloc to keep what is freed; False where that is not ours to say, or not known to help.
 
     XLA's CPU backend allocates a step's temporaries at its start and frees them at its end. By default glibc hands such
-    large pieces back at once, and the kernel zeroes each page of them anew in the next step: an eighth of its time.
+    large pieces back at once, and the kernel zeroes each page of them anew in the next step.
     """
     given = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
     if given or platform.libc_ver()[0] != "glibc" or not cpu_only():
         return False
     libc = ctypes.CDLL(None)
-    return all([libc.mallopt(number, value) for number, value in _MALLOC.values()])
+    return all(libc.mallopt(number, value) for number, value in _MALLOC.values())
 
 
 def apply() -> None:

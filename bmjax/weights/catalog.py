@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from bmjax.registry import unknown
+from bmjax import registry
 
 _KERAS = "https://storage.googleapis.com/tensorflow/keras-applications"
 _DENSENET_SOURCE = "keras.applications.densenet; converted from the authors' Torch models (Huang et al. 2017)"
@@ -59,9 +59,6 @@ RECORDS: tuple[WeightRecord, ...] = (
     _densenet(201, True, "1ceb130c1ea1b78c3bf6114dbdfd8807", 20_242_984),
 )
 
-# Members without published weights are trained from scratch on inputs scaled as their family's.
-_FAMILY_PREPROCESS = {"densenet": "torch"}
-
 
 def find(backbone: str, top: bool = False) -> WeightRecord:
     """The record of a backbone's ImageNet weights.
@@ -72,7 +69,7 @@ def find(backbone: str, top: bool = False) -> WeightRecord:
     for record in RECORDS:
         if record.backbone == backbone and record.top == top:
             return record
-    raise unknown("backbone with published weights", backbone, {r.backbone for r in RECORDS})
+    raise registry.unknown("backbone with published weights", backbone, {r.backbone for r in RECORDS})
 
 
 def preprocess_of(backbone: str) -> str:
@@ -80,7 +77,7 @@ def preprocess_of(backbone: str) -> str:
     for record in RECORDS:
         if record.backbone == backbone:
             return record.preprocess
-    for family, mode in _FAMILY_PREPROCESS.items():
-        if backbone.startswith(family):
-            return mode
-    return "torch"
+    for family in registry.modules("bmjax.backbones").values():
+        if backbone in family.VARIANTS:
+            return family.PREPROCESS
+    raise registry.unknown("backbone", backbone, {r.backbone for r in RECORDS})
