@@ -20,16 +20,14 @@ CPU_FLAGS = (
     "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
 )
 CPU_FLAGS_JAXLIB = ("0.10.2",)
+# Numbers of glibc's malloc.h, and values: hand back nothing, map nothing apart, one arena for all threads.
+_MALLOC = {"M_TRIM_THRESHOLD": (-1, -1), "M_MMAP_MAX": (-4, 0), "M_ARENA_MAX": (-8, 1)}
+_malloc_set: list[bool] = []
 
 
 def cache_folder() -> Path:
     """The folder of everything that can be made again: weights, decoded images, compiled programs."""
     return Path(os.environ.get("BMJAX_CACHE", Path.home() / ".cache" / "bmjax"))
-
-
-# Numbers of glibc's malloc.h, and values: hand back nothing, map nothing apart, one arena for all threads.
-_MALLOC = {"M_TRIM_THRESHOLD": (-1, -1), "M_MMAP_MAX": (-4, 0), "M_ARENA_MAX": (-8, 1)}
-_malloc_set: list[bool] = []
 
 
 def cpu_only() -> bool:

@@ -6,7 +6,7 @@ A backbone is a Flax module, called `(x, *, train, mode, tap)`; it names its sta
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import flax.linen as nn
@@ -14,13 +14,25 @@ import flax.linen as nn
 from bmjax import registry
 
 
-def _variants() -> dict[str, Callable[..., nn.Module]]:
-    return {name: make for module in registry.modules(__name__).values() for name, make in module.VARIANTS.items()}
+def _families() -> dict[str, ModuleType]:
+    return {name: module for module in registry.modules(__name__).values() for name in module.VARIANTS}
 
 
 def list_backbones() -> list[str]:
     """Names that `create_backbone` knows, sorted."""
-    return sorted(_variants())
+    return sorted(_families())
+
+
+def family_of(name: str) -> ModuleType:
+    """The module of bmjax/backbones that a backbone is of.
+
+    Raises:
+      ValueError: the name is not known.
+    """
+    families = _families()
+    if name not in families:
+        raise registry.unknown("backbone", name, families)
+    return families[name]
 
 
 def create_backbone(name: str, **options: Any) -> nn.Module:
@@ -30,7 +42,4 @@ def create_backbone(name: str, **options: Any) -> nn.Module:
       ValueError: the name is not known.
       TypeError: an option is not a field of the module.
     """
-    variants = _variants()
-    if name not in variants:
-        raise registry.unknown("backbone", name, variants)
-    return variants[name](**options)
+    return family_of(name).VARIANTS[name](**options)

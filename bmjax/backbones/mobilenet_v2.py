@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bmjax.layers import BatchNorm, Conv, NormMode, Tap, global_average, round_channels
+from bmjax.layers import BatchNorm, Conv, NormMode, Padding, Tap, global_average, round_channels
 
 
 class Row(NamedTuple):
@@ -45,7 +45,7 @@ class MobileNetV2(nn.Module):
     rows: tuple[Row, ...] = ROWS
     last: int = 1280
     """Channels of the last convolution."""
-    padding: str | int = "SAME"
+    padding: Padding = "SAME"
     """Of the 3x3 convolutions: "SAME" as in Keras, or 1, on all sides, as in timm."""
     include_top: bool = False
     classes: int = 1000

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from bmjax import registry
+from bmjax.backbones import family_of
+from bmjax.registry import unknown
 
 _KERAS = "https://storage.googleapis.com/tensorflow/keras-applications"
 _DENSENET_SOURCE = "keras.applications.densenet; converted from the authors' Torch models (Huang et al. 2017)"
@@ -69,15 +70,16 @@ def find(backbone: str, top: bool = False) -> WeightRecord:
     for record in RECORDS:
         if record.backbone == backbone and record.top == top:
             return record
-    raise registry.unknown("backbone with published weights", backbone, {r.backbone for r in RECORDS})
+    raise unknown("backbone with published weights", backbone, {r.backbone for r in RECORDS})
 
 
 def preprocess_of(backbone: str) -> str:
-    """The preprocessing mode of a backbone: its record's, or its family's where it has no record."""
+    """The preprocessing mode of a backbone: its record's, or its family's where it has no record.
+
+    Raises:
+      ValueError: the backbone is not known.
+    """
     for record in RECORDS:
         if record.backbone == backbone:
             return record.preprocess
-    for family in registry.modules("bmjax.backbones").values():
-        if backbone in family.VARIANTS:
-            return family.PREPROCESS
-    raise registry.unknown("backbone", backbone, {r.backbone for r in RECORDS})
+    return family_of(backbone).PREPROCESS

@@ -18,8 +18,8 @@ def shapes_of(name):
 
 
 ALL = list_backbones()
-# Those that are run: a family's other members differ in numbers only.
-SMALL = [name for name in ALL if name.endswith("_tiny")]
+# Those that are run: a family's other members differ in numbers only. DenseNet's small one has four blocks.
+SMALL = [name for name in ALL if name.endswith("_tiny") or name == "densenet_small"]
 
 
 def images(b=4, size=(40, 33), dtype=jnp.float32):
@@ -108,9 +108,7 @@ def test_eager_is_jit_and_bfloat16_is_near(name):
     np.testing.assert_allclose(jitted, eager, rtol=1e-5, atol=1e-5 * jitted.max())
     half = jax.jit(create_backbone(name, dtype=jnp.bfloat16).apply)(variables, images())
     assert half.dtype == jnp.bfloat16
-    # In the mean square: a single value between 0 and a ReLU6's limit may move by more.
-    error = np.linalg.norm(np.asarray(half, np.float32) - jitted) / np.linalg.norm(jitted)
-    assert error < 0.03
+    assert np.abs(np.asarray(half, np.float32) - jitted).max() < 0.05 * jitted.max()
 
 
 @pytest.mark.parametrize("name", SMALL)

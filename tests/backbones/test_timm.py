@@ -9,15 +9,10 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from bmjax import registry
-from bmjax.backbones import create_backbone
+from bmjax.backbones import create_backbone, family_of
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
-
-
-def family_of(name):
-    return next(m for m in registry.modules("bmjax.backbones").values() if name in m.VARIANTS)
 
 
 def value_of(key, shape):
