@@ -25,7 +25,7 @@ from bmjax.data import Dataset, Splits
 from bmjax.data.pipeline import TrainBatches, eval_batches, steps_per_epoch
 from bmjax.losses import balanced_class_weights
 from bmjax.metrics import classification_metrics
-from bmjax.model import Classifier, create, part_of
+from bmjax.model import Classifier, create, part_of, resolve
 from bmjax.parallel import Parallel
 from bmjax.run import (
     Run,
@@ -273,6 +273,7 @@ def train(config: Config, *, resume: bool = False) -> Result:
       ValueError: a field is wrong, or the run to resume has another configuration or other data.
       FloatingPointError: the loss is not finite; names the step and the images of the batch.
     """
+    config = dataclasses.replace(config, model=resolve(config.model))
     run_dir = run_folder(config)
     model_check(config)
     open_run(run_dir, config, resume)
