@@ -8,7 +8,7 @@ in its `dtype`, or in that of its input.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
@@ -22,6 +22,8 @@ BATCH_AXIS = "data"
 """Name of the device axis over which a batch is split, where it is bound."""
 
 NormMode = Literal["train", "stats_frozen", "frozen"]
+Tap = Callable[[str, jax.Array], jax.Array]
+"""What a backbone calls on each stage's output, with the stage's name; what it returns goes on instead."""
 he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 

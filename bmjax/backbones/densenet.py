@@ -8,6 +8,7 @@ its 1x1 convolution (both are linear, so they commute), which then sees a quarte
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +17,7 @@ import jax
 from einops import reduce
 
 from bmjax.dense_block import dense_block
-from bmjax.layers import BatchNorm, Conv, NormMode, global_average, max_pool
-
-Tap = Callable[[str, jax.Array], jax.Array]
+from bmjax.layers import BatchNorm, Conv, NormMode, Tap, global_average, max_pool
 
 
 class DenseNet(nn.Module):
@@ -105,3 +104,25 @@ VARIANTS: dict[str, Callable[..., DenseNet]] = {
     "densenet_small": functools.partial(DenseNet, blocks=(2, 4, 6, 4), growth=16, stem=32),
     "densenet_tiny": functools.partial(DenseNet, blocks=(1, 2, 2), growth=4, stem=8),
 }
+PREPROCESS = "torch"
+TIMM: dict[str, Any] = {"epsilon": 1e-5}
+
+
+def timm_name(module: DenseNet, layer: str) -> str:
+    """The path in timm's module of a layer, by the layer's name here.
+
+    Raises:
+      ValueError: the module has no such layer.
+    """
+    del module
+    simple = {"conv1_conv": "features.conv0", "conv1_bn": "features.norm0", "bn": "features.norm5"}
+    simple["predictions"] = "classifier"
+    if layer in simple:
+        return simple[layer]
+    if match := re.fullmatch(r"pool(\d+)_(bn|conv)", layer):
+        number, kind = int(match[1]), {"bn": "norm", "conv": "conv"}[match[2]]
+        return f"features.transition{number - 1}.{kind}"
+    if match := re.fullmatch(r"conv(\d+)_block(\d+)_([012]_(?:bn|conv))", layer):
+        kind = {"0_bn": "norm1", "1_conv": "conv1", "1_bn": "norm2", "2_conv": "conv2"}[match[3]]
+        return f"features.denseblock{int(match[1]) - 1}.denselayer{match[2]}.{kind}"
+    raise ValueError(f"layer is {layer!r}; expected one of DenseNet's")

@@ -1,0 +1,114 @@
+"""ResNet (He et al. 2016, https://arxiv.org/abs/1512.03385) with bottlenecks, as in keras.applications and with its
+layer names.
+
+Keras's is the paper's: a stage halves in the first 1x1 convolution of its first block, and convolutions have biases,
+which the norms behind them cancel in training. Torch's and timm's (v1.5) halves in the 3x3, and has no biases.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from bmjax.layers import BatchNorm, Conv, NormMode, Tap, global_average, max_pool
+
+
+class ResNet(nn.Module):
+    """The family; `blocks` is the number of bottleneck blocks in each stage."""
+
+    blocks: tuple[int, ...] = (3, 4, 6, 3)
+    width: int = 64
+    """Channels of the first convolution and of the first stage's bottlenecks; those double from stage to stage."""
+    stride_in_3x3: bool = False
+    """Whether a stage halves in the 3x3 convolution of its first block (v1.5), not in the first 1x1."""
+    use_bias: bool = True
+    """Whether convolutions have biases."""
+    include_top: bool = False
+    classes: int = 1000
+    """Classes of the top, where it is included."""
+    epsilon: float = 1.001e-5
+    dtype: Any = None
+    """Compute type; None: the input's."""
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """conv1 is the first convolution, then a stage of blocks each, after its last ReLU."""
+        return tuple(f"conv{i}" for i in range(1, len(self.blocks) + 2))
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, *, train: bool = False, mode: NormMode = "train", tap: Tap | None = None
+    ) -> jax.Array:
+        """Preprocessed images [b, h, w, 3] of any size -> features [b, h/32, w/32, c], or logits [b, classes] with the
+        top; sizes are rounded up.
+
+        `mode` is that of the batch-norms (bmjax.layers.BatchNorm). What `tap(stage, x)` returns replaces the output of
+        each stage.
+        """
+        tap = tap or (lambda stage, x: x)
+        conv = functools.partial(Conv, use_bias=self.use_bias)
+
+        def norm(name: str, x: jax.Array) -> jax.Array:
+            return BatchNorm(epsilon=self.epsilon, name=name)(x, train=train, mode=mode)
+
+        def block(name: str, x: jax.Array, width: int, stride: int, project: bool) -> jax.Array:
+            first, second = (1, stride) if self.stride_in_3x3 else (stride, 1)
+            y = nn.relu(norm(f"{name}_1_bn", conv(width, 1, strides=first, name=f"{name}_1_conv")(x)))
+            y = nn.relu(norm(f"{name}_2_bn", conv(width, 3, strides=second, padding=1, name=f"{name}_2_conv")(y)))
+            # In the order of Keras's layers, which is that of the published files.
+            if project:
+                x = conv(4 * width, 1, strides=stride, name=f"{name}_0_conv")(x)
+            y = conv(4 * width, 1, name=f"{name}_3_conv")(y)
+            if project:
+                x = norm(f"{name}_0_bn", x)
+            return nn.relu(x + norm(f"{name}_3_bn", y))
+
+        if self.dtype is not None:
+            x = x.astype(self.dtype)
+        x = conv(self.width, 7, strides=2, padding=3, name="conv1_conv")(x)
+        x = tap("conv1", nn.relu(norm("conv1_bn", x)))
+        # Pads with -inf where Keras pads with zero: the same after a ReLU.
+        x = max_pool(x, window=3, stride=2, padding=1)
+        for number, blocks in enumerate(self.blocks, start=2):
+            for i in range(blocks):
+                stride = 2 if i == 0 and number > 2 else 1
+                x = block(f"conv{number}_block{i + 1}", x, self.width * 2 ** (number - 2), stride, project=i == 0)
+            x = tap(f"conv{number}", x)
+        if self.include_top:
+            x = global_average(x)
+            x = nn.Dense(self.classes, dtype=x.dtype, name="predictions")(x)
+        return x
+
+
+VARIANTS: dict[str, Callable[..., ResNet]] = {
+    "resnet50": functools.partial(ResNet, blocks=(3, 4, 6, 3)),
+    "resnet101": functools.partial(ResNet, blocks=(3, 4, 23, 3)),
+    "resnet152": functools.partial(ResNet, blocks=(3, 8, 36, 3)),
+    # Ours, without published weights: for small images on CPUs, and for tests. v1.5, which is the more accurate.
+    "resnet_small": functools.partial(ResNet, blocks=(2, 2, 2), width=16, stride_in_3x3=True, use_bias=False),
+    "resnet_tiny": functools.partial(ResNet, blocks=(1, 1, 1), width=8, stride_in_3x3=True, use_bias=False),
+}
+PREPROCESS = "caffe"
+TIMM: dict[str, Any] = {"stride_in_3x3": True, "use_bias": False, "epsilon": 1e-5}
+
+
+def timm_name(module: ResNet, layer: str) -> str:
+    """The path in timm's module of a layer, by the layer's name here.
+
+    Raises:
+      ValueError: the module has no such layer.
+    """
+    del module
+    simple = {"conv1_conv": "conv1", "conv1_bn": "bn1", "predictions": "fc"}
+    if layer in simple:
+        return simple[layer]
+    if match := re.fullmatch(r"conv(\d+)_block(\d+)_([0123])_(conv|bn)", layer):
+        stage, block, place, kind = int(match[1]), int(match[2]), match[3], match[4]
+        name = {"0conv": "downsample.0", "0bn": "downsample.1"}.get(place + kind, kind + place)
+        return f"layer{stage - 1}.{block - 1}.{name}"
+    raise ValueError(f"layer is {layer!r}; expected one of ResNet's")
