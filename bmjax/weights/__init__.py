@@ -149,13 +149,8 @@ def _read_keras(path: Path, backbone: str, record: WeightRecord | None) -> tuple
             record = dataclasses.replace(record, preprocess=mode)
     model = network(record, classes or 1000)
     shapes, order = network_shapes(model)
-    module = family(record.backbone)
-    source = keras_files.to_variables(
-        [layer for layer in layers if not keras_files.is_unused(layer, record.unused)],
-        shapes,
-        module.keras_order(order) if hasattr(module, "keras_order") else order,
-        getattr(module, "published_name", lambda name: name),
-    )
+    layers = [layer for layer in layers if not keras_files.is_unused(layer, record.unused)]
+    source = keras_files.to_variables(layers, shapes, order)
     return _counted(record, shapes), merge(shapes, source, str(path))
 
 
@@ -165,7 +160,7 @@ def _read_safetensors(path: Path, backbone: str, record: WeightRecord | None) ->
         source = safetensors_files.to_variables(path, tensors, own)
         shapes, _ = network_shapes(network(own, classes_of(source)))
         return own, merge(shapes, source, str(path))
-    unused = catalog.convention(backbone, "timm").unused
+    unused = catalog.rule(backbone, "timm")["unused"]
     tensors = {key: array for key, array in tensors.items() if key.rsplit(".", 1)[-1] not in unused}
     classes = next((array.shape[0] for array in tensors.values() if array.ndim == 2), None)
     if record is None:

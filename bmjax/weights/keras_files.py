@@ -14,7 +14,7 @@ import io
 import json
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -231,7 +231,6 @@ def to_variables(
     layers: Sequence[KerasLayer],
     shapes: dict[str, Tree],
     order: Sequence[str],
-    older_name: Callable[[str], str] = lambda name: name,
 ) -> dict[str, Tree]:
     """{"params", "batch_stats"} under the network's names, as far as the layers match it; the rest under their own.
 
@@ -254,9 +253,8 @@ def to_variables(
     expected = list(dict.fromkeys(keras_name(name) for name in order))
     matched: dict[str, KerasLayer] = {}
     for name in expected:
-        found = named.get(name) or named.get(normalise(older_name(name)))
-        if found is not None and not is_automatic(name):
-            matched[name] = found
+        if name in named and not is_automatic(name):
+            matched[name] = named[name]
     taken = {layer.stored for layer in matched.values()}
     rest = [layer for layer in layers if layer.stored not in taken]
     # A single renamed layer is a fault and stays unmatched; a file that names most layers otherwise, or none, is of
