@@ -43,7 +43,10 @@ def network_shapes(model: Any) -> tuple[dict[str, Tree], tuple[str, ...]]:
         order.extend(variables["params"])  # in order here; a tree that leaves jax comes back sorted
         return {"params": variables["params"], "batch_stats": variables["batch_stats"]}
 
-    return jax.eval_shape(trace), tuple(order)
+    shapes = jax.eval_shape(trace)
+    # Sorted no longer, so that what is compared with it leaf by leaf differs first where the network does.
+    shapes = {k: {name: shapes[k][name] for name in order if name in shapes[k]} for k in ("params", "batch_stats")}
+    return shapes, tuple(order)
 
 
 def find_record(backbone: str, weights: str, include_top: bool = False) -> tuple[WeightRecord, Path | None]:

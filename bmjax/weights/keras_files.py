@@ -41,6 +41,7 @@ _OLDER_WORDS = {"W": "kernel", "b": "bias", "running_mean": "moving_mean", "runn
 _AUTOMATIC = re.compile(
     r"(depthwise_|separable_?)?conv(olution)?(2d|2d_transpose)(_\d+)?|(batch_?)?normalization(_\d+)?|dense(_\d+)?"
 )
+_KINDS = ("conv", "depthwise", "separable", "dense", "norm")
 _LEAVES = {"gamma": "scale", "beta": "bias", "moving_mean": "mean", "moving_variance": "var"}
 
 
@@ -54,11 +55,12 @@ class KerasLayer:
 
     @property
     def kind(self) -> str:
-        """conv (depthwise ones too), separable, dense, norm, or what its weights are called."""
+        """One of `_KINDS`, or what its weights are called."""
         if "depthwise_kernel" in self.arrays:
             return "separable"
         if "kernel" in self.arrays:
-            return "dense" if self.arrays["kernel"].ndim == 2 else "conv"
+            shape = self.arrays["kernel"].shape
+            return "dense" if len(shape) == 2 else "depthwise" if shape[-1] == 1 else "conv"
         return "norm" if "gamma" in self.arrays else ", ".join(self.arrays)
 
 
@@ -246,8 +248,10 @@ def to_variables(
     def kind_of(name: str) -> str:
         if name in separable:
             return "separable"
-        leaves = shapes["params"][name]
-        return "norm" if "kernel" not in leaves else "dense" if len(leaves["kernel"].shape) == 2 else "conv"
+        if "kernel" not in shapes["params"][name]:
+            return "norm"
+        shape = shapes["params"][name]["kernel"].shape
+        return "dense" if len(shape) == 2 else "depthwise" if shape[2] == 1 else "conv"
 
     named = {layer.name: layer for layer in layers if layer.name is not None}
     expected = list(dict.fromkeys(keras_name(name) for name in order))
@@ -261,7 +265,7 @@ def to_variables(
     # another naming.
     renamed = [layer for layer in rest if layer.name is not None]
     by_order = not matched or len(renamed) > len(layers) / 2
-    for kind in ("conv", "separable", "dense", "norm"):
+    for kind in _KINDS:
         missing = [name for name in expected if name not in matched and kind_of(name) == kind]
         candidates = [layer for layer in rest if layer.kind == kind]
         if not by_order:
