@@ -48,7 +48,13 @@ def record_to_dict(record: WeightRecord) -> dict[str, Any]:
 
 
 def record_from_dict(values: Any) -> WeightRecord:
-    """Raises:
-    ValueError: a field is missing or has the wrong type; the message names it.
+    """The record that `record_to_dict` told.
+
+    Raises:
+      ValueError: a field is missing or has the wrong type; names the first such field.
     """
-    return pydantic.TypeAdapter(WeightRecord).validate_python(values)
+    try:
+        return pydantic.TypeAdapter(WeightRecord).validate_python(values)
+    except pydantic.ValidationError as e:
+        first = e.errors(include_url=False)[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from e

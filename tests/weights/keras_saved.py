@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 import warnings
 
 import h5py
@@ -24,6 +25,9 @@ def keras_small_resnet(**options):
 
     return keras_resnet.ResNet(stacks, preact=False, use_bias=True, name="resnet", **options)
 
+
+# It calls HDF5 a legacy format, each time.
+logging.getLogger("absl").setLevel(logging.ERROR)
 
 # family -> (backbone, the module and maker of a member that is only there for the tests, what builds it in Keras)
 FAMILIES = {

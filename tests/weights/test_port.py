@@ -104,7 +104,7 @@ def test_what_contradicts_the_record_is_refused(ported):
     with pytest.raises(ValueError, match="preprocessing is 'torch'; the weights need 'caffe'"):
         init(create(config, 3), jax.random.key(0), 64, config)
     config = dataclasses.replace(config, preprocess=None, backbone_options={"epsilon": 1e-3})
-    with pytest.raises(ValueError, match="epsilon of resnet_test is 0.001; the weights need 1.001e-05"):
+    with pytest.raises(ValueError, match=r"epsilon of resnet_test is 0.001; the weights need 1.001e-05"):
         init(create(config, 3), jax.random.key(0), 64, config)
     with pytest.raises(ValueError, match="weights of resnet_test; expected those of resnet50"):
         create(dataclasses.replace(config, backbone="resnet50"), 3)
@@ -117,7 +117,7 @@ def test_names_of_weights_are_known_without_a_file():
     record = catalog.RECORDS[-2]
     assert weights.find_record(record.backbone, record.name) == (record, None)
     assert resolve(ModelConfig(backbone="resnet50", weights=None)).preprocess == "caffe"
-    with pytest.raises(ValueError, match="unknown weights .* 'imagnet'; did you mean 'imagenet'"):
+    with pytest.raises(ValueError, match=r"unknown weights .* 'imagnet'; did you mean 'imagenet'"):
         resolve(ModelConfig(weights="imagnet"))
     with pytest.raises(ValueError, match="weights of resnet50; expected those of densenet121"):
         resolve(ModelConfig(weights="resnet50-keras"))
@@ -194,10 +194,10 @@ def test_a_bad_file_names_its_first_bad_leaf(ported, change, message):
 
 
 def test_changed_arrays_truncation_and_lost_records_are_told_apart(ported):
-    _, out, record = ported
+    _, out, _ = ported
     whole = out.read_bytes()
     out.write_bytes(whole[:-4] + b"\x00\x00\x80\x3f")
-    with pytest.raises(ValueError, match="the arrays' checksum is leaves:.*; its record says leaves:"):
+    with pytest.raises(ValueError, match=r"the arrays' checksum is leaves:.*; its record says leaves:"):
         verify(out, "resnet_test")
     out.write_bytes(whole[:-4])
     with pytest.raises(ValueError, match="not a readable safetensors file, or truncated"):
@@ -207,7 +207,7 @@ def test_changed_arrays_truncation_and_lost_records_are_told_apart(ported):
     with pytest.raises(ValueError, match="the record within can't be read: format 9; this version reads 1"):
         verify(out, "resnet_test")
     safetensors.numpy.save_file(tensors, out, {"bmjax": '{"format": 1, "record": {"name": "x"}}'})
-    with pytest.raises(ValueError, match="the record within can't be read: .*backbone"):
+    with pytest.raises(ValueError, match=r"the record within can't be read: .*backbone"):
         verify(out, "resnet_test")
 
 
@@ -226,7 +226,7 @@ def test_another_output_than_keras_is_an_error(ported, keras_twin, monkeypatch):
 
         return create_backbone("resnet_test", **record.architecture | {"epsilon": 1e-2})
 
-    with pytest.raises(ValueError, match="the output is .* of its largest value from Keras's; expected 1e-04"):
+    with pytest.raises(ValueError, match=r"the output is .* of its largest value from Keras's; expected 1e-04"):
         verify(path, "resnet_test", size=64)
 
 
