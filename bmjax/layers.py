@@ -253,9 +253,7 @@ def max_pool(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array:
 
 def _plain_max_pool(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array:
     pads = ((0, 0), (padding, padding), (padding, padding), (0, 0))
-    return lax.reduce_window(
-        x, jnp.array(-jnp.inf, x.dtype), lax.max, (1, window, window, 1), (1, stride, stride, 1), pads
-    )
+    return lax.reduce_window(x, -jnp.inf, lax.max, (1, window, window, 1), (1, stride, stride, 1), pads)
 
 
 # XLA's CPU backend scatters a pool's gradient one value at a time. Here each place of the window is one strided view.
@@ -298,3 +296,9 @@ def _max_pool_backward(window, stride, padding, residuals, gradient):
 
 
 _max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+
+
+def round_channels(channels: float) -> int:
+    """The nearest multiple of 8, but no less than 8 or nine tenths of the channels: as MobileNet and its followers."""
+    rounded = max(8, int(channels + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * channels else rounded

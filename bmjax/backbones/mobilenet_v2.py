@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bmjax.layers import BatchNorm, Conv, NormMode, Tap, global_average
+from bmjax.layers import BatchNorm, Conv, NormMode, Tap, global_average, round_channels
 
 
 class Row(NamedTuple):
@@ -36,12 +36,6 @@ ROWS = (
     Row(6, 160, 3, 2),
     Row(6, 320, 1, 1),
 )
-
-
-def _divisible(channels: float) -> int:
-    """The nearest multiple of 8, but no less than 8 or nine tenths of the channels."""
-    rounded = max(8, int(channels + 4) // 8 * 8)
-    return rounded + 8 if rounded < 0.9 * channels else rounded
 
 
 class MobileNetV2(nn.Module):
@@ -73,7 +67,7 @@ class MobileNetV2(nn.Module):
         names = iter(self.stages[1:-1])
         for row in self.rows:
             for i in range(row.repeats):
-                yield next(names), row.expansion, _divisible(row.channels * self.alpha), row.stride if i == 0 else 1
+                yield next(names), row.expansion, round_channels(row.channels * self.alpha), row.stride if i == 0 else 1
 
     @nn.compact
     def __call__(
@@ -104,11 +98,11 @@ class MobileNetV2(nn.Module):
 
         if self.dtype is not None:
             x = x.astype(self.dtype)
-        x = Conv(_divisible(32 * self.alpha), 3, strides=2, padding=self.padding, name="Conv1")(x)
+        x = Conv(round_channels(32 * self.alpha), 3, strides=2, padding=self.padding, name="Conv1")(x)
         x = tap("Conv1", norm_relu6("bn_Conv1", x))
         for name, expansion, channels, stride in self.blocks():
             x = tap(name, block(name, x, expansion, channels, stride))
-        x = Conv(_divisible(self.last * max(1.0, self.alpha)), 1, name="Conv_1")(x)
+        x = Conv(round_channels(self.last * max(1.0, self.alpha)), 1, name="Conv_1")(x)
         x = tap("Conv_1", norm_relu6("Conv_1_bn", x))
         if self.include_top:
             x = global_average(x)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bmjax import registry
 from bmjax.backbones import create_backbone, list_backbones
 from bmjax.layers import BATCH_AXIS, all_sum
 
@@ -17,7 +18,7 @@ def shapes_of(name):
 
 
 ALL = list_backbones()
-SMALL = [name for name in ALL if sum(leaf.size for leaf in jax.tree.leaves(shapes_of(name))) < 500_000]
+SMALL = [name for name in ALL if name.endswith(("_small", "_tiny"))]
 
 
 def images(b=4, size=(40, 33), dtype=jnp.float32):
@@ -29,8 +30,12 @@ def variables_of(name):
     return jax.jit(create_backbone(name).init)(jax.random.key(0), images())
 
 
-def test_there_are_small_members():
-    assert {"densenet_small", "densenet_tiny"} <= set(SMALL)
+def test_every_family_has_a_small_and_a_tiny_member():
+    for family in registry.modules("bmjax.backbones").values():
+        sizes = {name: sum(leaf.size for leaf in jax.tree.leaves(shapes_of(name))) for name in family.VARIANTS}
+        (small,) = (size for name, size in sizes.items() if name.endswith("_small"))
+        (tiny,) = (size for name, size in sizes.items() if name.endswith("_tiny"))
+        assert tiny < 60_000 < small < 500_000, family.__name__
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -49,27 +54,35 @@ def test_stages_are_tapped_in_order_and_once(name):
     assert sizes == sorted(sizes, reverse=True)
 
 
+@functools.cache
+def float64_variables_of(name):
+    return jax.tree.map(lambda v: jnp.asarray(v, jnp.float64), variables_of(name))
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_what_a_tap_returns_replaces_the_stage(name):
-    model, variables = create_backbone(name), variables_of(name)
-
-    @jax.jit
-    def run(factors):
-        return model.apply(variables, images(), tap=lambda stage, x: factors[model.stages.index(stage)] * x)
-
-    ones = jnp.ones(len(model.stages))
-    plain = run(ones)
-    np.testing.assert_allclose(plain, jax.jit(model.apply)(variables, images()), rtol=1e-5, atol=1e-5)
-    for i, stage in enumerate(model.stages):
-        assert not np.allclose(run(ones.at[i].set(0.5)), plain, rtol=1e-3), stage
-    np.testing.assert_allclose(run(ones.at[-1].set(0.5)), plain / 2, rtol=1e-5, atol=1e-6)
-
-
-def loss_and_grads(name, variables, x):
     model = create_backbone(name)
+    with jax.enable_x64(True):
+        x, variables = images(dtype=jnp.float64), float64_variables_of(name)
+
+        @jax.jit
+        def run(factors):
+            return model.apply(variables, x, tap=lambda stage, x: factors[model.stages.index(stage)] * x)
+
+        ones = jnp.ones(len(model.stages))
+        plain = run(ones)
+        np.testing.assert_allclose(plain, jax.jit(model.apply)(variables, x), rtol=1e-9, atol=1e-9)
+        for i, stage in enumerate(model.stages):
+            assert not np.allclose(run(ones.at[i].set(0.5)), plain, rtol=1e-3), stage
+        np.testing.assert_allclose(run(ones.at[-1].set(0.5)), plain / 2, rtol=1e-9, atol=1e-9)
+
+
+def loss_and_grads(name, variables, x, mode="train"):
+    model, rngs = create_backbone(name), {"dropout": jax.random.key(7)}
 
     def loss(params):
-        y, new = model.apply(variables | {"params": params}, x, train=True, mutable=["batch_stats"])
+        variables_ = variables | {"params": params}
+        y, new = model.apply(variables_, x, train=True, mode=mode, mutable=["batch_stats"], rngs=rngs)
         return (jnp.sin(y) * jnp.cos(jnp.arange(y.size // len(y), dtype=y.dtype)).reshape(1, *y.shape[1:])).sum(), new
 
     grads, new = jax.grad(loss, has_aux=True)(variables["params"])
@@ -78,7 +91,9 @@ def loss_and_grads(name, variables, x):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_the_gradient_reaches_every_parameter(name):
-    grads, _ = jax.jit(functools.partial(loss_and_grads, name))(variables_of(name), images())
+    """By the stored statistics: those of the batch take a bias before them away again, and with it its gradient."""
+    step = functools.partial(loss_and_grads, name, mode="stats_frozen")
+    grads, _ = jax.jit(step)(variables_of(name), images())
     for path, g in jax.tree_util.tree_leaves_with_path(grads):
         assert np.isfinite(g).all(), jax.tree_util.keystr(path)
         assert np.abs(g).max() > 1e-7, f"no gradient at {jax.tree_util.keystr(path)}"
@@ -92,7 +107,9 @@ def test_eager_is_jit_and_bfloat16_is_near(name):
     np.testing.assert_allclose(jitted, eager, rtol=1e-5, atol=1e-5 * jitted.max())
     half = jax.jit(create_backbone(name, dtype=jnp.bfloat16).apply)(variables, images())
     assert half.dtype == jnp.bfloat16
-    assert np.abs(np.asarray(half, np.float32) - jitted).max() < 0.05 * jitted.max()
+    # In the mean square: a single value between 0 and a ReLU6's limit may move by more.
+    error = np.linalg.norm(np.asarray(half, np.float32) - jitted) / np.linalg.norm(jitted)
+    assert error < 0.03
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -100,11 +117,12 @@ def test_four_devices_are_one(name):
     """Gradients and running statistics under pmap, in float64."""
     with jax.enable_x64(True):
         x = images(dtype=jnp.float64)
-        variables = jax.tree.map(lambda v: jnp.asarray(v, jnp.float64), variables_of(name))
-        fn = functools.partial(loss_and_grads, name, variables)
+        fn = functools.partial(loss_and_grads, name, float64_variables_of(name))
         one, four = jax.jit(fn)(x), jax.pmap(fn, axis_name=BATCH_AXIS)(x[:, None])
         for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(four), strict=True):
-            np.testing.assert_allclose(b, np.broadcast_to(a, b.shape), rtol=1e-9, atol=1e-9 * np.abs(a).max())
+            # The floor: a bias that a later norm takes away has a gradient of rounding only.
+            floor = 1e-9 * np.abs(a).max() + 1e-12
+            np.testing.assert_allclose(b, np.broadcast_to(a, b.shape), rtol=1e-9, atol=floor)
 
 
 @pytest.mark.parametrize("name", SMALL)

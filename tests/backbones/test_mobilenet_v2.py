@@ -46,15 +46,11 @@ def test_features_and_logits_are_keras(size):
     assert_output_is_keras(MobileNetV2(0.35, **TOP), keras_mobilenet_v2(0.35, size, **TOP), images(size))
 
 
-@pytest.mark.parametrize("size", [(64, 64), (61, 47)])
-def test_a_train_step_is_keras(size):
-    model, keras_model = MobileNetV2(0.35, **TOP), keras_mobilenet_v2(0.35, size, **TOP)
-    assert_train_step_is_keras(model, keras_model, images(size, b=4), rtol=1e-3)
-
-
-def test_a_train_step_of_the_full_width_is_keras(float64):
-    keras_model, x = keras_mobilenet_v2(1.0, (64, 64), **TOP), images((64, 64)).astype("float64")
-    assert_train_step_is_keras(create_backbone("mobilenet_v2", **TOP), keras_model, x, rtol=1e-10)
+@pytest.mark.parametrize(("alpha", "size"), [(0.35, (61, 47)), (1.0, (64, 64))])
+def test_a_train_step_is_keras(float64, alpha, size):
+    model, keras_model = MobileNetV2(alpha, **TOP), keras_mobilenet_v2(alpha, size, **TOP)
+    x = images(size).astype("float64")
+    assert_train_step_is_keras(model, keras_model, x, rtol=1e-10, cancelled=("_project_BN",))
 
 
 def test_forward_of_the_full_width_and_the_order_of_its_layers_are_keras():

@@ -50,12 +50,13 @@ def test_features_and_logits_are_keras(size):
 
 @pytest.mark.parametrize("size", [(64, 64), (61, 47)])
 def test_a_train_step_is_keras(size):
-    assert_train_step_is_keras(ResNet(BLOCKS, **TOP), keras_resnet(BLOCKS, size, **TOP), images(size, b=4), rtol=1e-3)
+    model, keras_model = ResNet(BLOCKS, **TOP), keras_resnet(BLOCKS, size, **TOP)
+    assert_train_step_is_keras(model, keras_model, images(size, b=4), rtol=1e-3, cancelled=("_conv",))
 
 
 def test_a_train_step_of_resnet50_is_keras(float64):
     keras_model, x = keras_resnet(RESNET50, (64, 64), **TOP), images((64, 64)).astype("float64")
-    assert_train_step_is_keras(create_backbone("resnet50", **TOP), keras_model, x, rtol=1e-10)
+    assert_train_step_is_keras(create_backbone("resnet50", **TOP), keras_model, x, rtol=1e-10, cancelled=("_conv",))
 
 
 def test_resnet50_forward_and_the_order_of_its_layers_are_keras():
