@@ -24,6 +24,9 @@ BATCH_AXIS = "data"
 NormMode = Literal["train", "stats_frozen", "frozen"]
 Tap = Callable[[str, jax.Array], jax.Array]
 """What a backbone calls on each stage's output, with the stage's name; what it returns goes on instead."""
+Padding = str | int | Sequence[tuple[int, int]]
+"""Of a convolution or a pool: "SAME" (as TensorFlow: more at the end where uneven), "VALID", or pixels before and after
+per axis; a number is the same on all sides, as in torch."""
 he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
@@ -63,16 +66,12 @@ class Kernel(nn.Module):
 
 
 class Conv(nn.Module):
-    """Convolution, NHWC, kernel HWIO.
-
-    `padding`: "SAME" (as TensorFlow: more at the end where uneven), "VALID", or pixels on every side; a number is the
-    same on all sides, as in torch.
-    """
+    """Convolution, NHWC, kernel HWIO."""
 
     features: int
     kernel_size: int | tuple[int, int] = 1
     strides: int | tuple[int, int] = 1
-    padding: str | int | Sequence[tuple[int, int]] = "SAME"
+    padding: Padding = "SAME"
     use_bias: bool = False
     groups: int = 1
     dtype: Any = None
@@ -83,7 +82,7 @@ class Conv(nn.Module):
         dtype = self.dtype or x.dtype
         size = (self.kernel_size, self.kernel_size) if isinstance(self.kernel_size, int) else self.kernel_size
         strides = (self.strides, self.strides) if isinstance(self.strides, int) else self.strides
-        padding = self.padding if isinstance(self.padding, str) else _pixels(self.padding)
+        padding = _pixels(self.padding, (x.shape[1], x.shape[2]), size, strides)
         kernel = self.param("kernel", he_normal, (*size, x.shape[-1] // self.groups, self.features), jnp.float32)
         y = convolution.conv(x.astype(dtype), kernel.astype(dtype), strides, padding, self.groups)
         if self.use_bias:
@@ -92,8 +91,12 @@ class Conv(nn.Module):
         return y
 
 
-def _pixels(padding: int | Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    return ((padding, padding),) * 2 if isinstance(padding, int) else tuple((a, b) for a, b in padding)
+def _pixels(
+    padding: Padding, spatial: tuple[int, int], size: tuple[int, int], strides: tuple[int, int]
+) -> convolution.Padding:
+    if isinstance(padding, int):
+        return (padding, padding), (padding, padding)
+    return convolution.explicit_padding(padding if isinstance(padding, str) else tuple(padding), spatial, size, strides)
 
 
 def batch_count(x: jax.Array) -> int:
@@ -222,6 +225,9 @@ class Dropout(nn.Module):
     """
 
     rate: float
+    shared: tuple[int, ...] = ()
+    """Axes along which values are kept or zeroed together: (1, 2, 3) of [b, h, w, c] drops whole images (stochastic
+    depth)."""
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
@@ -229,7 +235,8 @@ class Dropout(nn.Module):
         if not train or self.rate == 0:
             return x
         b, devices = x.shape[0], _axis_size()
-        shape = (b * (devices or 1), *x.shape[1:])
+        rest = (1 if axis in self.shared else n for axis, n in enumerate(x.shape[1:], start=1))
+        shape = (b * (devices or 1), *rest)
         keep = jax.random.uniform(self.make_rng("dropout"), shape, jnp.float32) >= self.rate
         if devices is not None:
             keep = jax.lax.dynamic_slice_in_dim(keep, jax.lax.axis_index(BATCH_AXIS) * b, b)
@@ -241,37 +248,37 @@ def global_average(x: jax.Array) -> jax.Array:
     return x.astype(at_least_float32(x.dtype)).mean((1, 2))
 
 
-def max_pool(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array:
+def max_pool(x: jax.Array, window: int, stride: int, padding: Padding) -> jax.Array:
     """The largest value of each square window: [b, h, w, c] -> [b, h', w', c]. Padded with -inf.
 
     The gradient goes to the first of equal values, row by row.
     """
+    pads = _pixels(padding, (x.shape[1], x.shape[2]), (window, window), (stride, stride))
     if convolution.platform() == "cpu":
-        return _max_pool(x, window, stride, padding)
-    return _plain_max_pool(x, window, stride, padding)
+        return _max_pool(x, window, stride, pads)
+    return _plain_max_pool(x, window, stride, pads)
 
 
-def _plain_max_pool(x: jax.Array, window: int, stride: int, padding: int) -> jax.Array:
-    pads = ((0, 0), (padding, padding), (padding, padding), (0, 0))
-    return lax.reduce_window(x, -jnp.inf, lax.max, (1, window, window, 1), (1, stride, stride, 1), pads)
+def _plain_max_pool(x: jax.Array, window: int, stride: int, pads: convolution.Padding) -> jax.Array:
+    sides = ((0, 0), *pads, (0, 0))
+    return lax.reduce_window(x, -jnp.inf, lax.max, (1, window, window, 1), (1, stride, stride, 1), sides)
 
 
 # XLA's CPU backend scatters a pool's gradient one value at a time. Here each place of the window is one strided view.
 
 
-def _pool_views(x: jax.Array, window: int, stride: int, padding: int) -> list[jax.Array]:
-    sides = ((0, 0), (padding, padding), (padding, padding), (0, 0))
-    x = jnp.pad(x, sides, constant_values=-jnp.inf)
+def _pool_views(x: jax.Array, window: int, stride: int, pads: convolution.Padding) -> list[jax.Array]:
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=-jnp.inf)
     return convolution.views(x, (window, window), (stride, stride), convolution.NO_PADDING)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _max_pool(x, window, stride, padding):
-    return _plain_max_pool(x, window, stride, padding)
+def _max_pool(x, window, stride, pads):
+    return _plain_max_pool(x, window, stride, pads)
 
 
-def _max_pool_forward(x, window, stride, padding):
-    views = _pool_views(x, window, stride, padding)
+def _max_pool_forward(x, window, stride, pads):
+    views = _pool_views(x, window, stride, pads)
     y = functools.reduce(jnp.maximum, views)
     place = jnp.zeros(y.shape, jnp.int8)
     for n in reversed(range(len(views))):
@@ -279,20 +286,23 @@ def _max_pool_forward(x, window, stride, padding):
     return y, (place, x.shape)
 
 
-def _max_pool_backward(window, stride, padding, residuals, gradient):
+def _max_pool_backward(window, stride, pads, residuals, gradient):
     place, (_, height, width, _) = residuals
     zero = jnp.zeros((), gradient.dtype)
 
     def spread(n: int) -> jax.Array:
         """The gradients of the windows whose maximum was at place n, where they came from."""
         sides = [
-            (start, size + 2 * padding - start - (count - 1) * stride - 1, stride - 1)
-            for start, size, count in zip(divmod(n, window), (height, width), place.shape[1:3], strict=True)
+            (start, size + before + after - start - (count - 1) * stride - 1, stride - 1)
+            for start, size, (before, after), count in zip(
+                divmod(n, window), (height, width), pads, place.shape[1:3], strict=True
+            )
         ]
         return lax.pad(jnp.where(place == n, gradient, zero), zero, ((0, 0, 0), *sides, (0, 0, 0)))
 
     total = functools.reduce(jnp.add, [spread(n) for n in range(window * window)])
-    return (total[:, padding : padding + height, padding : padding + width],)
+    (top, _), (left, _) = pads
+    return (total[:, top : top + height, left : left + width],)
 
 
 _max_pool.defvjp(_max_pool_forward, _max_pool_backward)

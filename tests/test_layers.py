@@ -18,6 +18,7 @@ from bmjax.layers import (
     global_average,
     max_pool,
     over_channels,
+    round_channels,
 )
 
 rng = np.random.default_rng
@@ -183,12 +184,13 @@ def test_batch_norm_on_four_devices_is_that_on_one():
 
 
 @pytest.mark.parametrize("x64", [False, True])
-def test_dropout_on_four_devices_is_that_on_one(x64):
+@pytest.mark.parametrize("shared", [(), (1, 2)])
+def test_dropout_on_four_devices_is_that_on_one(x64, shared):
     with jax.enable_x64(x64):
         x = jnp.asarray(rng(0).standard_normal((8, 3, 5)), jnp.float64 if x64 else jnp.float32)
 
         def fn(x):
-            y = Dropout(0.4).apply({}, x, train=True, rngs={"dropout": jax.random.key(7)})
+            y = Dropout(0.4, shared).apply({}, x, train=True, rngs={"dropout": jax.random.key(7)})
             return y, jnp.zeros(())
 
         devices_agree(fn, x, rtol=0, atol=0)
@@ -218,6 +220,16 @@ def test_dropout_drops_its_share_and_keeps_the_mean():
     assert Dropout(0.0).apply({}, x, train=True) is x
 
 
+def test_dropout_keeps_or_zeroes_together_along_shared_axes():
+    x = jnp.ones((500, 2, 3, 4))
+    y = np.asarray(Dropout(0.3, shared=(1, 2, 3)).apply({}, x, train=True, rngs={"dropout": jax.random.key(0)}))
+    np.testing.assert_array_equal(y, np.broadcast_to(y[:, :1, :1, :1], y.shape))
+    assert abs((y[:, 0, 0, 0] == 0).mean() - 0.3) < 0.1  # five standard deviations
+    np.testing.assert_allclose(y[y != 0], 1 / 0.7, rtol=1e-6)
+    channels = Dropout(0.3, shared=(1, 2)).apply({}, x, train=True, rngs={"dropout": jax.random.key(0)})
+    assert (np.asarray(channels)[:, 0, 0].std(axis=1) > 0).any()
+
+
 def test_the_batch_axis_is_seen_only_where_it_is_bound():
     seen = []
 
@@ -242,7 +254,10 @@ def test_small_helpers():
 
 
 @pytest.mark.parametrize("spatial", [(8, 8), (9, 7), (5, 6)])
-@pytest.mark.parametrize(("window", "stride", "padding"), [(3, 2, 1), (2, 2, 0), (3, 1, 1)])
+@pytest.mark.parametrize(
+    ("window", "stride", "padding"),
+    [(3, 2, 1), (2, 2, 0), (3, 1, 1), (3, 2, "SAME"), (2, 2, "VALID"), (3, 2, ((0, 2), (1, 0)))],
+)
 def test_max_pool_and_its_gradient_are_xlas(spatial, window, stride, padding):
     # Few different values, so that many windows have several maxima.
     x = jnp.asarray(rng(0).integers(-3, 2, (2, *spatial, 3)).astype(np.float32))
@@ -257,3 +272,9 @@ def test_max_pool_and_its_gradient_are_xlas(spatial, window, stride, padding):
         expected, expected_gradient = jax.jit(lambda x: both(x))(x)
     np.testing.assert_array_equal(y, expected)
     np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-6, atol=1e-6)
+    pads = ((padding, padding),) * 2 if isinstance(padding, int) else padding
+    np.testing.assert_array_equal(y, nn.max_pool(x, (window, window), (stride, stride), pads))
+
+
+def test_round_channels():
+    assert [round_channels(n) for n in (3, 8, 11.9, 12, 19.2, 24.5, 60)] == [8, 8, 16, 16, 24, 24, 64]

@@ -64,6 +64,11 @@ def _resnet(depth: int, top: tuple[str, int], no_top: tuple[str, int]) -> Member
     return Member(name, f"{_KERAS}/resnet/{name}_weights_tf_dim_ordering_tf_kernels", 224, top, no_top)
 
 
+def _efficientnet(number: int, size: int, top: tuple[str, int], no_top: tuple[str, int]) -> Member:
+    name = f"efficientnetb{number}"
+    return Member(name, f"https://storage.googleapis.com/keras-applications/{name}", size, top, no_top)
+
+
 def _mobilenet_v2(backbone: str, alpha: str, top: int, no_top: int, sizes: tuple[int, ...] = (224,)) -> list[Member]:
     place = f"{_KERAS}/mobilenet_v2/mobilenet_v2_weights_tf_dim_ordering_tf_kernels_{alpha}"
     return [
@@ -108,6 +113,69 @@ FAMILIES: dict[str, Family] = {
             ),
         ),
         tags=(Tag("resnet50", "resnet50.a1_in1k", 224, 25_610_152),),
+    ),
+    "efficientnet": Family(
+        preprocess={"keras": "torch", "timm": "torch"},
+        licence="Apache-2.0",
+        origin="keras.applications; converted from TensorFlow's TPU models (Tan and Le 2019)",
+        unused=("normalization",),
+        members=(
+            _efficientnet(
+                0, 224, ("902e53a9f72be733fc0bcb005b3ebbac", 5_330_564), ("50bc09e76180e00e4465e1a485ddc09d", 4_049_564)
+            ),
+            _efficientnet(
+                1, 240, ("1d254153d4ab51201f1646940f018540", 7_856_232), ("74c4e6b3e1f6a1eea24c589628592432", 6_575_232)
+            ),
+            _efficientnet(
+                2, 260, ("b15cce36ff4dcbd00b6dd88e7857a6ad", 9_177_562), ("111f8e2ac8aa800a7a99e3239f7bfb39", 7_768_562)
+            ),
+            _efficientnet(
+                3,
+                300,
+                ("ffd1fdc53d0ce67064dc6a9c7960ede0", 12_320_528),
+                ("af6d107764bb5b1abb91932881670226", 10_783_528),
+            ),
+            _efficientnet(
+                4,
+                380,
+                ("18c95ad55216b8f92d7e70b3a046e2fc", 19_466_816),
+                ("ebc24e6d6c33eaebbd558eafbeedf1ba", 17_673_816),
+            ),
+            _efficientnet(
+                5,
+                456,
+                ("ace28f2a6363774853a83a0b21b9421a", 30_562_520),
+                ("38879255a25d3c92d5e44e04ae6cec6f", 28_513_520),
+            ),
+            _efficientnet(
+                6,
+                528,
+                ("165f6e37dce68623721b423839de8be5", 43_265_136),
+                ("9ecce42647a20130c1f39a5d4cb75743", 40_960_136),
+            ),
+            _efficientnet(
+                7,
+                600,
+                ("8c03f828fec3ef71311cd463b6759d99", 66_658_680),
+                ("cbcfe4450ddf6f3ad90b1b398090fe4a", 64_097_680),
+            ),
+        ),
+        tags=(Tag("efficientnetb5", "tf_efficientnet_b5.ns_jft_in1k", 456, 30_562_520),),
+    ),
+    "xception": Family(
+        preprocess={"keras": "tf", "timm": "tf"},
+        licence="MIT",
+        origin="keras.applications; trained by its author (Chollet 2017)",
+        members=(
+            Member(
+                "xception",
+                f"{_KERAS}/xception/xception_weights_tf_dim_ordering_tf_kernels",
+                299,
+                ("0a58e3b7378bc2990ea3b43d5981f1f6", 22_910_480),
+                ("b0042744bf5b25fce3cb969f33bebb97", 20_861_480),
+            ),
+        ),
+        tags=(Tag("xception", "legacy_xception.tf_in1k", 299, 22_910_480),),
     ),
     "mobilenet_v2": Family(
         preprocess={"keras": "tf", "timm": "torch"},

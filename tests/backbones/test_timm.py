@@ -39,7 +39,13 @@ def from_torch(array):
 
 @pytest.mark.parametrize(
     ("name", "timm"),
-    [("densenet121", "densenet121"), ("resnet50", "resnet50"), ("mobilenet_v2", "mobilenetv2_100")],
+    [
+        ("densenet121", "densenet121"),
+        ("resnet50", "resnet50"),
+        ("mobilenet_v2", "mobilenetv2_100"),
+        ("efficientnetb5", "tf_efficientnet_b5"),
+        ("xception", "legacy_xception"),
+    ],
 )
 def test_weights_named_as_timm_names_them_give_its_outputs(name, timm):
     family, golden = family_of(name), np.load(GOLDEN / f"backbone_{timm}_timm.npz")
@@ -70,7 +76,7 @@ def test_weights_named_as_timm_names_them_give_its_outputs(name, timm):
         assert error <= 1e-4 * largest, (what, error, largest)
 
 
-@pytest.mark.parametrize("name", ["densenet121", "resnet50", "mobilenet_v2"])
+@pytest.mark.parametrize("name", ["densenet121", "resnet50", "mobilenet_v2", "efficientnetb5", "xception"])
 def test_a_layer_without_a_name_in_timm_is_refused(name):
     with pytest.raises(ValueError, match="layer is 'conv9_conv'"):
         family_of(name).timm_name(create_backbone(name), "conv9_conv")

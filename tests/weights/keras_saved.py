@@ -3,16 +3,20 @@
 import contextlib
 import functools
 import logging
+import types
 import warnings
+from unittest import mock
 
 import h5py
 import jax
 import keras
 from keras.src.applications import densenet as keras_densenet
+from keras.src.applications import efficientnet as keras_efficientnet
 from keras.src.applications import resnet as keras_resnet
+from keras.src.applications import xception as keras_xception
 from keras_parity import random_keras, to_flax
 
-from bmjax.backbones import densenet, resnet
+from bmjax.backbones import densenet, efficientnet, resnet, xception
 
 
 def keras_small_resnet(**options):
@@ -29,6 +33,24 @@ def keras_small_resnet(**options):
 # It calls HDF5 a legacy format, each time.
 logging.getLogger("absl").setLevel(logging.ERROR)
 
+
+def keras_small_efficientnet(**options):
+    keys = ("kernel_size", "repeats", "filters_in", "filters_out", "expand_ratio", "id_skip", "strides", "se_ratio")
+    rows = [(3, 1, 32, 16, 1, True, 1, 0.25), (5, 2, 16, 24, 6, True, 2, 0.25)]
+    blocks = [dict(zip(keys, row, strict=True)) for row in rows]
+    return keras_efficientnet.EfficientNet(1.0, 1.0, 64, blocks_args=blocks, name="efficientnet", **options)
+
+
+def keras_small_xception(**options):
+    """An eighth of the channels of every layer, for which Keras has no option."""
+    layers = types.SimpleNamespace(**vars(keras_xception.layers))
+    for name in ("Conv2D", "SeparableConv2D"):
+        layer = getattr(layers, name)
+        setattr(layers, name, lambda channels, *args, layer=layer, **kw: layer(channels // 8, *args, **kw))
+    with mock.patch.object(keras_xception, "layers", layers):
+        return keras_xception.Xception(**options)
+
+
 # family -> (backbone, the module and maker of a member that is only there for the tests, what builds it in Keras)
 FAMILIES = {
     "densenet": (
@@ -43,6 +65,20 @@ FAMILIES = {
         functools.partial(resnet.ResNet, blocks=(2, 1)),
         keras_small_resnet,
     ),
+    "efficientnet": (
+        "efficientnet_test",
+        efficientnet,
+        functools.partial(
+            efficientnet.EfficientNet, rows=(efficientnet.Row(3, 1, 16, 1, 1), efficientnet.Row(5, 6, 24, 2, 2))
+        ),
+        keras_small_efficientnet,
+    ),
+    "xception": (
+        "xception_test",
+        xception,
+        functools.partial(xception.Xception, stem=(4, 8), entry=(16, 32, 91), exit=(128, 192, 256)),
+        keras_small_xception,
+    ),
     "mobilenet_v2": (
         "mobilenet_v2_035",
         None,
@@ -52,11 +88,15 @@ FAMILIES = {
 }
 
 
+SIZE = 71
+"""Of the images; Keras's Xception takes none smaller."""
+
+
 @functools.cache
 def keras_model(family, top=False):
     """(Keras's model, its weights under our names)."""
     options = {"classes": 5, "classifier_activation": None} if top else {}
-    model = random_keras(FAMILIES[family][3], include_top=top, input_shape=(64, 64, 3), **options)
+    model = random_keras(FAMILIES[family][3], include_top=top, input_shape=(SIZE, SIZE, 3), **options)
     return model, to_flax(model)
 
 

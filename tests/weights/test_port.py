@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from keras_saved import FAMILIES, keras_model, save
+from keras_saved import FAMILIES, SIZE, keras_model, save
 
 from bmjax import weights
 from bmjax.config import HeadConfig, ModelConfig, from_json, to_json
@@ -137,11 +137,11 @@ def keras_twin(monkeypatch):
 @pytest.mark.parametrize("top", [False, True])
 def test_a_good_file_is_proven_against_keras_itself(tmp_path, keras_twin, family, top):
     name, path = FAMILIES[family][0], save(keras_model(family, top=top)[0], tmp_path / "w.weights.h5", "weights.h5")
-    lines = verify(path, name, size=64)
+    lines = verify(path, name, size=SIZE)
     assert "the file as Keras reads it" in lines[-1]
     assert ("logits" if top else "features") in lines[-1]
     weights.port(path, name, tmp_path / "w.safetensors")
-    assert "the file given to Keras" in verify(tmp_path / "w.safetensors", name, size=64)[-1]
+    assert "the file given to Keras" in verify(tmp_path / "w.safetensors", name, size=SIZE)[-1]
 
 
 def rewrite(out, change):
@@ -227,7 +227,7 @@ def test_another_output_than_keras_is_an_error(ported, keras_twin, monkeypatch):
         return create_backbone("resnet_test", **record.architecture | {"epsilon": 1e-2})
 
     with pytest.raises(ValueError, match=r"the output is .* of its largest value from Keras's; expected 1e-04"):
-        verify(path, "resnet_test", size=64)
+        verify(path, "resnet_test", size=SIZE)
 
 
 def test_what_keras_cannot_judge_is_said(tmp_path):
