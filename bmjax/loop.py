@@ -286,13 +286,15 @@ def train(config: Config, *, resume: bool = False) -> Result:
     # Model, stages, and the state: new, or the last checkpoint's.
     parallel = Parallel.create(config.train.parallel, config.train.devices, batch_size // config.train.accumulate)
     model = create(config.model, len(dataset.classes), config.train.dtype)
-    variables = new_variables(config, model)
+    last, best = Checkpoints(run_dir / "checkpoints/last"), Checkpoints(run_dir / "checkpoints/best", keep=1)
+    newest = last.latest() if resume else None
+    # A checkpoint holds every array, so a resume needs the weights' file no longer.
+    variables = new_variables(config, model, pretrained=newest is None)
     plans = plan_stages(config, per_epoch, model, variables["batch_stats"])
     ema = config.train.ema_decay is not None
     state = create_state(variables, plans[0].optimizer.tx, plans[0].is_trainable, seed=config.seed, ema=ema)
-    last, best = Checkpoints(run_dir / "checkpoints/last"), Checkpoints(run_dir / "checkpoints/best", keep=1)
     progress = Progress(run_id=new_run_id())
-    if resume and (newest := last.latest()) is not None:
+    if newest is not None:
         progress = Progress(**last.meta(newest))
         template = state.replace(opt_state=plans[progress.stage].opt_state(state.params))
         state = last.restore(newest, template)

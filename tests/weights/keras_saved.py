@@ -1,6 +1,5 @@
 """Small networks of each family, built by Keras with random weights, and saved by Keras in each of its layouts."""
 
-import contextlib
 import functools
 import logging
 import types
@@ -28,10 +27,6 @@ def keras_small_resnet(**options):
         return x
 
     return keras_resnet.ResNet(stacks, preact=False, use_bias=True, name="resnet", **options)
-
-
-# It calls HDF5 a legacy format, each time.
-logging.getLogger("absl").setLevel(logging.ERROR)
 
 
 def keras_small_efficientnet(**options):
@@ -101,13 +96,14 @@ def keras_model(family, top=False):
 
 
 def save(model, path, layout):
-    """Saves as `layout` says: h5, weights.h5, keras, or keras-older (whose variables don't bear their layer's name)."""
-    with warnings.catch_warnings(), contextlib.suppress(AttributeError), jax.numpy_rank_promotion("allow"):
-        warnings.simplefilter("ignore")
-        if layout in ("weights.h5", "nameless.weights.h5"):
-            model.save_weights(path)
-        else:
-            model.save(path)
+    """Saves as `layout` says: h5, keras, weights.h5, or nameless.weights.h5, as early Keras 3 wrote it."""
+    logging.disable(logging.WARNING)  # Keras calls HDF5 a legacy format, each time
+    try:
+        with jax.numpy_rank_promotion("allow"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)  # Keras's variables
+            model.save_weights(path) if layout.endswith("weights.h5") else model.save(path)
+    finally:
+        logging.disable(logging.NOTSET)
     if layout == "nameless.weights.h5":
         with h5py.File(path, "r+") as file:
             for place in file["layers"]:

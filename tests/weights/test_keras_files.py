@@ -1,6 +1,8 @@
 """Files that Keras saved itself, in each of its layouts, give its weights leaf by leaf; what doesn't fit is named."""
 
+import collections
 import json
+import re
 import shutil
 import zipfile
 
@@ -11,6 +13,7 @@ import pytest
 from keras_saved import FAMILIES, keras_model, save
 
 from bmjax import weights
+from bmjax.data.preprocess import IMAGENET_MEAN_RGB, IMAGENET_STD_RGB
 from bmjax.weights import keras_files
 
 LAYOUTS = ["h5", "weights.h5", "nameless.weights.h5", "keras"]
@@ -71,66 +74,101 @@ def test_published_names_with_slashes(tmp_path):
     assert_equal(weights.read(path, "densenet_test")[1], expected)
 
 
-def older_h5(path, expected, order, name_of, spelling):
-    """A file as Keras 1 or early Keras 2 wrote it: `name_of(layer, kind)`, and words by `spelling`."""
-    kinds = {"scale": "gamma", "mean": "moving_mean", "var": "moving_variance", "kernel": "kernel"}
-    counts = {}
+KERAS_WORDS = {"scale": "gamma", "mean": "moving_mean", "var": "moving_variance"}
+
+
+def keras_layers(expected):
+    """(layer, {Keras's word: array}) in order, separable convolutions as one layer and depthwise kernels as theirs."""
+    layers = {}
+    for name, leaves in expected["params"].items():
+        stem, _, part = name.rpartition("_")
+        is_separable = part in ("depthwise", "pointwise") and f"{stem}_pointwise" in expected["params"]
+        arrays = layers.setdefault(stem if is_separable else name, {})
+        for leaf, array in (leaves | expected["batch_stats"].get(name, {})).items():
+            word = "beta" if leaf == "bias" and "scale" in leaves else KERAS_WORDS.get(leaf, leaf)
+            if leaf == "kernel" and array.ndim == 4 and array.shape[2] == 1:
+                word, array = "depthwise_kernel", array.transpose(0, 1, 3, 2)
+            arrays["pointwise_kernel" if is_separable and part == "pointwise" else word] = array
+    return layers
+
+
+def write_older(path, layers):
+    """An HDF5 file as Keras 1 and 2 laid it out; `layers`: (name, {name of the weight in the file: array})."""
     with h5py.File(path, "w") as file:
-        listed = []
-        for layer in order:
-            leaves = expected["params"][layer] | expected["batch_stats"].get(layer, {})
-            is_norm = "scale" in leaves
-            name = name_of(layer, is_norm, counts)
-            group = file.create_group(name)
-            words = []
-            for leaf in ("kernel", "scale", "bias", "mean", "var"):
-                if leaf not in leaves:
-                    continue
-                array = np.asarray(leaves[leaf])
-                kind = "beta" if leaf == "bias" and is_norm else kinds.get(leaf, leaf)
-                if leaf == "kernel" and array.ndim == 4 and array.shape[2] == 1:
-                    array, kind = array.transpose(0, 1, 3, 2), "depthwise_kernel"
-                words.append(spelling(name, kind))
-                group[words[-1]] = array
-            group.attrs["weight_names"] = [w.encode() for w in words]
-            listed.append(name)
-        file.attrs["layer_names"] = [n.encode() for n in ["input_1", *listed]]
+        file.attrs["layer_names"] = [name.encode() for name in ("input_1", *layers)]
         file.create_group("input_1").attrs["weight_names"] = []
+        for name, arrays in layers.items():
+            group = file.create_group(name)
+            group.attrs["weight_names"] = [weight.encode() for weight in arrays]
+            for weight, array in arrays.items():
+                group[weight] = array
     return path
 
 
 def test_the_names_of_the_published_mobilenet_v2(tmp_path):
     """`mobl1_conv_1_expand` and `bn1_conv_1_bn_expand`, as the first version of Keras's MobileNetV2 named them."""
     _, expected = keras_model("mobilenet_v2", top=True)
-    order = list(expected["params"])
 
-    def name_of(layer, is_norm, counts):
-        if layer == "predictions":
-            return "Logits"
-        if "conv" in layer.lower() and not layer.startswith("expanded"):
-            return layer
-        stem = layer.removesuffix("_BN")
-        number = 0 if stem.startswith("expanded_conv") else int(stem.split("_")[1])
-        part = stem.rsplit("_", 1)[1]
-        return f"bn{number}_conv_{number}_bn_{part}" if is_norm else f"mobl{number}_conv_{number}_{part}"
+    def older_name(layer):
+        if match := re.fullmatch(r"(?:block_(\d+)|expanded_conv)_(expand|depthwise|project)(_BN)?", layer):
+            number, part = match[1] or "0", match[2]
+            return f"bn{number}_conv_{number}_bn_{part}" if match[3] else f"mobl{number}_conv_{number}_{part}"
+        return {"predictions": "Logits"}.get(layer, layer)
 
-    path = older_h5(tmp_path / "w.h5", expected, order, name_of, lambda name, kind: f"{name}/{kind}:0")
+    layers = {
+        older_name(layer): {f"{older_name(layer)}/{word}:0": array for word, array in arrays.items()}
+        for layer, arrays in keras_layers(expected).items()
+    }
+    assert sum(name.startswith(("mobl", "bn")) for name in layers) > 90
+    path = write_older(tmp_path / "w.h5", layers)
     assert_equal(weights.read(path, "mobilenet_v2_035")[1], expected)
 
 
-def test_a_file_without_any_names_of_ours_as_keras_1_wrote_it(tmp_path):
-    """`convolution2d_1/convolution2d_1_W:0` and `batchnormalization_1_running_std:0`, as in the published Xception."""
-    _, expected = keras_model("resnet")
-    order = list(expected["params"])
-
-    def name_of(layer, is_norm, counts):
-        word = "batchnormalization" if is_norm else "convolution2d"
-        counts[word] = counts.get(word, 0) + 1
-        return f"{word}_{counts[word]}"
-
+@pytest.mark.parametrize("family", ["resnet", "xception"])
+def test_files_whose_names_keras_1_made_up(tmp_path, family):
+    """`convolution2d_1/convolution2d_1_W:0` and the like, as in the published Xception."""
+    _, expected = keras_model(family)
     words = {"kernel": "W", "bias": "b", "moving_mean": "running_mean", "moving_variance": "running_std"}
-    path = older_h5(tmp_path / "w.h5", expected, order, name_of, lambda name, kind: f"{name}_{words.get(kind, kind)}:0")
-    assert_equal(weights.read(path, "resnet_test")[1], expected)
+    counts, layers = collections.Counter(), {}
+    for arrays in keras_layers(expected).values():
+        kind = "batchnormalization" if "gamma" in arrays else "convolution2d"
+        kind = "separableconvolution2d" if "pointwise_kernel" in arrays else kind
+        counts[kind] += 1
+        name = f"{kind}_{counts[kind]}"
+        layers[name] = {f"{name}_{words.get(word, word)}:0": array for word, array in arrays.items()}
+    path = write_older(tmp_path / "w.h5", layers)
+    assert_equal(weights.read(path, FAMILIES[family][0])[1], expected)
+
+
+@pytest.mark.parametrize("layout", ["h5", "weights.h5", "keras"])
+def test_names_that_a_longer_session_made_up(tmp_path, layout):
+    """Built second, Xception's shortcuts are `conv2d_4`, ... where the network's are `conv2d`, ..."""
+    model, expected = keras_model("xception")
+    with jax.numpy_rank_promotion("allow"):
+        second = FAMILIES["xception"][3](include_top=False, weights=None, input_shape=(71, 71, 3))
+        for variable, value in zip(second.weights, model.weights, strict=True):
+            variable.assign(value.value)
+    assert "conv2d" not in {layer.name for layer in second.layers}
+    path = save(second, tmp_path / f"w.{layout}", layout)
+    assert_equal(weights.read(path, "xception_test")[1], expected)
+
+
+def test_the_input_of_efficientnet_shows_in_its_normalization(tmp_path):
+    path = save(keras_model("efficientnet")[0], tmp_path / "w.weights.h5", "weights.h5")
+    assert weights.read(path, "efficientnet_test")[0].preprocess == "unit"
+    std = np.asarray(IMAGENET_STD_RGB)
+
+    def preprocess_with(mean, variance):
+        with h5py.File(path, "r+") as file:
+            variables = file["layers/normalization/vars"]
+            for place, value in (("0", mean), ("1", variance)):
+                variables[place][...] = np.reshape(value, variables[place].shape)
+        return weights.read(path, "efficientnet_test")[0].preprocess
+
+    assert preprocess_with(IMAGENET_MEAN_RGB, std) == "torch"
+    assert preprocess_with(IMAGENET_MEAN_RGB, std**2) == "torch"
+    with pytest.raises(ValueError, match=r"layer 'normalization' normalises by mean \[0.4 0.5 0.6\] and variance"):
+        preprocess_with([0.4, 0.5, 0.6], std)
 
 
 # Corruptions: each of a file saved by Keras, each with a message of its own.
