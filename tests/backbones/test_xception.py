@@ -48,7 +48,7 @@ def test_features_and_logits_are_keras(thin, size):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_a_train_step_is_keras(thin, float64, size):
-    x = images(size, b=4).astype("float64")
+    x = images(size).astype("float64")
     assert_train_step_is_keras(Xception(**THIN, **TOP), keras_xception(size, **TOP), x, rtol=1e-10)
 
 
