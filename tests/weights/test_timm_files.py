@@ -1,35 +1,21 @@
 """safetensors in timm's naming: whole, without what torch alone needs, and strictly."""
 
-import json
-import pathlib
-
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from test_timm import value_of
+from timm_golden import state_dict
 
-from bmjax import registry, weights
+from bmjax import weights
 from bmjax.weights import catalog
 
-GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 TAGS = {r.name: r for r in catalog.RECORDS if r.source == "timm"}
-
-
-def tensors_of(record):
-    """A whole state dict of the tag's network, by the rule of tests/golden/backbone_timm.md."""
-    name = record.name.removeprefix("timm-").split(".")[0]
-    keys = json.loads((GOLDEN / f"backbone_{name}_timm_keys.json").read_text())
-    return {
-        key: np.zeros((), np.int64) if key.endswith("num_batches_tracked") else value_of(key, tuple(shape))
-        for key, shape in keys.items()
-    }
 
 
 @pytest.mark.parametrize("name", TAGS)
 def test_a_bare_file_is_recognised_by_its_keys(tmp_path, name):
     record, path = TAGS[name], tmp_path / "model.bin"
-    tensors = tensors_of(record)
+    tensors = state_dict(record.backbone)
     safetensors.numpy.save_file(tensors, path)
     found, variables = weights.read(path, record.backbone)
     same = ("source", "top", "parameters", "architecture", "preprocess", "input_size")
@@ -41,8 +27,7 @@ def test_a_bare_file_is_recognised_by_its_keys(tmp_path, name):
 @pytest.fixture
 def densenet(tmp_path):
     """(path, tensors) of the smallest of them, without its counters."""
-    record = TAGS["timm-densenet121.ra_in1k"]
-    tensors = {k: v for k, v in tensors_of(record).items() if not k.endswith("num_batches_tracked")}
+    tensors = {k: v for k, v in state_dict("densenet121").items() if not k.endswith("num_batches_tracked")}
     return tmp_path / "model.safetensors", tensors
 
 
@@ -102,10 +87,3 @@ def test_a_truncated_file_says_so(densenet):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="not a readable safetensors file, or truncated"):
         weights.read(path, "densenet121")
-
-
-def test_every_family_has_a_timm_naming():
-    for name, module in registry.modules("bmjax.backbones").items():
-        assert callable(module.timm_name), name
-        with pytest.raises(ValueError, match="nothing_of_this_name"):
-            module.timm_name(next(iter(module.VARIANTS.values()))(), "nothing_of_this_name")
