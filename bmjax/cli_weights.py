@@ -101,13 +101,12 @@ def _file(options: argparse.Namespace) -> tuple[Path, str, Any]:
 
 def port(options: argparse.Namespace) -> int:
     from bmjax.weights import port as port_weights
-    from bmjax.weights.verify import check_leaves
 
     out = Path(options.out)
     if out.suffix != ".safetensors":
         raise ValueError(f"the file to write is {options.out!r}; expected a name ending in .safetensors")
     path, backbone, record = _file(options)
-    ported = port_weights(path, backbone, out, record, preprocess=options.preprocess, check=check_leaves)
+    ported = port_weights(path, backbone, out, record, preprocess=options.preprocess)
     print(f"{out}: {ported.parameters:,} values of {ported.backbone}, preprocessing {ported.preprocess}")
     return 0
 

@@ -122,7 +122,7 @@ def resolve(config: ModelConfig) -> ModelConfig:
         return dataclasses.replace(config, preprocess=family(config.backbone).PREPROCESS)
     from bmjax import weights
 
-    record, _ = weights.find_record(config.backbone, config.weights)
+    record = weights.find_record(config.backbone, config.weights)
     options = record.architecture | config.backbone_options
     return dataclasses.replace(config, backbone_options=options, preprocess=record.preprocess)
 

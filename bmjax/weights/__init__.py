@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from bmjax.data.preprocess import MODES
 from bmjax.files import checksum
 from bmjax.registry import unknown
 from bmjax.weights import catalog, download, keras_files, safetensors_files, timm
-from bmjax.weights.merge import merge
+from bmjax.weights.merge import check_leaves, merge
 from bmjax.weights.record import WeightRecord
 
 Tree = Any
@@ -49,29 +49,36 @@ def network_shapes(model: Any) -> tuple[dict[str, Tree], tuple[str, ...]]:
     return shapes, tuple(order)
 
 
-def find_record(backbone: str, weights: str, include_top: bool = False) -> tuple[WeightRecord, Path | None]:
-    """The record of the weights named, and the file's path where it isn't the catalog's. Fetches nothing.
+def _named(backbone: str, weights: str, include_top: bool) -> WeightRecord | Path:
+    """The catalog's record of that name, or the path of a file that is there."""
+    by_name = {record.name: record for record in catalog.RECORDS}
+    if weights in _NAMES:
+        return catalog.find(backbone, include_top, _NAMES[weights])
+    if weights in by_name:
+        return _suitable(by_name[weights], backbone, weights)
+    path = Path(weights).expanduser()
+    if path.is_file():
+        return path
+    if path.suffix:
+        raise FileNotFoundError(f"{path}: no such weight file")
+    raise unknown("weights (a name, or the path of a file)", weights, [*_NAMES, "none", *by_name])
+
+
+def _suitable(record: WeightRecord, backbone: str, origin: str) -> WeightRecord:
+    if record.backbone != backbone:
+        raise ValueError(f"{origin}: weights of {record.backbone}; expected those of {backbone}")
+    return record
+
+
+def find_record(backbone: str, weights: str) -> WeightRecord:
+    """The record of the weights named. Fetches nothing.
 
     Raises:
       FileNotFoundError: no file at that path.
       ValueError: neither a known name nor a whole file of a known kind, or weights of another backbone.
     """
-    path, by_name = Path(weights).expanduser(), {record.name: record for record in catalog.RECORDS}
-    if weights in _NAMES:
-        record, path = catalog.find(backbone, include_top, _NAMES[weights]), None
-    elif weights in by_name:
-        record, path = by_name[weights], None
-    elif path.is_file():
-        record = read(path, backbone)[0]
-    elif path.suffix:
-        raise FileNotFoundError(f"{path}: no such weight file")
-    else:
-        raise unknown("weights (a name, or the path of a file)", weights, [*_NAMES, "none", *by_name])
-    if record.backbone != backbone:
-        raise ValueError(f"{weights}: weights of {record.backbone}; expected those of {backbone}")
-    if include_top and not record.top:
-        raise ValueError(f"{weights}: the file has no layer of classes; expected one with top")
-    return record, path
+    found = _named(backbone, weights, include_top=False)
+    return read(found, backbone)[0] if isinstance(found, Path) else found
 
 
 def read(path: Path, backbone: str, record: WeightRecord | None = None) -> tuple[WeightRecord, dict[str, Tree]]:
@@ -81,7 +88,8 @@ def read(path: Path, backbone: str, record: WeightRecord | None = None) -> tuple
     what the rule of the family and the source says.
 
     Raises:
-      ValueError: no weight file of a known kind, damaged, or not the network's leaf by leaf; names file and leaf.
+      ValueError: no weight file of a known kind, damaged, of another backbone, or not the network's leaf by leaf; names
+        file and leaf.
     """
     with path.open("rb") as file:
         start = file.read(9)
@@ -114,19 +122,18 @@ def port(
     record: WeightRecord | None = None,
     *,
     preprocess: str | None = None,
-    check: Callable[[Path, dict[str, Tree]], None] = lambda path, variables: None,
 ) -> WeightRecord:
     """Writes a file's weights as safetensors that carry their record, which is returned.
 
-    `preprocess` takes the place of the record's mode; `check(path, variables)` is called before anything is written.
+    `preprocess` takes the place of the record's mode.
 
     Raises:
-      ValueError: as `read` and `check`, or the mode isn't known.
+      ValueError: as `read` and `check_leaves`, or the mode isn't known.
     """
     record, variables = read(path, backbone, record)
     if preprocess is not None and preprocess not in MODES:
         raise unknown("preprocessing mode", preprocess, MODES)
-    check(path, variables)
+    check_leaves(variables, str(path))
     origin = f"ported from {path.name}, sha256 {checksum(path, 'sha256')}"
     ported = dataclasses.replace(
         record,
@@ -145,7 +152,7 @@ def _read_keras(path: Path, backbone: str, record: WeightRecord | None) -> tuple
     classes = next((layer.arrays["kernel"].shape[1] for layer in layers if layer.kind == "dense"), None)
     if record is None:
         found = f"md5:{checksum(path, 'md5')}"
-        record = next((r for r in catalog.RECORDS if r.checksum == found), None)
+        record = next((_suitable(r, backbone, str(path)) for r in catalog.RECORDS if r.checksum == found), None)
     if record is None:
         record = catalog.unpublished(backbone, "keras", path.name, top=classes is not None)
         if (mode := keras_files.preprocess_within(path, layers)) is not None:
@@ -160,6 +167,7 @@ def _read_keras(path: Path, backbone: str, record: WeightRecord | None) -> tuple
 def _read_safetensors(path: Path, backbone: str, record: WeightRecord | None) -> tuple[WeightRecord, dict[str, Tree]]:
     tensors, own = safetensors_files.read(path)
     if own is not None:
+        _suitable(own, backbone, str(path))
         source = safetensors_files.to_variables(path, tensors, own)
         shapes, _ = network_shapes(network(own, classes_of(source)))
         return own, merge(shapes, source, str(path))
@@ -186,19 +194,21 @@ def _counted(record: WeightRecord, shapes: dict[str, Tree]) -> WeightRecord:
     return dataclasses.replace(record, parameters=sum(leaf.size for leaf in jax.tree.leaves(shapes)))
 
 
-def load(
-    backbone: str, weights: str, include_top: bool = False, *, progress: bool = True
-) -> tuple[WeightRecord, dict[str, Tree]]:
+def load(backbone: str, weights: str, include_top: bool = False) -> tuple[WeightRecord, dict[str, Tree]]:
     """As `read`, of the weights named; fetched if need be.
 
     Raises:
-      FileNotFoundError, ValueError: as `find_record` and `read`.
+      FileNotFoundError, ValueError: as `find_record` and `read`; ValueError too where there is no top to include.
       ConnectionError: the file can't be downloaded.
     """
-    record, path = find_record(backbone, weights, include_top)
-    if path is None:
-        return read(download.fetch(record, progress=progress), backbone, record)
-    return read(path, backbone)
+    found = _named(backbone, weights, include_top)
+    if isinstance(found, Path):
+        record, variables = read(found, backbone)
+    else:
+        record, variables = read(download.fetch(found), backbone, found)
+    if include_top and not record.top:
+        raise ValueError(f"{weights}: the file has no layer of classes; expected one with top")
+    return record, variables
 
 
 def load_into(

@@ -44,16 +44,14 @@ def centre_crop(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(resized.crop((left, top, left + size, top + size)), np.uint8)
 
 
-def classify(
-    backbone: str, weights: str, paths: Sequence[str | Path], *, progress: bool = True
-) -> tuple[np.ndarray, WeightRecord]:
+def classify(backbone: str, weights: str, paths: Sequence[str | Path]) -> tuple[np.ndarray, WeightRecord]:
     """Probabilities [n, 1000] of image files, float32, by the weights' own top, input size and preprocessing.
 
     Raises:
       FileNotFoundError, ValueError, ConnectionError: as `bmjax.weights.load`; ValueError too where an image can't be
         read or the top isn't ImageNet's.
     """
-    record, variables = load(backbone, weights, include_top=True, progress=progress)
+    record, variables = load(backbone, weights, include_top=True)
     if (classes := classes_of(variables)) != 1000:
         raise ValueError(f"{weights}: {classes} classes; expected ImageNet's 1000")
 

@@ -13,6 +13,7 @@ import numpy as np
 from flax import traverse_util
 
 from bmjax.backbones import create_backbone
+from bmjax.weights.catalog import RECORDS
 
 Tree = Any
 
@@ -35,13 +36,14 @@ def builder(backbone: str) -> Callable[..., Any] | None:
     """The function of keras.applications that builds a backbone, or None."""
     import keras
 
-    name = backbone.replace("_", "")
-    if name.startswith("mobilenetv2"):
-        alpha = getattr(create_backbone(backbone), "alpha", None)
-        known = alpha in (0.35, 0.5, 0.75, 1.0, 1.3, 1.4)
-        return functools.partial(keras.applications.MobileNetV2, alpha=alpha) if known else None
-    by_name = {n.lower(): n for n in dir(keras.applications) if n[0].isupper()}
-    return getattr(keras.applications, by_name[name]) if name in by_name else None
+    # `resnet50` is ResNet50; `mobilenet_v2_035` is MobileNetV2 with an option. Members without a record are ours.
+    names = {name.lower(): name for name in dir(keras.applications) if name[0].isupper()}
+    found = [name for name in names if backbone.replace("_", "").startswith(name)]
+    if not found or backbone not in {record.backbone for record in RECORDS}:
+        return None
+    name = max(found, key=len)
+    make, alpha = getattr(keras.applications, names[name]), getattr(create_backbone(backbone), "alpha", None)
+    return make if alpha is None else functools.partial(make, alpha=alpha)
 
 
 def build(backbone: str, size: int, classes: int | None) -> Any:

@@ -1,4 +1,4 @@
-"""Strict merge: a bijection between the leaves of two trees, or an error that names the first that differs."""
+"""What is strict about leaves: a bijection between those of two trees, values that make sense, or an error by name."""
 
 from __future__ import annotations
 
@@ -34,3 +34,24 @@ def merge(target: Tree, source: Tree, origin: str) -> Tree:
         name, shape = "/".join(path), tuple(given[path].shape)
         raise ValueError(f"{origin}: leaf {name!r} of shape {shape} is left over; the network has none of that name")
     return traverse_util.unflatten_dict({path: np.asarray(given[path], leaf.dtype) for path, leaf in wanted.items()})
+
+
+def check_leaves(tree: Tree, origin: str) -> None:
+    """Looks for values that no trained network has. `origin` names the tree in errors.
+
+    Raises:
+      ValueError: a leaf isn't finite, a variance is negative, or a kernel, scale or variance is constant where it can't
+        be; names the first such leaf.
+    """
+    leaves: dict[str, np.ndarray] = traverse_util.flatten_dict(tree, sep="/")  # type: ignore[assignment]
+    for name, leaf in leaves.items():
+        what = name.rsplit("/", 1)[-1]
+        finite = np.isfinite(leaf)
+        if not finite.all():
+            raise ValueError(f"{origin}: leaf {name!r} has {(~finite).sum()} values that aren't finite")
+        if what == "var" and leaf.min() < 0:
+            raise ValueError(f"{origin}: leaf {name!r} holds {leaf.min()}; expected variances of 0 or more")
+        if what == "kernel" and leaf.size > 1 and leaf.min() == leaf.max():
+            raise ValueError(f"{origin}: leaf {name!r} is {leaf.flat[0]} throughout; expected a trained kernel")
+        if what in ("scale", "var") and not leaf.any():
+            raise ValueError(f"{origin}: leaf {name!r} is zero throughout; the network would be blind")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-import pydantic
-
 Source = Literal["keras", "timm"]
 
 
@@ -53,6 +51,8 @@ def record_from_dict(values: Any) -> WeightRecord:
     Raises:
       ValueError: a field is missing or has the wrong type; names the first such field.
     """
+    import pydantic
+
     try:
         return pydantic.TypeAdapter(WeightRecord).validate_python(values)
     except pydantic.ValidationError as e:

@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
 from bmjax.data.preprocess import preprocess
 from bmjax.files import checksum
 from bmjax.weights import classes_of, keras_oracle, network, read
+from bmjax.weights.merge import check_leaves
 from bmjax.weights.record import WeightRecord
 
 Tree = Any
@@ -38,28 +38,12 @@ def verify(path: Path, backbone: str, record: WeightRecord | None = None, *, siz
     values = sum(leaf.size for leaf in leaves)
     if values != record.parameters:
         raise ValueError(f"{path}: {values:,} values; expected {record.parameters:,} ({record.name})")
-    check_leaves(path, variables)
+    check_leaves(variables, str(path))
     lines = [f"record: {record.name}, {record.backbone}, {record.source}, preprocessing {record.preprocess}"]
     lines.append(f"checksum: {record.checksum or 'none known; sha256:' + checksum(path, 'sha256')}")
     lines.append(f"names and shapes: all {len(leaves)} leaves, {values:,} values")
     lines.append("values: finite, variances not negative, no kernel constant")
     return [*lines, f"output: {compare_with_keras(path, record, variables, size or record.input_size)}"]
-
-
-def check_leaves(path: Path, variables: dict[str, Tree]) -> None:
-    """Raises ValueError where a leaf can't be of a trained network; names the first such leaf."""
-    leaves: dict[str, np.ndarray] = traverse_util.flatten_dict(variables, sep="/")  # type: ignore[assignment]
-    for name, leaf in leaves.items():
-        what = name.rsplit("/", 1)[-1]
-        finite = np.isfinite(leaf)
-        if not finite.all():
-            raise ValueError(f"{path}: leaf {name!r} has {(~finite).sum()} values that aren't finite")
-        if what == "var" and leaf.min() < 0:
-            raise ValueError(f"{path}: leaf {name!r} holds {leaf.min()}; expected variances of 0 or more")
-        if what == "kernel" and leaf.size > 1 and leaf.min() == leaf.max():
-            raise ValueError(f"{path}: leaf {name!r} is {leaf.flat[0]} throughout; expected a trained kernel")
-        if what in ("scale", "var") and not leaf.any():
-            raise ValueError(f"{path}: leaf {name!r} is zero throughout; the network would be blind")
 
 
 def compare_with_keras(path: Path, record: WeightRecord, variables: dict[str, Tree], size: int) -> str:

@@ -13,14 +13,14 @@ from bmjax import weights
 from bmjax.config import HeadConfig, ModelConfig, from_json, to_json
 from bmjax.model import create, init, resolve
 from bmjax.weights import catalog, keras_oracle, safetensors_files
-from bmjax.weights.verify import check_leaves, verify
+from bmjax.weights.verify import verify
 
 
 @pytest.fixture
 def ported(tmp_path):
     """(path of a Keras file, path of what it was ported to, its record), of a small ResNet."""
     path, out = save(keras_model("resnet")[0], tmp_path / "w.h5", "h5"), tmp_path / "w.safetensors"
-    return path, out, weights.port(path, "resnet_test", out, check=check_leaves)
+    return path, out, weights.port(path, "resnet_test", out)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -115,7 +115,7 @@ def test_names_of_weights_are_known_without_a_file():
     assert (config.preprocess, config.backbone_options["use_bias"]) == ("torch", False)
     assert resolve(ModelConfig(backbone="resnet50", weights="imagenet")).preprocess == "caffe"
     record = catalog.RECORDS[-2]
-    assert weights.find_record(record.backbone, record.name) == (record, None)
+    assert weights.find_record(record.backbone, record.name) == record
     assert resolve(ModelConfig(backbone="resnet50", weights=None)).preprocess == "caffe"
     with pytest.raises(ValueError, match=r"unknown weights .* 'imagnet'; did you mean 'imagenet'"):
         resolve(ModelConfig(weights="imagnet"))
@@ -235,3 +235,5 @@ def test_what_keras_cannot_judge_is_said(tmp_path):
     assert "not compared with Keras: the weights are for timm's structure" in verify(path, "resnet_tiny")[-1]
     assert keras_oracle.why_not("resnet_tiny", "keras") == "keras.applications has no resnet_tiny"
     assert keras_oracle.why_not("mobilenet_v2_035", "keras") is None
+    # It has the alpha of a published member, and other rows.
+    assert keras_oracle.why_not("mobilenet_v2_tiny", "keras") is not None
