@@ -109,7 +109,7 @@ class EfficientNet(nn.Module):
             y = nn.swish(Conv(squeezed, 1, use_bias=True, name=f"{name}_se_reduce")(y))
             return x * nn.sigmoid(Conv(x.shape[-1], 1, use_bias=True, name=f"{name}_se_expand")(y))
 
-        def block(x: jax.Array, block: Block) -> jax.Array:
+        def inverted_residual(x: jax.Array, block: Block) -> jax.Array:
             name, inputs = block.name, x.shape[-1]
             y, c = x, inputs * block.expansion
             if block.expansion > 1:
@@ -126,8 +126,8 @@ class EfficientNet(nn.Module):
             x = x.astype(self.dtype)
         x = Conv(round_channels(self.stem * self.width), 3, strides=2, name="stem_conv")(x)
         x = tap("stem", nn.swish(norm("stem_bn", x)))
-        for each in self.blocks():
-            x = tap(each.name, block(x, each))
+        for block in self.blocks():
+            x = tap(block.name, inverted_residual(x, block))
         x = Conv(round_channels(self.last * self.width), 1, name="top_conv")(x)
         x = tap("top", nn.swish(norm("top_bn", x)))
         if self.include_top:

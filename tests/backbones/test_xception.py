@@ -15,7 +15,7 @@ from bmjax.weights import network_shapes
 TOP = {"include_top": True, "classes": 11}
 # An eighth of the channels of every layer.
 THIN = {"stem": (4, 8), "entry": (16, 32, 91), "exit": (128, 192, 256)}
-# Keras takes none below 71. Pools see even and odd sizes.
+# Keras takes none below 71. Pools see odd sizes only at the first, and both at the second.
 SIZES = [(71, 71), (96, 75)]
 
 
@@ -46,15 +46,14 @@ def test_features_and_logits_are_keras(thin, size):
     assert_output_is_keras(Xception(**THIN, **TOP), keras_xception(size, **TOP), images(size))
 
 
-@pytest.mark.parametrize("size", SIZES)
-def test_a_train_step_is_keras(thin, float64, size):
-    x = images(size).astype("float64")
-    assert_train_step_is_keras(Xception(**THIN, **TOP), keras_xception(size, **TOP), x, rtol=1e-10)
+def test_a_train_step_is_keras(thin, float64):
+    x = images(SIZES[1]).astype("float64")
+    assert_train_step_is_keras(Xception(**THIN, **TOP), keras_xception(SIZES[1], **TOP), x, rtol=1e-10)
 
 
 def test_a_train_step_of_the_full_width_is_keras(float64):
-    model, keras_model = create_backbone("xception", **TOP), keras_xception((71, 71), **TOP)
-    assert_train_step_is_keras(model, keras_model, images((71, 71)).astype("float64"), rtol=1e-10)
+    model, keras_model = create_backbone("xception", **TOP), keras_xception(SIZES[0], **TOP)
+    assert_train_step_is_keras(model, keras_model, images(SIZES[0]).astype("float64"), rtol=1e-10)
 
 
 def test_forward_of_the_full_width_and_the_order_of_its_layers_are_keras():
