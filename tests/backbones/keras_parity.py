@@ -137,7 +137,9 @@ def train_step(model, keras_model, x, keras_input=None):
     with jax.numpy_rank_promotion("allow"):
         (keras_loss, new), grads = keras_step([v.value for v in trainable], [v.value for v in rest])
     keras_grads = to_flax(keras_model, trainable, grads)["params"]
-    keras_stats = to_flax(keras_model, rest, new)["batch_stats"]
+    known = {id(variable) for variable in keras_model.weights}  # without the seeds of its dropouts
+    of_layers = [(variable, value) for variable, value in zip(rest, new, strict=True) if id(variable) in known]
+    keras_stats = to_flax(keras_model, *zip(*of_layers, strict=True))["batch_stats"]
     variables = to_flax(keras_model)
 
     @jax.jit
