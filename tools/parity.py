@@ -2,7 +2,7 @@
 
 python tools/parity.py [MEMBER ...]
 
-Weights are random; statistics are those of a batch of random images, for with statistics of no network EfficientNetB5 is
+Weights are random; statistics are those of a batch of random images: with statistics of no network EfficientNetB5 is
 so ill-conditioned that Keras in float32 is a tenth off Keras in float64. Both are the same in both. An error is the
 largest difference over the largest value of the other's. Keras saves its model, `port` turns the file into ours, and
 what is read from that is compared: arrays exactly; features and logits in eval mode at two sizes, in float32; one train
