@@ -23,7 +23,7 @@ def examine() -> list[Finding]:
     found: list[Finding] = [
         ("OK" if python[0] else "FAIL", "python", python[1] + ("" if python[0] else "; 3.11 needed"))
     ]
-    found += [*_packages(), _importlib_resources(), _tensorflow(), *_jax(), _cpu_flags()]
+    found += [*_packages(), _importlib_resources(), _tensorflow(), *_jax(), _cpu_flags(), _malloc()]
     found += [_cache(), _compilation_cache(), *_weights(), _wandb()]
     return found
 
@@ -124,6 +124,14 @@ def _cpu_flags() -> Finding:
         advice = f"{flags!r}; import bmjax before jax, or add {' '.join(missing)}: faster on CPUs, less memory"
         return ("WARN", "XLA_FLAGS", advice)
     return ("OK", "XLA_FLAGS", f"{flags!r}; the flags for CPUs aren't set: they aren't measured with jaxlib {version}")
+
+
+def _malloc() -> Finding:
+    if environment.keeps_freed_memory():
+        return ("OK", "malloc", "keeps what is freed, which saves time on CPUs")
+    if environment.cpu_only() and sys.platform == "linux":
+        return ("WARN", "malloc", "hands freed memory back, which costs time on CPUs; import bmjax before jax")
+    return ("OK", "malloc", "as it comes")
 
 
 def _writable(folder: Path) -> str | None:

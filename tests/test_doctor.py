@@ -1,6 +1,10 @@
 """The doctor finds the traps that are set for it."""
 
 import importlib.util
+import os
+import platform
+import subprocess
+import sys
 from importlib import metadata
 
 import jax
@@ -109,3 +113,33 @@ def test_wandb(monkeypatch):
     assert "can't be reached" in doctor._wandb()[2]
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert doctor._wandb()[0] == "WARN"
+
+
+FREED = """
+import resource, sys
+if "bmjax" in sys.argv:
+    import bmjax
+import numpy as np
+faults = []
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(30_000_000, np.float32)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(faults[-1])
+"""
+
+
+def page_faults(*arguments, **given):
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
+    run = [sys.executable, "-c", FREED, *arguments]
+    return int(subprocess.run(run, env=env | given, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc can be told to")
+def test_what_is_freed_is_kept_for_the_next_array():
+    """A second array of 120 MB costs no page fault, where it costs hundreds without bmjax or with one's own setting."""
+    kept = page_faults("bmjax", JAX_PLATFORMS="cpu")
+    assert kept < 50
+    assert page_faults() > kept + 50
+    assert page_faults("bmjax", JAX_PLATFORMS="cpu", MALLOC_TOP_PAD_="131072") > kept + 50
+    assert page_faults("bmjax", JAX_PLATFORMS="cuda,cpu") > kept + 50
