@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from bmjax import cli_weights
 from bmjax.config import Config, from_json, to_json
 from bmjax.experiment import load_experiment, override, sweep
 
@@ -107,11 +108,18 @@ def image_files(paths: Sequence[str]) -> list[Path]:
 
 
 def predict(options: argparse.Namespace) -> int:
+    if options.weights is not None:
+        if not options.run:
+            raise ValueError("predict: expected images")
+        given = [options.run, *options.paths]
+        return cli_weights.predict_imagenet(options.backbone, options.weights, image_files(given), options.top)
     out = Path(options.out)
     if out.suffix not in (".csv", ".parquet"):
         raise ValueError(f"--out is {options.out!r}; expected a name ending in .csv or .parquet")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"--out is {options.out!r}, but there is no folder {out.parent}")
+    if not options.paths:
+        raise ValueError("predict: expected the folder of a run and images, or --weights and images")
     paths = image_files(options.paths)
 
     import numpy as np
@@ -268,24 +276,11 @@ def list_names(options: argparse.Namespace) -> int:
 
         return [f"{name:20} keras: {preset(p['keras'])}; tuned: {preset(p['tuned'])}" for name, p in PRESETS.items()]
 
-    def weights() -> list[str]:
-        from bmjax.environment import cache_folder
-        from bmjax.weights.catalog import RECORDS
-
-        def state(file_name: str) -> str:
-            return "fetched" if (cache_folder() / "weights" / file_name).is_file() else "not fetched yet"
-
-        return [
-            f"{r.name:20} {r.parameters:,} values, {r.preprocess}, {r.licence}, {state(r.file_name)}\n"
-            f"{'':23}{r.checksum}\n{'':23}{r.url}"
-            for r in RECORDS
-        ]
-
     kinds: dict[str, Callable[[], list[str]]] = {
         "attention": attention,
         "backbones": backbones,
         "optimizers": optimizers,
-        "weights": weights,
+        "weights": cli_weights.record_lines,
     }
     for kind in [options.kind] if options.kind else kinds:
         print(f"{kind}:")
@@ -338,14 +333,18 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--split", choices=("train", "val", "test"), default="val")
     p.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint")
     p = verbs.add_parser("predict", help="classify image files or folders")
-    p.add_argument("run", help="folder of a run")
-    p.add_argument("paths", nargs="+", help="images, or folders of images")
+    p.add_argument("run", nargs="?", help="folder of a run; left out with --weights")
+    p.add_argument("paths", nargs="*", help="images, or folders of images")
+    p.add_argument("--weights", help="name ImageNet's classes by these weights: imagenet, imagenet-timm, or a path")
+    p.add_argument("--backbone", default="densenet121", help="with --weights: the backbone (default: %(default)s)")
+    p.add_argument("--top", type=int, default=5, help="with --weights: so many classes an image (default: %(default)s)")
     p.add_argument("--out", default="predictions.csv", help="a .csv or .parquet file (default: %(default)s)")
     p.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint")
     p.add_argument("--batch-size", type=int, help="images at once; by default the run's train.eval_batch_size")
     p.add_argument("--strict", action="store_true", help="exit with 1 if a file can't be read")
     p = verbs.add_parser("list", help="list what there is by name")
     p.add_argument("kind", nargs="?", choices=("attention", "backbones", "optimizers", "weights"))
+    cli_weights.add_parser(verbs)
     verbs.add_parser("doctor", help="check the environment for known traps")
     return parser
 
@@ -368,7 +367,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.verb in ("train", "show"):
             return {"train": train, "show": show}[options.verb](options, rest)
-        return {"eval": evaluate, "predict": predict, "list": list_names, "doctor": doctor}[options.verb](options)
+        by_verb = {"eval": evaluate, "predict": predict, "list": list_names, "doctor": doctor}
+        return (by_verb | {"weights": cli_weights.run})[options.verb](options)
     except (ValueError, OSError, FloatingPointError) as e:
         if os.environ.get("BMJAX_DEBUG"):
             raise

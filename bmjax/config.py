@@ -103,7 +103,12 @@ class ModelConfig:
     backbone: str = "densenet121"
     """Name of a backbone (`bmjax list`)."""
     weights: str | None = "imagenet"
-    """`imagenet`: the catalog's file; a path: that file; none: random."""
+    """`imagenet`: Keras's published file; `imagenet-timm`: timm's; a record's name (`bmjax weights list`); a path: that
+    file; none: random."""
+    backbone_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of the backbone's module. A run fills in those that its weights' record decides, and `preprocess`."""
+    preprocess: str | None = None
+    """Mode of bmjax.data.preprocess; none: the weights' or, without weights, the family's."""
     attention: str = "soft"
     """Name of a variant in bmjax/attention, or `module:Class`. The study's kind is unknown: `soft` is ours."""
     attention_options: dict[str, Any] = dataclasses.field(default_factory=dict)

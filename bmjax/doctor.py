@@ -165,16 +165,15 @@ def _compilation_cache() -> Finding:
 
 
 def _weights() -> list[Finding]:
-    from bmjax.files import checksum
     from bmjax.weights.catalog import RECORDS
+    from bmjax.weights.download import is_whole
 
     found: list[Finding] = []
     for record in RECORDS:
         path = environment.cache_folder() / "weights" / record.file_name
         if path.is_file():
-            algorithm, _, expected = record.checksum.partition(":")
-            good = checksum(path, algorithm) == expected
-            text = f"{path}" if good else f"{path}: its {algorithm} is not the published file's; delete it"
+            good = is_whole(record, path)
+            text = f"{path}" if good else f"{path}: its checksum is not the published file's; delete it"
             found.append(("OK" if good else "FAIL", "weights", text))
     return found or [("OK", "weights", f"none fetched yet into {environment.cache_folder() / 'weights'}")]
 

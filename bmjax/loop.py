@@ -19,13 +19,14 @@ import numpy as np
 from tqdm import tqdm
 
 from bmjax import optim
+from bmjax.backbones import stage_of_layers
 from bmjax.checkpoint import Checkpoints
 from bmjax.config import BatchNormConfig, Config, StageConfig
 from bmjax.data import Dataset, Splits
 from bmjax.data.pipeline import TrainBatches, eval_batches, steps_per_epoch
 from bmjax.losses import balanced_class_weights
 from bmjax.metrics import classification_metrics
-from bmjax.model import Classifier, create, part_of
+from bmjax.model import Classifier, create, part_of, resolve
 from bmjax.parallel import Parallel
 from bmjax.run import (
     Run,
@@ -141,7 +142,11 @@ def trains_in(stage: StageConfig, batch_stats: Tree) -> Callable[[ParamPath], bo
 
 def plan_stages(config: Config, per_epoch: int, model: Classifier, batch_stats: Tree) -> list[StagePlan]:
     """The stages with their steps and optimizers."""
-    plans, start, names = [], 0, tuple(model.backbone.stages)
+    plans, start = [], 0
+
+    def stage_of(path: ParamPath) -> str | None:
+        return stage_of_layers(model.backbone)[path[1]] if part_of(path) == "backbone" else None
+
     for stage in config.stages:
         end = start + stage.epochs * per_epoch
         optimizer = optim.make_optimizer(
@@ -149,8 +154,8 @@ def plan_stages(config: Config, per_epoch: int, model: Classifier, batch_stats: 
             lr_scale=stage.lr_scale,
             total_steps=end - start,
             steps_per_epoch=per_epoch,
-            stages=names,
-            stage_of=lambda path: optim.keras_stage_of(path, names),
+            stages=model.backbone.stages,
+            stage_of=stage_of,
         )
         plans.append(StagePlan(start, end, stage.resolved_batch_norm(), trains_in(stage, batch_stats), optimizer))
         start = end
@@ -273,6 +278,7 @@ def train(config: Config, *, resume: bool = False) -> Result:
       ValueError: a field is wrong, or the run to resume has another configuration or other data.
       FloatingPointError: the loss is not finite; names the step and the images of the batch.
     """
+    config = dataclasses.replace(config, model=resolve(config.model))
     run_dir = run_folder(config)
     model_check(config)
     open_run(run_dir, config, resume)
@@ -285,13 +291,15 @@ def train(config: Config, *, resume: bool = False) -> Result:
     # Model, stages, and the state: new, or the last checkpoint's.
     parallel = Parallel.create(config.train.parallel, config.train.devices, batch_size // config.train.accumulate)
     model = create(config.model, len(dataset.classes), config.train.dtype)
-    variables = new_variables(config, model)
+    last, best = Checkpoints(run_dir / "checkpoints/last"), Checkpoints(run_dir / "checkpoints/best", keep=1)
+    newest = last.latest() if resume else None
+    # A checkpoint holds every array, so a resume needs the weights' file no longer.
+    variables = new_variables(config, model, pretrained=newest is None)
     plans = plan_stages(config, per_epoch, model, variables["batch_stats"])
     ema = config.train.ema_decay is not None
     state = create_state(variables, plans[0].optimizer.tx, plans[0].is_trainable, seed=config.seed, ema=ema)
-    last, best = Checkpoints(run_dir / "checkpoints/last"), Checkpoints(run_dir / "checkpoints/best", keep=1)
     progress = Progress(run_id=new_run_id())
-    if resume and (newest := last.latest()) is not None:
+    if newest is not None:
         progress = Progress(**last.meta(newest))
         template = state.replace(opt_state=plans[progress.stage].opt_state(state.params))
         state = last.restore(newest, template)

@@ -12,7 +12,7 @@ from flax import traverse_util
 
 from bmjax import registry
 from bmjax.attention import create_attention
-from bmjax.backbones import create_backbone
+from bmjax.backbones import create_backbone, family_of
 from bmjax.config import BatchNormConfig, HeadConfig, ModelConfig
 from bmjax.data.preprocess import preprocess
 from bmjax.layers import BatchNorm, Dropout, at_least_float32, global_average
@@ -110,17 +110,35 @@ def _stages(backbone: nn.Module) -> tuple[str, ...]:
     return tuple(backbone.stages)
 
 
+def resolve(config: ModelConfig) -> ModelConfig:
+    """`config` with what the weights decide filled in, so that the model can be made without their file from then on.
+
+    Raises:
+      FileNotFoundError, ValueError: as `bmjax.weights.find_record`.
+    """
+    if config.preprocess is not None:
+        return config
+    if config.weights is None:
+        return dataclasses.replace(config, preprocess=family_of(config.backbone).PREPROCESS)
+    from bmjax import weights
+
+    record = weights.find_record(config.backbone, config.weights)
+    options = record.architecture | config.backbone_options
+    return dataclasses.replace(config, backbone_options=options, preprocess=record.preprocess)
+
+
 def create(config: ModelConfig, num_classes: int, dtype: str = "float32") -> Classifier:
     """The classifier that `config` describes; its preprocessing is that of the backbone's weights.
 
     Raises:
+      FileNotFoundError: the weights are a path and no file is there.
       ValueError: a name, option or stage is not known, a stage is given twice, or there are no classes.
+      TypeError: a name in `backbone_options` is no field of the backbone.
     """
-    from bmjax.weights import catalog
-
     if num_classes < 1:
         raise ValueError(f"num_classes is {num_classes}; expected at least 1")
-    backbone = create_backbone(config.backbone, dtype=jnp.dtype(dtype))
+    config = resolve(config)
+    backbone = create_backbone(config.backbone, dtype=jnp.dtype(dtype), **config.backbone_options)
     stages = _stages(backbone)
     attach = tuple(stages[-1] if stage == "last" else stage for stage in config.attach)
     for stage in attach:
@@ -138,7 +156,7 @@ def create(config: ModelConfig, num_classes: int, dtype: str = "float32") -> Cla
         backbone=backbone,
         attention=tuple(attention),
         head=Head(num_classes, config.head),
-        preprocess=catalog.preprocess_of(config.backbone),
+        preprocess=config.preprocess or "raw",
         dtype=jnp.dtype(dtype),
     )
 
@@ -157,8 +175,15 @@ def init(model: Classifier, key: jax.Array, image_size: int, config: ModelConfig
     if config is not None and config.weights is not None:
         from bmjax import weights
 
+        settings = resolve(config)
         backbone = {name: tree["backbone"] for name, tree in variables.items()}
-        loaded = weights.load_into(backbone, config.backbone, config.weights)
+        loaded = weights.load_into(
+            backbone,
+            config.backbone,
+            config.weights,
+            options=settings.backbone_options,
+            preprocess=settings.preprocess,
+        )
         variables = {name: tree | {"backbone": loaded[name]} for name, tree in variables.items()}
     return variables
 

@@ -121,21 +121,6 @@ def schedule(config: ScheduleConfig, total_steps: int, steps_per_epoch: int) -> 
     return optax.join_schedules([ramp, after], [warmup])
 
 
-def keras_stage_of(path: Path, stages: Sequence[str]) -> str | None:
-    """The stage of a backbone that a parameter belongs to, by its layer's Keras name; None outside a backbone.
-
-    The longest stage name that begins the layer's; the transition `poolN_*` belongs to `convN`; anything else, such
-    as the final norm, to the last stage.
-    """
-    if len(path) < 2 or path[0] != "backbone" or not stages:
-        return None
-    layer = path[1]
-    if layer.startswith("pool"):
-        layer = layer.replace("pool", "conv", 1)
-    matches = [s for s in stages if layer == s or layer.startswith(f"{s}_")]
-    return max(matches, key=len) if matches else stages[-1]
-
-
 def decays(path: Path, leaf: Any) -> bool:
     """Whether weight decay applies: not to biases, norms, or anything one-dimensional."""
     return leaf.ndim > 1 and path[-1] not in ("bias", "scale")
@@ -163,7 +148,7 @@ def make_optimizer(
     multiplier = schedule(config.schedule, total_steps, steps_per_epoch)
 
     def depth_multiplier(path: Path) -> float:
-        stage = stage_of(path) if stage_of else None
+        stage = stage_of(path) if stage_of and config.layer_decay != 1 else None
         return 1.0 if stage is None else config.layer_decay ** (len(stages) - 1 - list(stages).index(stage))
 
     def init(params: Tree) -> RateState:

@@ -52,9 +52,10 @@ def image_dtype(config: Config) -> Any:
     return jnp.float64 if config.train.dtype == "float64" else jnp.float32
 
 
-def new_variables(config: Config, model: Classifier) -> dict[str, Tree]:
-    """Fresh variables: random from the run's seed, with the backbone's weights as configured."""
-    variables = init(model, jax.random.key(config.seed), config.data.image_size, config.model)
+def new_variables(config: Config, model: Classifier, *, pretrained: bool = True) -> dict[str, Tree]:
+    """Fresh variables: random from the run's seed, with the backbone's weights as configured if `pretrained`."""
+    settings = config.model if pretrained else None
+    variables = init(model, jax.random.key(config.seed), config.data.image_size, settings)
     return jax.tree.map(lambda x: jnp.asarray(x, image_dtype(config)), variables)
 
 

@@ -6,10 +6,13 @@ A backbone is a Flax module, called `(x, *, train, mode, tap)`; it names its sta
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 
 from bmjax import registry
 
@@ -42,4 +45,26 @@ def create_backbone(name: str, **options: Any) -> nn.Module:
       ValueError: the name is not known.
       TypeError: an option is not a field of the module.
     """
-    return family_of(name).VARIANTS[name](**options)
+    # JSON has no tuples, and a module's fields must hash.
+    fixed = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    return family_of(name).VARIANTS[name](**fixed)
+
+
+@functools.lru_cache(maxsize=8)
+def stage_of_layers(backbone: nn.Module) -> dict[str, str]:
+    """The stage of each layer with parameters: the first that is reached after it; of a top's, the last stage."""
+    stages: dict[str, str] = {}
+
+    def trace() -> None:
+        def run(module: Any, x: jax.Array) -> None:
+            def tap(stage: str, x: jax.Array) -> jax.Array:
+                stages.update(dict.fromkeys(module.variables["params"].keys() - stages.keys(), stage))
+                return x
+
+            module(x, tap=tap)
+            stages.update(dict.fromkeys(module.variables["params"].keys() - stages.keys(), module.stages[-1]))
+
+        nn.init(run, backbone)(jax.random.key(0), jnp.zeros((1, 128, 128, 3)))
+
+    jax.eval_shape(trace)
+    return stages

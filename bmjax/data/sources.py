@@ -82,11 +82,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def decode_image(path: str | Path, size: int) -> np.ndarray:
-    """A file -> uint8 RGB 0..255 [size, size, 3].
-
-    Squeezed to a square where it isn't one, by Pillow's bilinear filter, which averages when it shrinks. Of several
-    frames the first counts. Pillow may warn meanwhile; `decode_images` keeps it quiet.
+def open_rgb(path: str | Path) -> Image.Image:
+    """A file -> its image in Pillow's RGB; of several frames the first. Pillow may warn meanwhile.
 
     Raises:
       ValueError: empty, truncated, not an image, or far too large; says which, without the path.
@@ -98,13 +95,24 @@ def decode_image(path: str | Path, size: int) -> np.ndarray:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} pixels; expected at most {MAX_PIXELS} in all")
             image.load()
-            rgb = to_rgb(image)
-        return np.asarray(rgb.resize((size, size), Image.Resampling.BILINEAR), np.uint8)
+            return to_rgb(image)
     # A damaged file makes Pillow raise nearly anything: OSError, SyntaxError, struct.error, zlib.error, KeyError, ...
     except Exception as e:
         # Pillow names the file object or its address in places; the path is the caller's to tell.
         reason = "not an image of a known kind" if isinstance(e, Image.UnidentifiedImageError) else str(e)
         raise ValueError(reason or type(e).__name__) from e
+
+
+def decode_image(path: str | Path, size: int) -> np.ndarray:
+    """A file -> uint8 RGB 0..255 [size, size, 3].
+
+    Squeezed to a square where it isn't one, by Pillow's bilinear filter, which averages when it shrinks.
+    `decode_images` keeps Pillow's warnings quiet.
+
+    Raises:
+      ValueError: as `open_rgb`.
+    """
+    return np.asarray(open_rgb(path).resize((size, size), Image.Resampling.BILINEAR), np.uint8)
 
 
 def decode_images(paths: Sequence[str | Path], size: int) -> Iterator[np.ndarray | str]:

@@ -1,85 +1,91 @@
-"""One record a published weight file: where it is, how it is checked, and what it needs of its user."""
+"""The records of the published weight files, and the rule of each family and source."""
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Iterator
+from typing import Any, cast
 
-from bmjax.backbones import family_of
+from bmjax import backbones
 from bmjax.registry import unknown
+from bmjax.weights.published import FAMILIES, Family
+from bmjax.weights.record import Source, WeightRecord
 
-_KERAS = "https://storage.googleapis.com/tensorflow/keras-applications"
-_DENSENET_SOURCE = "keras.applications.densenet; converted from the authors' Torch models (Huang et al. 2017)"
-
-
-@dataclasses.dataclass(frozen=True)
-class WeightRecord:
-    """`checksum` is "md5:<hex>" of the published file; `preprocess` a mode of bmjax.data.preprocess; `epsilon` that
-    of every batch-norm; `parameters` the exact number of values, statistics included."""
-
-    name: str
-    backbone: str
-    top: bool
-    url: str
-    checksum: str
-    parameters: int
-    input_size: int
-    preprocess: str
-    epsilon: float
-    licence: str
-    source: str
-
-    @property
-    def file_name(self) -> str:
-        return self.url.rsplit("/", 1)[-1]
+_TIMM = "https://huggingface.co/timm/{}/resolve/main/model.safetensors"
+_TIMM_COUNTER = "num_batches_tracked"
 
 
-def _densenet(depth: int, top: bool, md5: str, parameters: int) -> WeightRecord:
-    ending = "" if top else "_notop"
-    return WeightRecord(
-        name=f"densenet{depth}-keras{'-top' if top else ''}",
-        backbone=f"densenet{depth}",
-        top=top,
-        url=f"{_KERAS}/densenet/densenet{depth}_weights_tf_dim_ordering_tf_kernels{ending}.h5",
-        checksum=f"md5:{md5}",
-        parameters=parameters,
-        input_size=224,
-        preprocess="torch",
-        epsilon=1.001e-5,
-        licence="BSD-3-Clause",
-        source=_DENSENET_SOURCE,
-    )
+def rule(backbone: str, source: str) -> dict[str, Any]:
+    """What the files of a backbone's family from a source have in common: fields of their records.
+
+    Raises:
+      ValueError: the backbone isn't known, or there is no rule for its family and that source.
+    """
+    module = backbones.family_of(backbone)
+    name = module.__name__.rsplit(".", 1)[-1]
+    if name not in FAMILIES or source not in FAMILIES[name].preprocess:
+        pairs = (f"{family} of {s}" for family, common in FAMILIES.items() for s in common.preprocess)
+        raise unknown("kind of weights", f"{name} of {source}", pairs)
+    family = FAMILIES[name]
+    model = backbones.create_backbone(backbone, **module.TIMM)
+    if source == "keras":  # the defaults of the module are Keras's structure
+        model = type(model)()
+    return {
+        "backbone": backbone,
+        "source": cast(Source, source),
+        "preprocess": family.preprocess[source],
+        "unused": family.unused if source == "keras" else (_TIMM_COUNTER,),
+        "architecture": {field: getattr(model, field) for field in dict.fromkeys(("epsilon", *module.TIMM))},
+    }
 
 
-# Checksums: keras/src/applications/densenet.py of Keras 3.15.1.
-RECORDS: tuple[WeightRecord, ...] = (
-    _densenet(121, False, "30ee3e1110167f948a6b9946edeeb738", 7_037_504),
-    _densenet(121, True, "9d60b8095a5708f2dcce2bca79d332c7", 8_062_504),
-    _densenet(169, False, "b8c4d4c20dd625c148057b9ff1c1176b", 12_642_880),
-    _densenet(169, True, "d699b8f76981ab1b30698df4c175e90b", 14_307_880),
-    _densenet(201, False, "c13680b51ded0fb44dff2d8f86ac8bb1", 18_321_984),
-    _densenet(201, True, "1ceb130c1ea1b78c3bf6114dbdfd8807", 20_242_984),
-)
+def _records(family: Family) -> Iterator[WeightRecord]:
+    for member in family.members:
+        for top, (md5, values) in ((False, member.no_top), (True, member.top)):
+            yield WeightRecord(
+                **rule(member.backbone, "keras"),
+                name=f"{member.backbone}-keras{member.variant}{'-top' if top else ''}",
+                top=top,
+                parameters=values,
+                input_size=member.size,
+                checksum=md5 and f"md5:{md5}",
+                url=f"{member.place}{'' if top else family.suffix}.h5",
+                licence=family.licence,
+                origin=family.origin,
+            )
+    for tag in family.tags:
+        yield WeightRecord(
+            **rule(tag.backbone, "timm"),
+            name=f"timm-{tag.tag}",
+            top=True,
+            parameters=tag.values,
+            input_size=tag.size,
+            url=_TIMM.format(tag.tag),
+            licence=tag.licence,
+            origin="timm",
+        )
 
 
-def find(backbone: str, top: bool = False) -> WeightRecord:
-    """The record of a backbone's ImageNet weights.
+RECORDS: tuple[WeightRecord, ...] = tuple(record for family in FAMILIES.values() for record in _records(family))
+
+
+def find(backbone: str, top: bool = False, source: str = "keras") -> WeightRecord:
+    """The record of a backbone's ImageNet weights. timm's single file, with top, serves for both.
 
     Raises:
       ValueError: there is none.
     """
-    for record in RECORDS:
-        if record.backbone == backbone and record.top == top:
+    of_source = [r for r in RECORDS if r.source == source]
+    for record in of_source:
+        if record.backbone == backbone and (source == "timm" or record.top == top):
             return record
-    raise unknown("backbone with published weights", backbone, {r.backbone for r in RECORDS})
+    raise unknown(f"backbone with published weights of {source}", backbone, {r.backbone for r in of_source})
 
 
-def preprocess_of(backbone: str) -> str:
-    """The preprocessing mode of a backbone: its record's, or its family's where it has no record.
+def unpublished(backbone: str, source: str, name: str, *, top: bool) -> WeightRecord:
+    """The record of a file that isn't in the catalog, by the rule of its family and source; `parameters` is 0.
 
     Raises:
-      ValueError: the backbone is not known.
+      ValueError: there is no such rule.
     """
-    for record in RECORDS:
-        if record.backbone == backbone:
-            return record.preprocess
-    return family_of(backbone).PREPROCESS
+    size = next((r.input_size for r in RECORDS if r.backbone == backbone), 224)
+    return WeightRecord(**rule(backbone, source), name=name, top=top, parameters=0, input_size=size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import logging
 import os
 import time
 import urllib.error
@@ -13,16 +14,52 @@ from tqdm import tqdm
 
 from bmjax.environment import cache_folder
 from bmjax.files import checksum
-from bmjax.weights.catalog import WeightRecord
+from bmjax.weights.record import WeightRecord
+
+log = logging.getLogger(__name__)
 
 _CHUNK = 1 << 20
 _ATTEMPTS = 5
 
 
 def _manual(record: WeightRecord, target: Path) -> str:
+    check = f"check that its {record.checksum.replace(':', ' is ')}, and " if record.checksum else ""
     return (
-        f"To fetch it by hand: download {record.url} on a machine with a network, check that its "
-        f"{record.checksum.replace(':', ' is ')}, and put it at {target}; or give its path as model.weights."
+        f"To fetch it by hand: download {record.url} on a machine with a network, {check}put it at {target}; "
+        "or give its path as model.weights."
+    )
+
+
+def _expected(record: WeightRecord, target: Path) -> tuple[str, str]:
+    """(algorithm, digest) that the file must have; the digest is empty where none is known yet.
+
+    Where the publisher gives none, the file is held to the one noted when it first came.
+    """
+    note = _note(target)
+    known = record.checksum or (note.read_text().strip() if note.is_file() else "sha256:")
+    algorithm, _, digest = known.partition(":")
+    return algorithm, digest
+
+
+def is_whole(record: WeightRecord, target: Path) -> bool:
+    """Whether a fetched file is the one it must be; True where nothing tells."""
+    algorithm, expected = _expected(record, target)
+    return not expected or checksum(target, algorithm) == expected
+
+
+def _note(target: Path) -> Path:
+    return target.with_name(f"{target.name}.checksum")
+
+
+def _trust(record: WeightRecord, target: Path, found: str) -> None:
+    """Notes the checksum of a file whose publisher gives none."""
+    _note(target).write_text(f"sha256:{found}\n")
+    log.warning(
+        "%s: its publisher gives no checksum, so nothing proves that this is the file. sha256 is %s; it is noted in %s "
+        "and checked from now on",
+        record.url,
+        found,
+        _note(target),
     )
 
 
@@ -34,14 +71,17 @@ def fetch(
     Raises:
       ConnectionError: the server can't be reached or breaks off each time; says how to fetch the file by hand. What
         came so far is kept and continued from the next time.
-      ValueError: the file that came isn't the published one (checksum).
+      ValueError: the file that came isn't the published one (checksum). Where no checksum is known, what comes first is
+        trusted, with a warning, and noted; later it must be the same.
     """
     folder = Path(cache_dir) if cache_dir is not None else cache_folder() / "weights"
     target = folder / record.file_name
-    algorithm, _, expected = record.checksum.partition(":")
+    algorithm, expected = _expected(record, target)
     if target.is_file():
         found = checksum(target, algorithm)
-        if found != expected:
+        if not expected:
+            _trust(record, target, found)
+        elif found != expected:
             raise ValueError(f"{target}: {algorithm} is {found}; expected {expected}. Delete it to fetch it again.")
         return target
     folder.mkdir(parents=True, exist_ok=True)
@@ -66,11 +106,13 @@ def fetch(
         message = f"{record.url}: not fetched in {_ATTEMPTS} attempts ({error}). {_manual(record, target)}"
         raise ConnectionError(message) from error
     found = checksum(part, algorithm)
-    if found != expected:
+    if expected and found != expected:
         part.unlink()
         message = f"{record.url}: {algorithm} of what came is {found}; expected {expected}. It was deleted. "
         raise ValueError(message + _manual(record, target))
     os.replace(part, target)
+    if not expected:
+        _trust(record, target, found)
     return target
 
 

@@ -3,13 +3,16 @@
 The Keras models are built without weights and with `classifier_activation=None` where they have a top.
 """
 
+import contextlib
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
 from flax import traverse_util
+from keras.src.backend.common import dtypes
 
 LEAVES = {
     "gamma": ("params", "scale"),
@@ -111,11 +114,10 @@ def assert_output_is_keras(model, keras_model, x, rtol=1e-4, keras_input=None):
     assert_close(jax.jit(model.apply)(to_flax(keras_model), x), expected, rtol)
 
 
-def assert_train_step_is_keras(model, keras_model, x, rtol, keras_input=None, cancelled=()):
-    """Loss, gradients and new running statistics of one step with a top, in the type of the images.
+def train_step(model, keras_model, x, keras_input=None):
+    """One step with a top, in the type of the images: ours and Keras's {"loss", "gradients", "statistics"}.
 
-    `cancelled`: how the names of those layers end whose bias a later norm takes away again, so that it has no gradient
-    in exact arithmetic; in both it must be nothing beside the layer's other one.
+    The statistics are how far they moved: a hundredth of a batch's, or less, would drown in the whole's tolerance.
     """
     keras_input = x if keras_input is None else keras_input
     trainable, rest = keras_model.trainable_variables, keras_model.non_trainable_variables
@@ -135,8 +137,9 @@ def assert_train_step_is_keras(model, keras_model, x, rtol, keras_input=None, ca
     with jax.numpy_rank_promotion("allow"):
         (keras_loss, new), grads = keras_step([v.value for v in trainable], [v.value for v in rest])
     keras_grads = to_flax(keras_model, trainable, grads)["params"]
-    keras_stats = to_flax(keras_model, rest, new)["batch_stats"]
-    assert {leaf.dtype for leaf in jax.tree.leaves((keras_grads, keras_stats))} == {x.dtype}
+    known = {id(variable) for variable in keras_model.weights}  # without the seeds of its dropouts
+    of_layers = [(variable, value) for variable, value in zip(rest, new, strict=True) if id(variable) in known]
+    keras_stats = to_flax(keras_model, *zip(*of_layers, strict=True))["batch_stats"]
     variables = to_flax(keras_model)
 
     @jax.jit
@@ -150,13 +153,50 @@ def assert_train_step_is_keras(model, keras_model, x, rtol, keras_input=None, ca
         return jax.value_and_grad(loss_fn, has_aux=True)(params)
 
     (loss, stats), grads = step(variables["params"], variables["batch_stats"])
-    np.testing.assert_allclose(loss, keras_loss, rtol=rtol)
+    moved, keras_moved = (jax.tree.map(np.subtract, new, variables["batch_stats"]) for new in (stats, keras_stats))
+    return (
+        {"loss": loss, "gradients": grads, "statistics": moved},
+        {"loss": keras_loss, "gradients": keras_grads, "statistics": keras_moved},
+    )
+
+
+def assert_train_step_is_keras(model, keras_model, x, rtol, keras_input=None, cancelled=()):
+    """Loss, gradients and new running statistics of one step with a top, in the type of the images.
+
+    `cancelled`: how the names of those layers end whose bias a later norm takes away again, so that it has no gradient
+    in exact arithmetic; in both it must be nothing beside the layer's other one.
+    """
+    ours, theirs = train_step(model, keras_model, x, keras_input)
+    assert {leaf.dtype for leaf in jax.tree.leaves((theirs["gradients"], theirs["statistics"]))} == {x.dtype}
+    np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=rtol)
+    grads, keras_grads = ours["gradients"], theirs["gradients"]
     for layer in [layer for layer in keras_grads if layer.endswith(tuple(cancelled))]:
         for tree in (grads, keras_grads):
             bias, (other,) = np.abs(tree[layer].pop("bias")).max(), tree[layer].values()
             assert bias <= rtol * np.abs(other).max(), layer
     assert_trees_close(grads, keras_grads, rtol)
-    # How far they moved: a hundredth of a batch's statistics, or less, would drown in the tolerance of the whole.
-    moved, keras_moved = (jax.tree.map(np.subtract, new, variables["batch_stats"]) for new in (stats, keras_stats))
-    assert all(leaf.any() for leaf in jax.tree.leaves(keras_moved))
-    assert_trees_close(moved, keras_moved, rtol)
+    assert all(leaf.any() for leaf in jax.tree.leaves(theirs["statistics"]))
+    assert_trees_close(ours["statistics"], theirs["statistics"], rtol)
+
+
+@contextlib.contextmanager
+def float64():
+    """Keras and JAX in float64: over a hundred layers float32's rounding grows to 1e-2 of some gradients."""
+    # On JAX Keras computes norms and means in at most float32, by this function.
+    original = dtypes.result_type
+
+    def result_type(*args):
+        return "float64" if "float64" in map(str, args) else original(*args)
+
+    with (
+        mock.patch.object(dtypes, "result_type", result_type),
+        mock.patch.object(keras.src.backend, "result_type", result_type),
+        jax.enable_x64(True),
+    ):
+        keras.config.set_floatx("float64")
+        keras.config.set_dtype_policy("float64")
+        try:
+            yield
+        finally:
+            keras.config.set_floatx("float32")
+            keras.config.set_dtype_policy("float32")

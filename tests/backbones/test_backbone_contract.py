@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bmjax import registry
-from bmjax.backbones import create_backbone, list_backbones
+from bmjax.backbones import create_backbone, list_backbones, stage_of_layers
 from bmjax.layers import BATCH_AXIS, all_sum
 
 
@@ -53,6 +53,24 @@ def test_stages_are_tapped_in_order_and_once(name):
     assert out.dtype == jnp.bfloat16
     sizes = [shape[1] for _, shape in seen]
     assert sizes == sorted(sizes, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "some"),
+    [
+        ("densenet_tiny", {"conv1_bn": "conv1", "conv2_block1_1_conv": "conv2", "pool2_conv": "conv3", "bn": "conv4"}),
+        ("resnet_tiny", {"conv1_conv": "conv1", "conv2_block1_0_conv": "conv2", "predictions": "conv4"}),
+        ("mobilenet_v2_tiny", {"bn_Conv1": "Conv1", "Conv_1_bn": "Conv_1", "predictions": "Conv_1"}),
+        ("efficientnet_tiny", {"stem_bn": "stem", "top_bn": "top", "predictions": "top"}),
+        ("xception_tiny", {"conv2d": "block2", "batch_normalization": "block2"}),
+    ],
+)
+def test_each_layer_is_of_the_stage_that_comes_next(name, some):
+    model = create_backbone(name, include_top=True)
+    stages = stage_of_layers(model)
+    assert stages.keys() == jax.eval_shape(model.init, jax.random.key(0), images())["params"].keys()
+    assert set(stages.values()) == set(model.stages)
+    assert {layer: stages[layer] for layer in some} == some
 
 
 @functools.cache
