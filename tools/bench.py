@@ -4,12 +4,15 @@
 
 Contenders are plain Flax, keras.applications on JAX and, where the `bench` extra is installed, PyTorch in channels-last
 and keras.applications on TensorFlow. Each runs in a process of its own; rounds are interleaved, since a machine's speed
-drifts, and only the ratios of one run count. Prints tables in Markdown.
+drifts, and only the ratios of one run count. Peak memory is that of the steps after the first; compiling has its own
+column. Prints tables in Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import importlib.util
 import json
 import os
@@ -21,10 +24,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 CLASSES = 7
+# Name here -> in keras.applications. PyTorch's contender is there for the DenseNets.
+BACKBONES = {
+    "densenet121": "DenseNet121",
+    "densenet169": "DenseNet169",
+    "densenet201": "DenseNet201",
+    "efficientnetb0": "EfficientNetB0",
+    "efficientnetb5": "EfficientNetB5",
+    "resnet50": "ResNet50",
+    "xception": "Xception",
+    "mobilenet_v2": "MobileNetV2",
+}
 MODES = ("train", "inference", "frozen")
 LABELS = {
     "bmjax": "bmjax",
@@ -88,14 +104,29 @@ def bmjax_run(args: argparse.Namespace) -> Run:
     return update
 
 
+def keras_base(args: argparse.Namespace, **options) -> Any:
+    """The network of keras.applications without top, random weights."""
+    import keras
+
+    build = getattr(keras.applications, BACKBONES[args.backbone])
+    return build(include_top=False, weights=None, input_shape=(args.size, args.size, 3), **options)
+
+
+def plain_flax(args: argparse.Namespace) -> Any:
+    from peers import flax_densenet, flax_from_keras
+
+    if args.backbone.startswith("densenet"):
+        return flax_densenet(args.backbone)
+    return flax_from_keras(keras_base(args))
+
+
 def flax_run(args: argparse.Namespace) -> Run:
     """The same in plain Flax and Optax, with the settings that jax comes with."""
     import jax
     import jax.numpy as jnp
     import optax
-    from peers import flax_densenet
 
-    model = flax_densenet(args.backbone)
+    model = plain_flax(args)
     images, labels = random_batch(args)
     whole = args.mode != "frozen"
 
@@ -148,11 +179,9 @@ def keras_run(args: argparse.Namespace) -> Run:
     """The same by keras.applications."""
     import keras
 
-    names = {"densenet121": "DenseNet121", "densenet169": "DenseNet169", "densenet201": "DenseNet201"}
     inputs = keras.Input((args.size, args.size, 3))
     x = keras.applications.densenet.preprocess_input(inputs)
-    build = getattr(keras.applications, names[args.backbone])
-    base = build(include_top=False, weights=None, input_shape=(args.size, args.size, 3), pooling="avg")
+    base = keras_base(args, pooling="avg")
     base.trainable = args.mode != "frozen"
     x = keras.layers.Dropout(0.5)(keras.layers.BatchNormalization()(base(x)))
     model = keras.Model(inputs, keras.layers.Dense(CLASSES)(keras.layers.Dense(256, activation="relu")(x)))
@@ -247,10 +276,7 @@ def forward_flops(args: argparse.Namespace) -> float:
     import jax
     import jax.numpy as jnp
 
-    # isort: split
-    from peers import flax_densenet
-
-    model, x = flax_densenet(args.backbone), jnp.zeros((1, args.size, args.size, 3))
+    model, x = plain_flax(args), jnp.zeros((1, args.size, args.size, 3))
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), x, False))
     cost = jax.jit(lambda v, x: model.apply(v, x, False)).lower(variables, x).cost_analysis()
     return float(cost["flops"])  # pyright: ignore
@@ -260,19 +286,36 @@ QUESTIONS = {"pipeline": pipeline_speed, "peak": machine_peak, "flops": forward_
 RUNS = {"bmjax": bmjax_run, "flax": flax_run, "keras_jax": keras_run, "torch": torch_run, "keras_tensorflow": keras_run}
 
 
+def peak_memory() -> int:
+    """Largest resident memory of this process in bytes, since its start or `reset_peak_memory`."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reset_peak_memory() -> None:
+    """Hands back what is freed and begins anew, so that compiling doesn't count; on Linux alone."""
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def worker(args: argparse.Namespace) -> None:
-    """Answers each line on standard input with the seconds of one step, or the peak memory."""
+    """Answers each line on standard input with the seconds of one step, or the peak memory of the steps."""
     if args.worker in QUESTIONS:
         print(QUESTIONS[args.worker](args))
         return
     start = time.perf_counter()
     run = RUNS[args.worker](args)
     run()
-    print(json.dumps({"first": time.perf_counter() - start}), flush=True)
+    first, memory = time.perf_counter() - start, peak_memory()
+    reset_peak_memory()
+    print(json.dumps({"first": first, "compiling": memory}), flush=True)
     for line in sys.stdin:
         if line.strip() == "memory":
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            print(json.dumps({"memory": peak}), flush=True)
+            print(json.dumps({"memory": peak_memory()}), flush=True)
             continue
         start = time.perf_counter()
         run()
@@ -306,7 +349,7 @@ def environment(name: str) -> dict[str, str]:
 
 
 def compare(args: argparse.Namespace, names: list[str], mode: str, batch: int) -> dict[str, dict]:
-    """Per contender: "seconds" of each round, "memory" in bytes, "first" in seconds."""
+    """Per contender: "seconds" of each round; "first", to the end of the first step; bytes: "memory", "compiling"."""
     processes, found = {}, {}
     for name in names:
         processes[name] = subprocess.Popen(
@@ -316,7 +359,7 @@ def compare(args: argparse.Namespace, names: list[str], mode: str, batch: int) -
             stdout=subprocess.PIPE,
             text=True,
         )
-        found[name] = {"first": ask(processes[name], "")["first"], "seconds": []}
+        found[name] = ask(processes[name], "") | {"seconds": []}
     for _ in range(args.rounds):
         for name, process in processes.items():
             found[name]["seconds"].append(ask(process, "step")["seconds"])
@@ -364,7 +407,7 @@ def plot(results: dict[tuple[str, int], dict[str, dict]], path: str, title: str)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--backbone", default="densenet121", choices=("densenet121", "densenet169", "densenet201"))
+    parser.add_argument("--backbone", default="densenet121", choices=BACKBONES)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch", type=int, nargs="+", default=[16])
     parser.add_argument("--rounds", type=int, default=5)
@@ -378,6 +421,8 @@ def main() -> None:
         worker(args)
         return
     names = [name for name in args.contenders if importlib.util.find_spec(NEEDS[name])]
+    if not args.backbone.startswith("densenet") and "torch" in names:
+        names.remove("torch")
     peak, flops = question(args, "peak"), question(args, "flops")
     print(f"{args.backbone}, {args.size}x{args.size}, float32, medians of {args.rounds} interleaved rounds")
     print(f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()};", end=" ")
@@ -388,14 +433,17 @@ def main() -> None:
             found = results[mode, batch] = compare(args, names, mode, batch)
             work = 3 * flops if mode == "train" else flops
             print(f"{mode}, batch {batch}:\n")
-            print("| | images/s | bmjax is faster by | peak memory, GB | to the end of the first step, s | of peak |")
-            print("|---|---|---|---|---|---|")
+            print(
+                "| | images/s | bmjax is faster by | peak memory, GB | compiling, GB | first step done, s | of peak |"
+            )
+            print("|---|---|---|---|---|---|---|")
             for name in names:
                 f = found[name]
                 speed = batch / statistics.median(f["seconds"])
                 times = f"{ratio(found, 'bmjax', name):.2f}x" if "bmjax" in found else ""
                 share = f"{100 * speed * work / peak:.0f} %"
-                cells = (LABELS[name], f"{speed:.2f}", times, f"{f['memory'] / 1e9:.2f}", f"{f['first']:.0f}", share)
+                sizes = (f"{f[key] / 1e9:.2f}" for key in ("memory", "compiling"))
+                cells = (LABELS[name], f"{speed:.2f}", times, *sizes, f"{f['first']:.0f}", share)
                 print(f"| {' | '.join(cells)} |", flush=True)
             print()
     if "bmjax" in names and "train" in args.mode:

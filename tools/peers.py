@@ -1,6 +1,7 @@
-"""The networks that tools/bench.py compares with: DenseNet in plain Flax and in PyTorch, written as one would at first.
+"""The networks that tools/bench.py compares with: DenseNet in plain Flax and in PyTorch, written as one would at first,
+and any other network in plain Flax, layer by layer as keras.applications has it.
 
-Both have the architecture and the head of the bmjax network they stand beside: same parameters, same FLOPs.
+All have the architecture and the head of the bmjax network they stand beside: same parameters, same FLOPs.
 """
 
 from __future__ import annotations
@@ -37,11 +38,72 @@ def flax_densenet(name: str) -> Any:
             x = x.mean((1, 2))
             if not train_backbone:
                 x = jax.lax.stop_gradient(x)
-            x = nn.BatchNorm(not train, name="head_norm")(x)
-            x = nn.Dropout(0.5, deterministic=not train)(x)
-            return nn.Dense(CLASSES, name="logits")(nn.relu(nn.Dense(HIDDEN, name="dense")(x)))
+            return _flax_head(x, train)
 
     return DenseNet()
+
+
+def flax_from_keras(base: Any) -> Any:
+    """The Linen module of a functional Keras model without top, each layer as `flax.linen` has it, with the same head.
+
+    Images [b, h, w, 3] as `base` takes them -> logits [b, 7].
+    """
+    import flax.linen as nn
+    import jax
+    import jax.numpy as jnp
+
+    def apply(layer: Any, inputs: list[Any], by_running: bool) -> Any:
+        kind, config, (x, *others) = type(layer).__name__, layer.get_config(), inputs
+        if kind == "ZeroPadding2D":
+            return jnp.pad(x, ((0, 0), *layer.padding, (0, 0)))
+        if kind in ("Conv2D", "DepthwiseConv2D", "SeparableConv2D"):
+            settings: dict[str, Any] = {"padding": config["padding"].upper(), "use_bias": False}
+            size, strides, c = config["kernel_size"], config["strides"], x.shape[-1]
+            if kind == "Conv2D":
+                settings["use_bias"] = config["use_bias"]
+                return nn.Conv(layer.filters, size, strides, **settings)(x)
+            x = nn.Conv(c, size, strides, feature_group_count=c, **settings)(x)
+            return x if kind == "DepthwiseConv2D" else nn.Conv(layer.filters, (1, 1), use_bias=False)(x)
+        if kind == "BatchNormalization":
+            return nn.BatchNorm(by_running, momentum=layer.momentum, epsilon=layer.epsilon)(x)
+        if kind in ("Activation", "ReLU"):
+            names = {"relu": nn.relu, "swish": nn.silu, "silu": nn.silu, "sigmoid": nn.sigmoid}
+            return nn.relu6(x) if getattr(layer, "max_value", None) else names[config.get("activation", "relu")](x)
+        if kind == "MaxPooling2D":
+            return nn.max_pool(x, layer.pool_size, layer.strides, layer.padding.upper())
+        if kind == "GlobalAveragePooling2D":
+            return x.mean((1, 2))
+        if kind == "Reshape":
+            return x.reshape(-1, *layer.target_shape)
+        if kind in ("Add", "Multiply"):
+            (y,) = others
+            return x + y if kind == "Add" else x * y
+        if kind in ("Rescaling", "Normalization", "Dropout"):  # preprocessing is the caller's
+            return x
+        raise ValueError(f"no plain Flax for Keras's {kind} ({layer.name})")
+
+    class Network(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any, train: bool, train_backbone: bool = True) -> Any:
+            values = {id(base.inputs[0]): x}
+            for layer in base.layers[1:]:
+                inputs = layer.input if isinstance(layer.input, list) else [layer.input]
+                values[id(layer.output)] = apply(layer, [values[id(i)] for i in inputs], not (train and train_backbone))
+            x = values[id(base.outputs[0])].mean((1, 2))
+            if not train_backbone:
+                x = jax.lax.stop_gradient(x)
+            return _flax_head(x, train)
+
+    return Network()
+
+
+def _flax_head(x: Any, train: bool) -> Any:
+    """Within a module's compact method: features [b, c] -> logits [b, 7]."""
+    import flax.linen as nn
+
+    x = nn.BatchNorm(not train, name="head_norm")(x)
+    x = nn.Dropout(0.5, deterministic=not train)(x)
+    return nn.Dense(CLASSES, name="logits")(nn.relu(nn.Dense(HIDDEN, name="dense")(x)))
 
 
 def torch_densenet(name: str) -> tuple[Any, Any]:

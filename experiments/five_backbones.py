@@ -1,0 +1,30 @@
+"""The study's five networks on one folder of cells, each first with its backbone frozen, then whole.
+
+    bmjax train experiments/five_backbones.py --sweep --data.root FOLDER
+
+FOLDER has one sub-folder of images per class. Every run has the same split, seed, head and schedule. Two epochs of each
+stage show that a network trains, not how well it does: fork this file for that, with more epochs, several seeds and
+larger images.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from bmjax.config import AugmentConfig, Config, DataConfig, HeadConfig, ModelConfig, OptimConfig, StageConfig, TrainConfig
+
+
+def config() -> Config:
+    return Config(
+        name="five_backbones",
+        data=DataConfig(source="folder", image_size=75),
+        augment=AugmentConfig(flip=True, right_angles=True),
+        model=ModelConfig(weights="imagenet", attention="soft", head=HeadConfig(widths=(256,), dropout=0.5)),
+        optim=OptimConfig(name="adamax", lr=1e-3),
+        stages=(StageConfig(epochs=2, train=("attention", "head")), StageConfig(epochs=2, lr_scale=0.3)),
+        train=TrainConfig(batch_size=32, train_eval_epochs=0),
+    )
+
+
+def sweep() -> Iterator[dict[str, Any]]:
+    for backbone in ("densenet121", "efficientnetb5", "resnet50", "xception", "mobilenet_v2"):
+        yield {"model.backbone": backbone}
