@@ -21,7 +21,7 @@ from bmjax.checkpoint import Checkpoints
 from bmjax.config import Config, from_json, to_json
 from bmjax.data import Dataset, Splits, dataset_summary, load_dataset, split_dataset, write_split
 from bmjax.files import write_text
-from bmjax.model import Classifier, create, init
+from bmjax.model import Classifier, create, init, resolve
 from bmjax.state import Tree
 
 Which = Literal["best", "last"]
@@ -80,6 +80,7 @@ def open_run(run_dir: Path, config: Config, resume: bool) -> None:
             raise FileExistsError(f"{run_dir} holds a run already; resume it (--resume) or choose another run_dir")
         free = tuple(_FREE_TO_CHANGE)
         old = from_json(path.read_text())
+        old = dataclasses.replace(old, model=resolve(old.model))  # runs of older versions left this open
         changed = [d for d in differences(old, config) if not any(d == f or d.startswith(f + ".") for f in free)]
         if changed:
             raise ValueError(

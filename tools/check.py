@@ -10,7 +10,8 @@ CHECKS = (
     ("ruff", "format", "--check", "."),
     ("ruff", "check", "."),
     ("pyright", "--pythonpath", sys.executable),
-    ("pytest",),
+    # Two processes: tracing and most compiling keep one core busy. A file's tests share what they compile.
+    ("pytest", "-n", "2", "--dist", "loadfile"),
 )
 
 

@@ -11,6 +11,8 @@ from bmjax import loop, weights
 from bmjax.cli import main
 from bmjax.config import StageConfig
 from bmjax.experiment import load_experiment
+from bmjax.model import resolve
+from bmjax.run import open_run
 
 
 def test_a_run_goes_on_without_its_weights_file(tiny_config, tmp_path):
@@ -32,6 +34,17 @@ def test_a_run_goes_on_without_its_weights_file(tiny_config, tmp_path):
     np.testing.assert_array_equal(kernel, before["params"]["conv1_conv"]["kernel"])
     resumed, _ = load_experiment(str(result.run_dir))
     assert loop.train(resumed, resume=True).steps == result.steps
+
+
+def test_a_run_of_before_the_resolved_fields_is_the_same_run(tiny_config, tmp_path):
+    resolved = dataclasses.replace(tiny_config, model=resolve(tiny_config.model))
+    assert resolved.model.preprocess == "torch"
+    open_run(tmp_path, resolved, resume=False)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    for field in ("preprocess", "backbone_options"):
+        del stored["model"][field]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    open_run(tmp_path, resolved, resume=True)
 
 
 def test_the_verbs_on_weight_files(tmp_path, capsys):
