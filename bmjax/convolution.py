@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax import lax
 
 Operation = Literal["forward", "input_gradient", "kernel_gradient"]
@@ -352,3 +353,30 @@ def conv(
     if platform() != "cpu" or x.dtype not in (jnp.float32, jnp.float64):
         return plain(x, kernel, strides, pads, groups)
     return _conv(x, kernel, strides, pads, groups)
+
+
+def dilated(x: jax.Array, kernel: jax.Array, dilation: int, groups: int = 1) -> jax.Array:
+    """Convolution of stride 1 and padding "SAME" whose kernel sees every `dilation`-th place; shapes as in `conv`.
+
+    On CPUs it is a plain one over each of dilation x dilation interleaved sub-images, so the table's choices apply.
+
+    Raises:
+      ValueError: the kernel has an even side.
+    """
+    if kernel.shape[0] % 2 == 0 or kernel.shape[1] % 2 == 0:
+        raise ValueError(f"a dilated kernel has shape {kernel.shape}; expected odd sides")
+    if platform() != "cpu" or x.dtype not in (jnp.float32, jnp.float64):
+        return lax.conv_general_dilated(
+            x,
+            kernel,
+            (1, 1),
+            "SAME",
+            rhs_dilation=(dilation, dilation),
+            dimension_numbers=DIMENSIONS,
+            feature_group_count=groups,
+        )
+    h, w = x.shape[1:3]
+    x = jnp.pad(x, ((0, 0), (0, -h % dilation), (0, -w % dilation), (0, 0)))
+    x = rearrange(x, "b (h i) (w j) c -> (b i j) h w c", i=dilation, j=dilation)
+    y = conv(x, kernel, groups=groups)
+    return rearrange(y, "(b i j) h w c -> b (h i) (w j) c", i=dilation, j=dilation)[:, :h, :w]
