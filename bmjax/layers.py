@@ -261,6 +261,11 @@ def global_average(x: jax.Array) -> jax.Array:
     return x.astype(at_least_float32(x.dtype)).mean((1, 2))
 
 
+def unit_mean(x: jax.Array, axes: int | tuple[int, ...]) -> jax.Array:
+    """The mean over axes of numbers 0..1, which rounding does not take above one."""
+    return jnp.minimum(x.mean(axes), 1)
+
+
 def mean_and_deviation(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     """Mean and standard deviation (biased) over axes, which are kept with length one, in at least float32.
 

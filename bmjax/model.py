@@ -113,7 +113,7 @@ def _stages(backbone: nn.Module) -> tuple[str, ...]:
 
 
 def _with_dtype(module: nn.Module, options: dict[str, Any], dtype: Any) -> nn.Module:
-    """The module with its field `dtype`, where it has one that no option sets, as given; so too the parts of a chain."""
+    """The module, or the parts of a chain, with the field `dtype` as given where there is one and no option sets it."""
     if isinstance(module, Chain):
         return Chain(tuple((name, _with_dtype(part, options.get(name, {}), dtype)) for name, part in module.variants))
     typed = any(f.name == "dtype" for f in dataclasses.fields(module)) and "dtype" not in options

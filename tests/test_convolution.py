@@ -122,6 +122,24 @@ def test_on_accelerators_it_is_xlas_convolution_and_nothing_else(name):
     assert ours.count("stablehlo.convolution") == 3
 
 
+@pytest.mark.parametrize(("groups", "dilation", "size"), [(1, 2, (3, 5)), (4, 3, (7, 7))])
+def test_dilated_and_its_gradients_are_xlas(groups, dilation, size):
+    x, kernel = (np.random.default_rng(0).standard_normal(s) for s in ((2, 7, 8, 4), (*size, 4 // groups, 4)))
+
+    def both(x, kernel):
+        y, vjp = jax.vjp(lambda x, kernel: convolution.dilated(x, kernel, dilation, groups), x, kernel)
+        return y, vjp(jnp.cos(y))
+
+    with jax.enable_x64(True):
+        ours = jax.jit(both)(x, kernel)
+        with convolution.traced_for("gpu"):
+            xlas = jax.jit(lambda x, kernel: both(x, kernel))(x, kernel)
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(xlas), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match=r"a dilated kernel has shape \(2, 3, 4, 4\); expected odd sides"):
+        convolution.dilated(x, np.zeros((2, 3, 4, 4)), 2)
+
+
 def test_the_nearest_measured_shape_of_the_kind_decides(monkeypatch):
     def row(pixels, inputs, ms):
         shape = Shape(pixels, (3, 3), (1, 1), inputs, 8, 1)

@@ -10,6 +10,7 @@ import pytest
 from flax import traverse_util
 
 from bmjax.attention import list_attention
+from bmjax.backbones import create_backbone, list_backbones
 from bmjax.config import PARTS, BatchNormConfig, HeadConfig, ModelConfig
 from bmjax.data.preprocess import preprocess
 from bmjax.model import count_parameters, create, init, parameter_table, part_of
@@ -43,7 +44,7 @@ def test_logits_of_pixels_have_shape_and_type():
     np.testing.assert_allclose(apply(model, variables, pixels()[:1]), logits[:1], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", list_attention())
+@pytest.mark.parametrize("name", ["none", "soft"])
 def test_top_level_names_are_the_parts(name):
     model, variables = made((("attention", name),))
     has_params = name != "none"
@@ -53,6 +54,66 @@ def test_top_level_names_are_the_parts(name):
     assert type(variables["params"]["head"]) is dict
     logits = apply(model, variables, pixels())
     assert np.isfinite(logits).all()
+
+
+def test_every_variant_goes_after_any_stage():
+    """Whatever the number of channels: all stages of all families, shapes alone."""
+    everywhere = [(name, create_backbone(name).stages) for name in list_backbones() if name.endswith("_tiny")]
+    for variant in list_attention():
+        for backbone, stages in everywhere:
+            model = create(dataclasses.replace(TINY, backbone=backbone, attention=variant, attach=stages), K)
+            logits = jax.eval_shape(lambda model=model: model.init_with_output(jax.random.key(0), pixels(1, 64, 64))[0])
+            assert logits.shape == (1, K), (variant, backbone)
+
+
+@pytest.mark.parametrize("backbone", [name for name in list_backbones() if name.endswith("_tiny")])
+def test_behind_a_gate_attention_starts_as_the_identity(backbone):
+    """At all stages, for a chain: step 0 gives the backbone's own logits, bit by bit, and each gamma a gradient."""
+    stages = create_backbone(backbone).stages
+    config = dataclasses.replace(TINY, backbone=backbone, attention="none")
+    plain = create(config, K)
+    gated = create(dataclasses.replace(config, attention="eca+simam", attach=stages, attention_gate=True), K)
+    images = pixels()
+
+    @jax.jit
+    def run(key):
+        variables = gated.init(key, images)
+        variables = {name: variables[name] for name in ("params", "batch_stats")}
+
+        def loss(params):
+            logits = gated.apply(variables | {"params": params}, images)
+            return (logits * jnp.cos(jnp.arange(logits.size)).reshape(logits.shape)).sum(), logits
+
+        grads, logits = jax.grad(loss, has_aux=True)(variables["params"])
+        kept = {
+            name: {part: tree[part] for part in ("backbone", "head") if part in tree}
+            for name, tree in variables.items()
+        }
+        return logits, plain.apply(kept, images), grads, kept
+
+    logits, expected, grads, kept = run(jax.random.key(0))
+    np.testing.assert_array_equal(logits, expected)
+    gates = {f"attention_{stage}_gate" for stage in stages}
+    assert gates == {name for name in grads if name.endswith("_gate")}
+    for name in gates:
+        assert np.abs(grads[name]["gamma"]).max() > 1e-6, name
+        assert part_of((name, "gamma")) == "attention"
+    # What pretrained weights are merged into, leaf by leaf, is the backbone's own tree.
+    alone = jax.eval_shape(create_backbone(backbone).init, jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
+    for name, tree in kept.items():
+        assert jax.tree.map(jnp.shape, tree["backbone"]) == jax.tree.map(jnp.shape, alone[name])
+
+
+def test_the_gate_leaves_the_names_of_the_other_parameters():
+    def names(**changes):
+        model = create(dataclasses.replace(TINY, **changes), K)
+        variables = jax.eval_shape(lambda: model.init(jax.random.key(0), pixels(1)))
+        return {"/".join(path) for path in traverse_util.flatten_dict(dict(variables["params"]))}
+
+    assert names(attention_gate=True) - names() == {"attention_gate/gamma"}
+    assert names(attention="se+cbam") - names(attention="none") >= {"attention/se/reduce/kernel"}
+    several = names(attention="se", attach=("conv3", "last"), attention_gate=True)
+    assert several >= {"attention_conv3/reduce/kernel", "attention_conv3_gate/gamma", "attention_conv4_gate/gamma"}
 
 
 def test_bfloat16_computes_features_and_returns_float32_logits():
@@ -151,6 +212,8 @@ def test_errors_of_create_name_what_is_wrong():
         bad(attach=("conv4", "last"))
     with pytest.raises(ValueError, match="unknown option of attention 'cbam' 'kernel'; did you mean 'kernel_size'"):
         bad(attention_options={"kernel": 3})
+    with pytest.raises(ValueError, match=r"unknown part of attention 'cbam\+se' in its options 'cban'; did you mean"):
+        bad(attention="cbam+se", attention_options={"cban": {}})
     with pytest.raises(ValueError, match="num_classes is 0"):
         create(TINY, 0)
 
@@ -162,6 +225,10 @@ def test_a_module_with_a_dtype_field_gets_the_compute_type(tmp_path, monkeypatch
     monkeypatch.syspath_prepend(str(tmp_path))
     model = create(dataclasses.replace(TINY, attention="typed_attn:Typed"), K, "bfloat16")
     assert dict(model.attention)["conv4"].dtype == jnp.bfloat16
+    options = {"Typed_2": {"dtype": "float32"}}
+    twice = dataclasses.replace(TINY, attention="typed_attn:Typed+typed_attn:Typed", attention_options=options)
+    chain = dict(create(twice, K, "bfloat16").attention)["conv4"]
+    assert {name: module.dtype for name, module in chain.variants} == {"Typed": jnp.bfloat16, "Typed_2": "float32"}
 
 
 def test_parts_and_counts():

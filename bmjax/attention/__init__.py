@@ -4,7 +4,7 @@ A file holds one public Flax module, `(x [b, h, w, c], *, train=False) -> [b, h,
 It sows its map: `self.sow("intermediates", "map", m)`, m [b, h, w] over places or [b, c] over channels, 0..1. A field
 `dtype`, where it has one, gets the compute type. Adding a file is all it takes: the contract tests find it.
 
-Here are also the ways to combine variants: `Chain`, one after another, and `IdentityGate`, which starts as the identity.
+Here are also the ways to place variants: `Chain`, one after another, and `IdentityGate`, from the identity on.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from bmjax import registry
-from bmjax.layers import over_channels
+from bmjax.layers import at_least_float32, over_channels
 
 
 class Chain(nn.Module):
@@ -47,7 +47,10 @@ class IdentityGate(nn.Module):
     def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
         """Two of [b, h, w, c] -> [b, h, w, c]."""
         gamma = self.param("gamma", nn.initializers.zeros_init(), x.shape[-1:], jnp.float32)
-        return x + over_channels(gamma.astype(x.dtype), x.ndim) * (y - x)
+        # In bfloat16 the sum that is gamma's gradient would lose most of its digits.
+        wide = at_least_float32(x.dtype)
+        change = over_channels(gamma.astype(wide), x.ndim) * (y.astype(wide) - x.astype(wide))
+        return (x.astype(wide) + change).astype(x.dtype)
 
 
 def _module_class(module: ModuleType) -> type[nn.Module]:
@@ -73,9 +76,9 @@ def list_attention() -> list[str]:
 def create_attention(name: str, **options: Any) -> nn.Module:
     """An attention module by its file's name, or by `package.module:Class`; options are its fields.
 
-    Several joined by `+` are a `Chain`; options are then dicts by part, `create_attention("se+simam", se={"ratio": 8})`.
-    A part is called as its variant or class, and `se_2` where that comes a second time. Lists among the options (from
-    JSON) become tuples, for modules must be hashable.
+    Several joined by `+` are a `Chain`; options are then dicts by part: `("se+simam", se={"ratio": 8})`. A part is
+    called as its variant or class, and `se_2` where that comes a second time. Lists among the options (from JSON)
+    become tuples, for modules must be hashable.
 
     Raises:
       ValueError: a name or an option is not known, or a path is not that of a Flax module.
@@ -108,4 +111,6 @@ def _chain(names: str, options: dict[str, Any]) -> Chain:
             raise registry.unknown(f"part of attention {names!r} in its options", part, variants)
         if not isinstance(fields, dict):
             raise ValueError(f"option {part!r} of attention {names!r} is {fields!r}; expected a dict of its fields")
-    return Chain(tuple((part, create_attention(variant, **options.get(part, {}))) for part, variant in variants.items()))
+    return Chain(
+        tuple((part, create_attention(variant, **options.get(part, {}))) for part, variant in variants.items())
+    )

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 from einops import rearrange
 
-from bmjax.layers import BatchNorm, Conv, global_average
+from bmjax.layers import BatchNorm, Conv, global_average, unit_mean
 
 
 class BAM(nn.Module):
@@ -34,5 +34,5 @@ class BAM(nn.Module):
             z = nn.relu(Conv(hidden, 3, dilation=self.dilation, use_bias=True, name=f"conv{i}")(z))
         places = BatchNorm(epsilon=1e-5, name="spatial_bn")(Conv(1, name="conv3")(z), train=train)
         gate = nn.sigmoid(rearrange(channels, "b c -> b 1 1 c") + places)
-        self.sow("intermediates", "map", gate.mean(-1))
+        self.sow("intermediates", "map", unit_mean(gate, -1))
         return x + x * gate

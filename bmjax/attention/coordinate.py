@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from bmjax.layers import BatchNorm, at_least_float32
+from bmjax.layers import BatchNorm, at_least_float32, unit_mean
 
 
 class CoordinateAttention(nn.Module):
@@ -34,5 +34,5 @@ class CoordinateAttention(nn.Module):
         rows = nn.sigmoid(nn.Dense(c, use_bias=self.use_bias, dtype=x.dtype, name="rows")(z[:, :h]))
         columns = nn.sigmoid(nn.Dense(c, use_bias=self.use_bias, dtype=x.dtype, name="columns")(z[:, h:]))
         gate = rearrange(rows, "b h c -> b h 1 c") * rearrange(columns, "b w c -> b 1 w c")
-        self.sow("intermediates", "map", gate.mean(-1))
+        self.sow("intermediates", "map", unit_mean(gate, -1))
         return x * gate

@@ -32,8 +32,8 @@ class DoubleAttention(nn.Module):
         )
         gather = nn.softmax(b.astype(wide), axis=1)
         distribute = nn.softmax(v.astype(wide), axis=2)
-        received = jnp.einsum("bn,bpn->bp", distribute.mean(1), gather)
-        self.sow("intermediates", "map", rearrange(received, "b (h w) -> b h w", h=h))
+        received = rearrange(jnp.einsum("bn,bpn->bp", distribute.mean(1), gather), "b (h w) -> b h w", h=h)
+        self.sow("intermediates", "map", jnp.minimum(received, 1))  # rounding can take it above
         descriptors = jnp.einsum("bpm,bpn->bmn", a, gather.astype(x.dtype))
         z = jnp.einsum("bmn,bpn->bpm", descriptors, distribute.astype(x.dtype))
         return x + Conv(c, name="expand")(rearrange(z, "b (h w) m -> b h w m", h=h))

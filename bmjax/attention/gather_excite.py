@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 from einops import rearrange, repeat
 
-from bmjax.layers import BatchNorm, Conv, at_least_float32
+from bmjax.layers import BatchNorm, Conv, at_least_float32, unit_mean
 
 
 class GatherExcite(nn.Module):
@@ -39,7 +39,7 @@ class GatherExcite(nn.Module):
             self.sow("intermediates", "map", rearrange(gate, "b 1 1 c -> b c"))
             return x * gate
         gate = repeat(gate, "b h w c -> b (h i) (w j) c", i=self.extent, j=self.extent)[:, :h, :w]
-        self.sow("intermediates", "map", gate.mean(-1))
+        self.sow("intermediates", "map", unit_mean(gate, -1))
         return x * gate
 
     def _gather(self, x: jax.Array, train: bool) -> jax.Array:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from bmjax.layers import Conv, at_least_float32
+from bmjax.layers import Conv, at_least_float32, unit_mean
 
 
 class SelfAttention(nn.Module):
@@ -39,7 +39,7 @@ class SelfAttention(nn.Module):
             jnp.einsum("bnhwd,wld->bnhwl", q, self._relative("columns", w, q)), "b n h w l -> b n h w 1 l"
         )
         a = nn.softmax(scores.astype(at_least_float32(x.dtype)), axis=(-2, -1))
-        self.sow("intermediates", "map", a.mean((1, 2, 3)))
+        self.sow("intermediates", "map", unit_mean(a, (1, 2, 3)))
         z = jnp.einsum("bnhwkl,bnkld->bnhwd", a.astype(x.dtype), v)
         return x + Conv(c, name="expand")(rearrange(z, "b n h w d -> b h w (n d)"))
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from bmjax.layers import BatchNorm, Conv, at_least_float32
+from bmjax.layers import BatchNorm, Conv, at_least_float32, unit_mean
 
 
 class NonLocal(nn.Module):
@@ -35,7 +35,7 @@ class NonLocal(nn.Module):
         g = rearrange(Conv(n, name="g")(x), "b h w n -> b (h w) n")
         scores = jnp.einsum("bqn,bkn->bqk", theta, phi).astype(at_least_float32(x.dtype))
         a = nn.softmax(scores * c**-0.5 if self.scaled else scores)
-        self.sow("intermediates", "map", rearrange(a.mean(1), "b (h w) -> b h w", h=h))
+        self.sow("intermediates", "map", rearrange(unit_mean(a, 1), "b (h w) -> b h w", h=h))
         z = jnp.einsum("bqk,bkn->bqn", a.astype(x.dtype), g)
         z = Conv(c, name="expand")(rearrange(z, "b (h w) n -> b h w n", h=h))
         return x + BatchNorm(epsilon=1e-5, name="bn")(z, train=train)

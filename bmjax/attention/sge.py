@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from bmjax.layers import at_least_float32, largest_divisor, mean_and_deviation
+from bmjax.layers import at_least_float32, largest_divisor, mean_and_deviation, unit_mean
 
 
 class SpatialGroupEnhance(nn.Module):
-    """In each group of channels y = x * sigmoid(gamma * s + beta), s = x . mean(x) normalised over places (section 3)."""
+    """In each group y = x * sigmoid(gamma * s + beta), s = x . mean(x) normalised over places (section 3)."""
 
     groups: int = 64
     """At most: the largest divisor of c not above it is taken."""
@@ -28,5 +28,5 @@ class SpatialGroupEnhance(nn.Module):
         gamma = self.param("gamma", nn.initializers.zeros_init(), (groups,), jnp.float32).astype(s.dtype)
         beta = self.param("beta", nn.initializers.ones_init(), (groups,), jnp.float32).astype(s.dtype)
         gate = nn.sigmoid(rearrange(gamma, "g -> 1 1 1 g") * s + rearrange(beta, "g -> 1 1 1 g"))
-        self.sow("intermediates", "map", gate.mean(-1))
+        self.sow("intermediates", "map", unit_mean(gate, -1))
         return rearrange(z * rearrange(gate, "b h w g -> b h w g 1"), "b h w g d -> b h w (g d)").astype(x.dtype)

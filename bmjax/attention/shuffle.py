@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from bmjax.layers import at_least_float32, largest_divisor
+from bmjax.layers import at_least_float32, largest_divisor, unit_mean
 
 
 class ShuffleAttention(nn.Module):
@@ -42,6 +42,6 @@ class ShuffleAttention(nn.Module):
         bias = self.param("bias", nn.initializers.ones_init(), shape, jnp.float32).astype(norm.dtype)
         weight, bias = (rearrange(p, "s d -> s 1 1 1 1 d") for p in (weight, bias))
         gate = nn.sigmoid(weight * jnp.stack([jnp.broadcast_to(mean[0], norm.shape), norm]) + bias)
-        self.sow("intermediates", "map", gate.mean((0, 4, 5)))
+        self.sow("intermediates", "map", unit_mean(gate, (0, 4, 5)))
         y = rearrange(halves * gate, "s b h w g d -> b h w (g s d)")
         return rearrange(y, "b h w (s d) -> b h w (d s)", s=2).astype(x.dtype)

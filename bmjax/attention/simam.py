@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bmjax.layers import at_least_float32
+from bmjax.layers import at_least_float32, unit_mean
 
 
 class SimAM(nn.Module):
@@ -24,5 +24,5 @@ class SimAM(nn.Module):
         z = x.astype(at_least_float32(x.dtype))
         square = jnp.square(z - z.mean((1, 2), keepdims=True))
         gate = nn.sigmoid(square / (4 * (square.mean((1, 2), keepdims=True) + self.e_lambda)) + 0.5).astype(x.dtype)
-        self.sow("intermediates", "map", gate.mean(-1))
+        self.sow("intermediates", "map", unit_mean(gate, -1))
         return x * gate

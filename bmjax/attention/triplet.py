@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from bmjax.layers import BatchNorm, Conv
+from bmjax.layers import BatchNorm, Conv, unit_mean
 
 
 class TripletAttention(nn.Module):
@@ -24,7 +24,7 @@ class TripletAttention(nn.Module):
         wc = self._gate(rearrange(x, "b h w c -> b w c h"), "wc", train)
         gates = (hw, rearrange(hc, "b h c 1 -> b h 1 c"), rearrange(wc, "b w c 1 -> b 1 w c"))
         gate = (gates[0] + gates[1] + gates[2]) / 3
-        self.sow("intermediates", "map", gate.mean(-1))
+        self.sow("intermediates", "map", unit_mean(gate, -1))
         return x * gate
 
     def _gate(self, x: jax.Array, name: str, train: bool) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Each variant's equations in plain NumPy: (params, batch_stats, x [b, h, w, c], options) -> (y, map), in evaluation."""
+"""Each variant's equations in NumPy, in evaluation: (params, batch_stats, x [b, h, w, c], options) -> (y, map)."""
 
 import numpy as np
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from variants import SHAPE, SMALL, C, features, forward, ordinary, run, variables_of
 
-from bmjax.attention import create_attention, list_attention
+from bmjax.attention import IdentityGate, create_attention, list_attention
 from bmjax.layers import BATCH_AXIS
 
 ALL = list_attention()
@@ -37,17 +37,16 @@ def test_shapes_types_and_the_map(name):
 
 @every_variant
 def test_the_gradient_reaches_every_parameter_and_the_input(name):
-    for train in (False, True):
-        grads, grad_x = ordinary(name)["float32", train]["grads"]
-        for path, g in jax.tree_util.tree_leaves_with_path(grads):
-            assert np.abs(g).max() > 1e-6, f"no gradient at {jax.tree_util.keystr(path)}"
-        assert (np.abs(grad_x).max((1, 2, 3)) > 0).all()
+    grads, grad_x = ordinary(name)["float32", True]["grads"]
+    for path, g in jax.tree_util.tree_leaves_with_path(grads):
+        assert np.abs(g).max() > 1e-6, f"no gradient at {jax.tree_util.keystr(path)}"
+    assert (np.abs(grad_x).max((1, 2, 3)) > 0).all()
 
 
 @every_variant
 def test_constant_and_huge_features_give_no_nan(name):
     for value in (0.0, 1.0, -300.0, 1e4):
-        assert all_finite(run(name, jnp.full(SHAPE, value))), value
+        assert all_finite(run(name, jnp.full(SHAPE, value, jnp.float32))), value
     assert all_finite(run(name, 1e4 * features()))
 
 
@@ -65,6 +64,15 @@ def test_eager_is_jit_and_one_sample_is_as_among_others(name):
     compiled = ordinary(name)["float32", False]
     for kind in ("y", "map"):
         np.testing.assert_allclose(eager[kind], compiled[kind][1:2], rtol=1e-5, atol=1e-5)
+
+
+@every_variant
+def test_behind_the_gate_every_variant_starts_as_the_identity(name):
+    x, out = features(), ordinary(name)["float32", True]
+    gamma = {"params": {"gamma": jnp.zeros(C)}}
+    assert np.array_equal(IdentityGate().apply(gamma, x, out["y"]), x)
+    gradient = jax.grad(lambda v: (IdentityGate().apply(v, x, out["y"]) * features(seed=5)).sum())(gamma)
+    assert (np.abs(gradient["params"]["gamma"]) > 0).all() == (name != "none")
 
 
 @every_variant

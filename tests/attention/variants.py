@@ -53,26 +53,28 @@ def forward(module, variables, x, train=False):
 
 @functools.cache
 def program(name):
-    """Compiled: (variables, x, target) -> {(type, train): what `forward` gives, and gradients; size: ...}."""
+    """Compiled: (variables, x, target) -> what `forward` gives, by (type, train) and by (type, h, w).
+
+    Training in float32 and evaluation in bfloat16 give "grads", by params and x, too.
+    """
     module = create_attention(name)
 
     @jax.jit
     def everything(variables, x, target):
         found = {}
         rest = {k: v for k, v in variables.items() if k != "params"}
-        for dtype in ("float32", "bfloat16"):
-            for train in (False, True):
+        for dtype, train in (("float32", True), ("bfloat16", False)):
 
-                def loss(params, x, train=train):
-                    out = forward(module, rest | {"params": params}, x, train)
-                    return (out["y"].astype(jnp.float32) * target).sum(), out
+            def loss(params, x, train=train):
+                out = forward(module, rest | {"params": params}, x, train)
+                return (out["y"].astype(jnp.float32) * target).sum(), out
 
-                gradient = jax.grad(loss, argnums=(0, 1), has_aux=True)
-                grads, out = gradient(variables.get("params", {}), x.astype(dtype))
-                found[dtype, train] = out | {"grads": grads}
+            gradient = jax.grad(loss, argnums=(0, 1), has_aux=True)
+            grads, out = gradient(variables.get("params", {}), x.astype(dtype))
+            found[dtype, train] = out | {"grads": grads}
+            found[dtype, not train] = forward(module, variables, x.astype(dtype), not train)
             for h, w in SMALL:
-                small = x[:, :h, :w].astype(dtype)
-                found[dtype, h, w] = forward(module, variables, small, train=dtype == "bfloat16")
+                found[dtype, h, w] = forward(module, variables, x[:, :h, :w].astype(dtype), not train)
         return found
 
     return everything

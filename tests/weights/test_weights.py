@@ -10,8 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from bmjax import weights
+from bmjax import model, weights
 from bmjax.backbones import create_backbone
+from bmjax.config import ModelConfig
 from bmjax.weights import catalog, download, keras_h5
 
 KERAS_LEAF = {"scale": "gamma", "mean": "moving_mean", "var": "moving_variance", "kernel": "kernel", "bias": "beta"}
@@ -50,6 +51,23 @@ def test_reads_published_and_current_names(tmp_path, published_names):
     path = write_h5(tmp_path / "w.h5", source, published_names=published_names)
     loaded = weights.load_into(tiny_variables(2), "densenet_tiny", str(path))
     jax.tree.map(np.testing.assert_array_equal, loaded, source)
+
+
+def test_a_file_fits_a_backbone_with_attention_at_several_stages(tmp_path):
+    """Strictly, as without: every leaf from the file, none of attention asked for."""
+    source = tiny_variables(1)
+    path = write_h5(tmp_path / "w.h5", source)
+    config = ModelConfig(
+        backbone="densenet_tiny", weights=str(path), attention="se+cbam", attach=("conv2", "last"), attention_gate=True
+    )
+    variables = model.init(model.create(config, 3), jax.random.key(0), 32, config)
+    for name, tree in source.items():
+        jax.tree.map(np.testing.assert_array_equal, variables[name]["backbone"], dict(tree))
+    attention = {f"attention_{stage}{gate}" for stage in ("conv2", "conv4") for gate in ("", "_gate")}
+    assert set(variables["params"]) == {"backbone", "head"} | attention
+    write_h5(path, source, change=missing)
+    with pytest.raises(ValueError, match="1 layers missing from the file, the first 'bn'"):
+        model.init(model.create(config, 3), jax.random.key(0), 32, config)
 
 
 def renamed(layers):
