@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -56,7 +56,7 @@ class GatherExcite(nn.Module):
             z = x.astype(at_least_float32(x.dtype))
             if e == 0:
                 return z.mean((1, 2), keepdims=True).astype(x.dtype)
-            sides = ((e - 1, e - 1), (e - 1, e - 1))
+            sides: Any = ((e - 1, e - 1), (e - 1, e - 1))  # Flax documents pairs, its annotation has str alone
             return nn.avg_pool(z, (2 * e - 1,) * 2, (e, e), sides, count_include_pad=False).astype(x.dtype)
         for i in range(e.bit_length() - 1):
             x = nn.relu(x) if i else x

@@ -91,6 +91,9 @@ def test_variables_do_not_depend_on_train_or_size(name):
         return jax.tree.map(jnp.shape, {k: v for k, v in variables.items() if k != "intermediates"})
 
     assert shapes(False, SHAPE) == shapes(True, SHAPE) == shapes(True, (1, 3, 2, C))
+    # A stage may have any even number of channels.
+    for c in (2, 14, 136):
+        shapes(False, (1, 2, 2, c))
 
 
 @every_variant

@@ -85,16 +85,6 @@ def test_ecas_kernel_grows_with_the_channels():
         assert shapes["params"]["conv"]["kernel"].shape == (k, 1, 1, 1), c
 
 
-@pytest.mark.parametrize("c", [24, 40, 1])
-def test_groups_fit_any_number_of_channels(c):
-    for name in ("sge", "selective_kernel", *(("shuffle",) if c > 1 else ())):
-        y = jax.eval_shape(
-            lambda x, name=name: create_attention(name).init_with_output(jax.random.key(0), x)[0],
-            features((1, 2, 2, c)),
-        )
-        assert y.shape == (1, 2, 2, c)
-
-
 @pytest.mark.parametrize(
     ("name", "options", "channels", "message"),
     [
