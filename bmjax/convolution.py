@@ -211,6 +211,14 @@ def _kernel_taps(x, y_gradient, kernel_shape, strides, padding, groups):
     return jnp.stack([(view * y_gradient).sum((0, 1, 2)) for view in seen]).reshape(kernel_shape)
 
 
+def _kernel_products(x, y_gradient, kernel_shape, strides, padding, groups):
+    """A matrix product for each group, where XLA's own is a plain loop."""
+    size = kernel_shape[:2]
+    seen = rearrange(jnp.stack(views(x, size, strides, padding)), "t b h w (g c) -> g (b h w) (t c)", g=groups)
+    product = seen.mT @ rearrange(y_gradient, "b h w (g n) -> g (b h w) n", g=groups)
+    return rearrange(product, "g (i j c) n -> i j c (g n)", i=size[0], j=size[1])
+
+
 def _turnable(shape: Shape, padding: Padding) -> bool:
     """Stride 1, and no more padding than the kernel reaches."""
     return shape.strides == (1, 1) and all(p < k for pair, k in zip(padding, shape.size, strict=True) for p in pair)
@@ -243,6 +251,7 @@ def formulations(operation: Operation, shape: Shape, padding: Padding) -> dict[s
             "patches": (spatial, _kernel_patches),
             "gradient_patches": (spatial and _turnable(shape, padding), _kernel_gradient_patches),
             "taps": (depthwise, _kernel_taps),
+            "products": (shape.kind == "grouped", _kernel_products),
         }
     return {name: fn for name, (valid, fn) in candidates.items() if valid}
 

@@ -74,6 +74,7 @@ def test_the_formulations_that_shapes_have():
     assert names("kernel_gradient", "stem") == {"plain", "patches"}
     assert names("kernel_gradient", "depthwise, stride 2") == {"plain", "taps"}
     assert names("forward", "grouped") == {"plain"}
+    assert names("kernel_gradient", "grouped") == {"plain", "products"}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -163,7 +164,7 @@ def test_the_table_names_formulations_that_exist():
     rows = convolution.table()["rows"]
     assert "tools/tune_conv.py" in convolution.table()["command"]
     kinds = {convolution.shape_of_row(row).kind for row in rows}
-    assert {"1x1 stride 1", "spatial stride 1", "spatial stride 2", "depthwise stride 1"} <= kinds
+    assert {"1x1 stride 1", "spatial stride 1", "spatial stride 2", "depthwise stride 1", "grouped"} <= kinds
     for row in rows:
         shape = convolution.shape_of_row(row)
         pad = (shape.size[0] - 1) // 2

@@ -42,7 +42,7 @@ def assert_is(ours, theirs):
     np.testing.assert_allclose(ours["map"], theirs[1], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", list_attention())
+@pytest.mark.parametrize("name", [name for name in list_attention() if hasattr(formulas, name)])
 def test_variants_are_their_formulas(name):
     for h, w in (SHAPE[1:3], *SMALL):
         ours = ordinary(name)["float32", h, w] if (h, w) in SMALL else ordinary(name)["float32", False]
