@@ -16,7 +16,8 @@ class EfficientChannelAttention(nn.Module):
 
     gamma: float = 2.0
     beta: float = 1.0
-    """k is the odd number at or above |(log2(c) + beta) / gamma|, its fraction dropped (equation 12; b is beta)."""
+    """k is |(log2(c) + beta) / gamma| without its fraction, plus one where that is even: the paper's equation for k
+    (its b is beta) as the authors' code rounds it (https://github.com/BangguWu/ECANet)."""
     kernel_size: int | None = None
     """k itself, odd."""
 
