@@ -110,9 +110,12 @@ class ModelConfig:
     preprocess: str | None = None
     """Mode of bmjax.data.preprocess; none: the weights' or, without weights, the family's."""
     attention: str = "soft"
-    """Name of a variant in bmjax/attention, or `module:Class`. The study's kind is unknown: `soft` is ours."""
+    """Name of a variant in bmjax/attention, or `module:Class`; `se+simam`: one after the other. The study's kind is
+    unknown: `soft` is ours."""
     attention_options: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Fields of the attention module, by name."""
+    """Fields of the attention module, by name; of several, by part: {"se": {"ratio": 8}}, the second se's as "se_2"."""
+    attention_gate: bool = False
+    """Attention f begins as the identity: x + gamma * (f(x) - x), gamma [c] learnt from zero."""
     attach: tuple[str, ...] = ("last",)
     """Stages of the backbone after which attention goes; `last` is the last stage."""
     head: HeadConfig = HeadConfig()

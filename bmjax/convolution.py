@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jax import lax
 
 Operation = Literal["forward", "input_gradient", "kernel_gradient"]
@@ -224,6 +225,14 @@ def _kernel_taps(x, y_gradient, kernel_shape, strides, padding, groups):
     return jnp.stack([(view * y_gradient).sum((0, 1, 2)) for view in seen]).reshape(kernel_shape)
 
 
+def _kernel_products(x, y_gradient, kernel_shape, strides, padding, groups):
+    """A matrix product for each group, where XLA's own is a plain loop."""
+    size = kernel_shape[:2]
+    seen = rearrange(jnp.stack(views(x, size, strides, padding)), "t b h w (g c) -> g (b h w) (t c)", g=groups)
+    product = seen.mT @ rearrange(y_gradient, "b h w (g n) -> g (b h w) n", g=groups)
+    return rearrange(product, "g (i j c) n -> i j c (g n)", i=size[0], j=size[1])
+
+
 def _turnable(shape: Shape, padding: Padding) -> bool:
     """Stride 1, and no more padding than the kernel reaches."""
     return shape.strides == (1, 1) and all(p < k for pair, k in zip(padding, shape.size, strict=True) for p in pair)
@@ -257,6 +266,7 @@ def formulations(operation: Operation, shape: Shape, padding: Padding) -> dict[s
             "gradient_patches": (spatial and _turnable(shape, padding), _kernel_gradient_patches),
             "gradient_chunks": (spatial and _turnable(shape, padding), _kernel_gradient_chunks),
             "taps": (depthwise, _kernel_taps),
+            "products": (shape.kind == "grouped", _kernel_products),
         }
     return {name: fn for name, (valid, fn) in candidates.items() if valid}
 
@@ -367,3 +377,30 @@ def conv(
     if platform() != "cpu" or x.dtype not in (jnp.float32, jnp.float64):
         return plain(x, kernel, strides, pads, groups)
     return _conv(x, kernel, strides, pads, groups)
+
+
+def dilated(x: jax.Array, kernel: jax.Array, dilation: int, groups: int = 1) -> jax.Array:
+    """Convolution of stride 1 and padding "SAME" whose kernel sees every `dilation`-th place; shapes as in `conv`.
+
+    On CPUs it is a plain one over each of dilation x dilation interleaved sub-images, so the table's choices apply.
+
+    Raises:
+      ValueError: the kernel has an even side.
+    """
+    if kernel.shape[0] % 2 == 0 or kernel.shape[1] % 2 == 0:
+        raise ValueError(f"a dilated kernel has shape {kernel.shape}; expected odd sides")
+    if platform() != "cpu" or x.dtype not in (jnp.float32, jnp.float64):
+        return lax.conv_general_dilated(
+            x,
+            kernel,
+            (1, 1),
+            "SAME",
+            rhs_dilation=(dilation, dilation),
+            dimension_numbers=DIMENSIONS,
+            feature_group_count=groups,
+        )
+    h, w = x.shape[1:3]
+    x = jnp.pad(x, ((0, 0), (0, -h % dilation), (0, -w % dilation), (0, 0)))
+    x = rearrange(x, "b (h i) (w j) c -> (b i j) h w c", i=dilation, j=dilation)
+    y = conv(x, kernel, groups=groups)
+    return rearrange(y, "(b i j) h w c -> b (h i) (w j) c", i=dilation, j=dilation)[:, :h, :w]

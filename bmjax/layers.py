@@ -74,17 +74,30 @@ class Conv(nn.Module):
     padding: Padding = "SAME"
     use_bias: bool = False
     groups: int = 1
+    dilation: int = 1
+    """Distance between the places that the kernel sees; above one only with stride 1 and padding "SAME"."""
     dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[b, h, w, c] -> [b, h', w', features]; c and features divide by groups."""
+        """[b, h, w, c] -> [b, h', w', features]; c and features divide by groups.
+
+        Raises:
+          ValueError: dilation with a stride or with other padding.
+        """
         dtype = self.dtype or x.dtype
         size = (self.kernel_size, self.kernel_size) if isinstance(self.kernel_size, int) else self.kernel_size
         strides = (self.strides, self.strides) if isinstance(self.strides, int) else self.strides
         padding = _pixels(self.padding, (x.shape[1], x.shape[2]), size, strides)
         kernel = self.param("kernel", he_normal, (*size, x.shape[-1] // self.groups, self.features), jnp.float32)
-        y = convolution.conv(x.astype(dtype), kernel.astype(dtype), strides, padding, self.groups)
+        if self.dilation == 1:
+            y = convolution.conv(x.astype(dtype), kernel.astype(dtype), strides, padding, self.groups)
+        elif strides == (1, 1) and self.padding == "SAME":
+            y = convolution.dilated(x.astype(dtype), kernel.astype(dtype), self.dilation, self.groups)
+        else:
+            raise ValueError(
+                f"dilation {self.dilation} with strides {strides}, padding {self.padding!r}; expected stride 1, 'SAME'"
+            )
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
             y = y + over_channels(bias.astype(dtype), y.ndim)
@@ -248,6 +261,23 @@ def global_average(x: jax.Array) -> jax.Array:
     return x.astype(at_least_float32(x.dtype)).mean((1, 2))
 
 
+def unit_mean(x: jax.Array, axes: int | tuple[int, ...]) -> jax.Array:
+    """The mean over axes of numbers 0..1, which rounding does not take above one."""
+    return jnp.minimum(x.mean(axes), 1)
+
+
+def mean_and_deviation(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Mean and standard deviation (biased) over axes, which are kept with length one, in at least float32.
+
+    Where all values are equal the deviation is zero and passes no gradient: a square root's would be infinite.
+    """
+    x = x.astype(at_least_float32(x.dtype))
+    mean = x.mean(axes, keepdims=True)
+    variance = jnp.square(x - mean).mean(axes, keepdims=True)
+    positive = variance > 0
+    return mean, jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1)), 0)
+
+
 def max_pool(x: jax.Array, window: int, stride: int, padding: Padding) -> jax.Array:
     """The largest value of each square window: [b, h, w, c] -> [b, h', w', c]. Padded with -inf.
 
@@ -312,3 +342,8 @@ def round_channels(channels: float) -> int:
     """The nearest multiple of 8, but no less than 8 or nine tenths of the channels: as MobileNet and its followers."""
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * channels else rounded
+
+
+def largest_divisor(n: int, limit: int) -> int:
+    """The largest divisor of n that is not above the limit: into how many groups n channels divide."""
+    return next(d for d in range(min(n, limit), 0, -1) if n % d == 0)

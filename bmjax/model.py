@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from bmjax import registry
-from bmjax.attention import create_attention
+from bmjax.attention import Chain, IdentityGate, create_attention
 from bmjax.backbones import create_backbone, family_of
 from bmjax.config import BatchNormConfig, HeadConfig, ModelConfig
 from bmjax.data.preprocess import preprocess
@@ -47,7 +47,8 @@ class Head(nn.Module):
 class Classifier(nn.Module):
     """backbone -> attention -> global average pooling -> head, from pixels to logits.
 
-    Top-level parameters: `backbone`; `attention`, or `attention_<stage>` each where there are several; `head`.
+    Top-level parameters: `backbone`; `attention`, or `attention_<stage>` each where there are several; with a gate also
+    `attention_gate`, or `attention_<stage>_gate`; `head`.
     """
 
     backbone: nn.Module
@@ -56,6 +57,8 @@ class Classifier(nn.Module):
     head: Head
     preprocess: str = "raw"
     """Mode of bmjax.data.preprocess."""
+    attention_gate: bool = False
+    """Whether attention starts as the identity: see `IdentityGate`."""
     dtype: Any = jnp.float32
     """Compute type of backbone and attention; pooling and head compute in at least float32."""
 
@@ -75,14 +78,16 @@ class Classifier(nn.Module):
         """
         last = _stages(self.backbone)[-1]
         kept: list[jax.Array] = []
-        modules = {stage: self._named(stage, module) for stage, module in self.attention}
+        names = {stage: f"attention_{stage}" if len(self.attention) > 1 else "attention" for stage, _ in self.attention}
+        modules = {stage: module.clone(parent=self, name=names[stage]) for stage, module in self.attention}
 
         def tap(stage: str, x: jax.Array) -> jax.Array:
             if stage == last:
                 kept.append(x)
             if stage in modules:
                 # A variant knows `train` alone, so any mode but `train` is evaluation to it.
-                x = modules[stage](x, train=train and batch_norm.attention == "train")
+                y = modules[stage](x, train=train and batch_norm.attention == "train")
+                x = IdentityGate(name=f"{names[stage]}_gate", parent=self)(x, y) if self.attention_gate else y
             return x
 
         x = preprocess(images.astype(at_least_float32(self.dtype)), self.preprocess).astype(self.dtype)
@@ -101,9 +106,6 @@ class Classifier(nn.Module):
     def feature_map(self, images: jax.Array, train: bool = False, batch_norm: BatchNormConfig = ALL_TRAIN) -> jax.Array:
         """Images as in `__call__` -> the last stage's output [b, h, w, c], before attention there."""
         return self(images, train=train, batch_norm=batch_norm, output="feature_map")
-
-    def _named(self, stage: str, module: nn.Module) -> nn.Module:
-        return module.clone(parent=self, name="attention" if len(self.attention) == 1 else f"attention_{stage}")
 
 
 def _stages(backbone: nn.Module) -> tuple[str, ...]:
@@ -125,6 +127,14 @@ def resolve(config: ModelConfig) -> ModelConfig:
     record = weights.find_record(config.backbone, config.weights)
     options = record.architecture | config.backbone_options
     return dataclasses.replace(config, backbone_options=options, preprocess=record.preprocess)
+
+
+def _with_dtype(module: nn.Module, options: dict[str, Any], dtype: Any) -> nn.Module:
+    """The module, or the parts of a chain, with the field `dtype` as given where there is one and no option sets it."""
+    if isinstance(module, Chain):
+        return Chain(tuple((name, _with_dtype(part, options.get(name, {}), dtype)) for name, part in module.variants))
+    typed = any(f.name == "dtype" for f in dataclasses.fields(module)) and "dtype" not in options
+    return module.clone(dtype=dtype) if typed else module
 
 
 def create(config: ModelConfig, num_classes: int, dtype: str = "float32") -> Classifier:
@@ -149,14 +159,13 @@ def create(config: ModelConfig, num_classes: int, dtype: str = "float32") -> Cla
     attention = []
     for stage in attach:
         module = create_attention(config.attention, **config.attention_options)
-        if any(f.name == "dtype" for f in dataclasses.fields(module)) and "dtype" not in config.attention_options:
-            module = module.clone(dtype=jnp.dtype(dtype))
-        attention.append((stage, module))
+        attention.append((stage, _with_dtype(module, config.attention_options, jnp.dtype(dtype))))
     return Classifier(
         backbone=backbone,
         attention=tuple(attention),
         head=Head(num_classes, config.head),
         preprocess=config.preprocess or "raw",
+        attention_gate=config.attention_gate,
         dtype=jnp.dtype(dtype),
     )
 

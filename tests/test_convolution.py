@@ -74,6 +74,7 @@ def test_the_formulations_that_shapes_have():
     assert names("kernel_gradient", "stem") == {"plain", "patches"}
     assert names("kernel_gradient", "depthwise, stride 2") == {"plain", "taps"}
     assert names("forward", "grouped") == {"plain"}
+    assert names("kernel_gradient", "grouped") == {"plain", "products"}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -122,6 +123,24 @@ def test_on_accelerators_it_is_xlas_convolution_and_nothing_else(name):
     assert ours.count("stablehlo.convolution") == 3
 
 
+@pytest.mark.parametrize(("groups", "dilation", "size"), [(1, 2, (3, 5)), (4, 3, (7, 7))])
+def test_dilated_and_its_gradients_are_xlas(groups, dilation, size):
+    x, kernel = (np.random.default_rng(0).standard_normal(s) for s in ((2, 7, 8, 4), (*size, 4 // groups, 4)))
+
+    def both(x, kernel):
+        y, vjp = jax.vjp(lambda x, kernel: convolution.dilated(x, kernel, dilation, groups), x, kernel)
+        return y, vjp(jnp.cos(y))
+
+    with jax.enable_x64(True):
+        ours = jax.jit(both)(x, kernel)
+        with convolution.traced_for("gpu"):
+            xlas = jax.jit(lambda x, kernel: both(x, kernel))(x, kernel)
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(xlas), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match=r"a dilated kernel has shape \(2, 3, 4, 4\); expected odd sides"):
+        convolution.dilated(x, np.zeros((2, 3, 4, 4)), 2)
+
+
 def test_the_nearest_measured_shape_of_the_kind_decides(monkeypatch):
     def row(pixels, inputs, ms):
         shape = Shape(pixels, (3, 3), (1, 1), inputs, 8, 1)
@@ -145,7 +164,7 @@ def test_the_table_names_formulations_that_exist():
     rows = convolution.table()["rows"]
     assert "tools/tune_conv.py" in convolution.table()["command"]
     kinds = {convolution.shape_of_row(row).kind for row in rows}
-    assert {"1x1 stride 1", "spatial stride 1", "spatial stride 2", "depthwise stride 1"} <= kinds
+    assert {"1x1 stride 1", "spatial stride 1", "spatial stride 2", "depthwise stride 1", "grouped"} <= kinds
     for row in rows:
         shape = convolution.shape_of_row(row)
         pad = (shape.size[0] - 1) // 2

@@ -75,6 +75,14 @@ def test_other_files_are_refused(tmp_path):
         ("--model.weights w/notop.h5", {"model.weights": "w/notop.h5"}),
         ("--model.attention none", {"model.attention": "none"}),
         ("--model.attach conv4 last", {"model.attach": ["conv4", "last"]}),
+        (
+            '--model.attention se+simam --model.attention-options {"se":{"ratio":8}} --model.attention-gate true',
+            {
+                "model.attention": "se+simam",
+                "model.attention_options": {"se": {"ratio": 8}},
+                "model.attention_gate": True,
+            },
+        ),
         ("--model.head.widths 64", {"model.head.widths": [64]}),
         ("--optim.lr 0.1 --optim.nesterov true", {"optim.lr": 0.1, "optim.nesterov": True}),
         ("--optim.lr none", {"optim.lr": None}),

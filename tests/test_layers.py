@@ -16,9 +16,12 @@ from bmjax.layers import (
     batch_axis_bound,
     batch_statistics,
     global_average,
+    largest_divisor,
     max_pool,
+    mean_and_deviation,
     over_channels,
     round_channels,
+    unit_mean,
 )
 
 rng = np.random.default_rng
@@ -45,6 +48,8 @@ def devices_agree(fn, *args, rtol, atol):
         ({"kernel_size": 3, "padding": "VALID"}, "VALID"),
         ({"kernel_size": 3, "padding": 1, "groups": 6, "use_bias": True}, ((1, 1), (1, 1))),
         ({"kernel_size": 1, "use_bias": True}, "SAME"),
+        ({"kernel_size": 3, "dilation": 4, "use_bias": True}, "SAME"),
+        ({"kernel_size": (7, 3), "dilation": 3, "groups": 6}, "SAME"),
     ],
 )
 def test_conv_is_flax_conv(options, flax_padding):
@@ -60,8 +65,15 @@ def test_conv_is_flax_conv(options, flax_padding):
         padding=flax_padding,
         use_bias=options.get("use_bias", False),
         feature_group_count=options.get("groups", 1),
+        kernel_dilation=options.get("dilation", 1),
     )
     np.testing.assert_allclose(ours.apply(params, x), flax.apply(params, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"strides": 2}, {"padding": 1}])
+def test_a_dilated_conv_refuses_stride_and_padding(options):
+    with pytest.raises(ValueError, match=r"dilation 2 with strides .* expected stride 1, 'SAME'"):
+        Conv(4, 3, dilation=2, **options).init(jax.random.key(0), jnp.zeros((1, 5, 5, 2)))
 
 
 def test_conv_computes_in_its_dtype_and_keeps_float32_parameters():
@@ -251,6 +263,19 @@ def test_small_helpers():
     assert global_average(x).dtype == jnp.float32
     np.testing.assert_allclose(global_average(x), np.asarray(x, np.float64).mean((1, 2)), rtol=1e-5, atol=1e-6)
     assert over_channels(jnp.ones(5), 4).shape == (1, 1, 1, 5)
+    assert [largest_divisor(*pair) for pair in ((1664, 64), (40, 64), (24, 16), (7, 4))] == [64, 40, 12, 1]
+    assert unit_mean(jnp.full((2, 3), 1.0000001), 0).max() == 1
+
+
+def test_mean_and_deviation_have_a_gradient_where_all_is_equal():
+    x = rng(0).standard_normal((2, 3, 4, 5)).astype(np.float32)
+    x[..., 0] = 7
+    mean, deviation = mean_and_deviation(jnp.asarray(x), (1, 2))
+    np.testing.assert_allclose(mean, x.mean((1, 2), keepdims=True), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(deviation, x.std((1, 2), keepdims=True), rtol=1e-5, atol=1e-6)
+    gradient = jax.grad(lambda x: mean_and_deviation(x, (1, 2))[1].sum())(x)
+    np.testing.assert_allclose(gradient[..., 1:], ((x - mean) / deviation / 12)[..., 1:], rtol=1e-4, atol=1e-6)
+    assert not gradient[..., 0].any()
 
 
 @pytest.mark.parametrize("spatial", [(8, 8), (9, 7), (5, 6)])

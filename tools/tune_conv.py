@@ -1,9 +1,9 @@
 """Measures the formulations of bmjax/convolution.py on this CPU and writes the table they are chosen by.
 
-    python tools/tune_conv.py [--rounds 9] [--write]
+    python tools/tune_conv.py [--rounds 9] [--kind grouped] [--write]
 
 Every formulation runs at shapes of the networks here, interleaved; a row holds medians in milliseconds. Without
---write it only prints.
+--write it only prints; with --kind it measures that kind of convolution alone and leaves the table's other rows.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ SHAPES = [
     (14, 3, 1, 384, 384, 384),
     (28, 3, 2, 144, 144, 144),
     (14, 5, 1, 384, 384, 384),
+    *((side, 3, 1, channels, channels, 32) for side, channels in ((14, 256), (7, 1024))),
 ]
 
 
@@ -73,10 +74,15 @@ def milliseconds(candidates: dict, rounds: int) -> dict[str, float]:
     return {name: round(statistics.median(t), 3) for name, t in taken.items()}
 
 
+def shape_of(spec: tuple[int, int, int, int, int, int]) -> convolution.Shape:
+    side, size, stride, inputs, outputs, groups = spec
+    return convolution.Shape(BATCH * side * side, (size, size), (stride, stride), inputs, outputs, groups)
+
+
 def rows_of(spec: tuple[int, int, int, int, int, int], rounds: int) -> list[dict]:
     side, size, _, inputs, outputs, groups = spec
     (x, kernel, y_gradient), strides, padding = arrays(*spec)
-    shape = convolution.Shape(BATCH * side * side, (size, size), strides, inputs, outputs, groups)
+    shape = shape_of(spec)
     rows = []
     operations: dict = {
         "forward": (x, kernel, ()),
@@ -99,9 +105,12 @@ def rows_of(spec: tuple[int, int, int, int, int, int], rounds: int) -> list[dict
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--kind", choices=sorted({shape_of(spec).kind for spec in SHAPES}), help="default: all")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
-    rows = [row for spec in SHAPES for row in rows_of(spec, args.rounds)]
+    kept = [row for row in convolution.table()["rows"] if args.kind and convolution.shape_of_row(row).kind != args.kind]
+    chosen = [spec for spec in SHAPES if args.kind in (None, shape_of(spec).kind)]
+    rows = kept + [row for spec in chosen for row in rows_of(spec, args.rounds)]
     machine = f"{platform.machine()}, {os.cpu_count()} CPUs, jaxlib {metadata.version('jaxlib')}"
     if args.write:
         lines = ",\n".join("  " + json.dumps(row) for row in rows)

@@ -3,6 +3,8 @@
 A file holds one public Flax module, `(x [b, h, w, c], *, train=False) -> [b, h, w, c]`, whose fields are its options.
 It sows its map: `self.sow("intermediates", "map", m)`, m [b, h, w] over places or [b, c] over channels, 0..1. A field
 `dtype`, where it has one, gets the compute type. Adding a file is all it takes: the contract tests find it.
+
+Here are also the ways to place variants: `Chain`, one after another, and `IdentityGate`, from the identity on.
 """
 
 from __future__ import annotations
@@ -13,8 +15,42 @@ from types import ModuleType
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 
 from bmjax import registry
+from bmjax.layers import at_least_float32, over_channels
+
+
+class Chain(nn.Module):
+    """Variants one after another, each with its parameters and its map under its name."""
+
+    variants: tuple[tuple[str, nn.Module], ...]
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+        """[b, h, w, c] -> [b, h, w, c]."""
+        for name, module in self.variants:
+            x = module.clone(parent=self, name=name)(x, train=train)
+        return x
+
+
+class IdentityGate(nn.Module):
+    """x + gamma * (y - x), gamma [c] from zero: attention y = f(x) begins as the identity, with a gradient to gamma.
+
+    As in ReZero (Bachlechner et al. 2020, https://arxiv.org/abs/2003.04887), with a factor for each channel as in
+    LayerScale (Touvron et al. 2021, https://arxiv.org/abs/2103.17239). The first update moves gamma alone: f's own
+    gradient is gamma times what it would be.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        """Two of [b, h, w, c] -> [b, h, w, c]."""
+        gamma = self.param("gamma", nn.initializers.zeros_init(), x.shape[-1:], jnp.float32)
+        # In bfloat16 the sum that is gamma's gradient would lose most of its digits.
+        wide = at_least_float32(x.dtype)
+        change = over_channels(gamma.astype(wide), x.ndim) * (y.astype(wide) - x.astype(wide))
+        return (x.astype(wide) + change).astype(x.dtype)
 
 
 def _module_class(module: ModuleType) -> type[nn.Module]:
@@ -40,11 +76,15 @@ def list_attention() -> list[str]:
 def create_attention(name: str, **options: Any) -> nn.Module:
     """An attention module by its file's name, or by `package.module:Class`; options are its fields.
 
-    Lists among the options (from JSON) become tuples, for modules must be hashable.
+    Several joined by `+` are a `Chain`; options are then dicts by part: `("se+simam", se={"ratio": 8})`. A part is
+    called as its variant or class, and `se_2` where that comes a second time. Lists among the options (from JSON)
+    become tuples, for modules must be hashable.
 
     Raises:
-      ValueError: the name or an option is not known, or the path is not that of a Flax module.
+      ValueError: a name or an option is not known, or a path is not that of a Flax module.
     """
+    if "+" in name:
+        return _chain(name, options)
     if ":" in name:
         cls = registry.import_object(name)
         if not (inspect.isclass(cls) and issubclass(cls, nn.Module)):
@@ -58,3 +98,19 @@ def create_attention(name: str, **options: Any) -> nn.Module:
         if option not in fields:
             raise registry.unknown(f"option of attention {name!r}", option, fields)
     return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
+
+
+def _chain(names: str, options: dict[str, Any]) -> Chain:
+    variants = dict[str, str]()
+    for variant in names.split("+"):
+        part = variant.rpartition(":")[2]
+        same = sum(v.rpartition(":")[2] == part for v in variants.values())
+        variants[f"{part}_{same + 1}" if same else part] = variant
+    for part, fields in options.items():
+        if part not in variants:
+            raise registry.unknown(f"part of attention {names!r} in its options", part, variants)
+        if not isinstance(fields, dict):
+            raise ValueError(f"option {part!r} of attention {names!r} is {fields!r}; expected a dict of its fields")
+    return Chain(
+        tuple((part, create_attention(variant, **options.get(part, {}))) for part, variant in variants.items())
+    )

@@ -22,16 +22,31 @@ class SoftAttention(nn.Module):
 
     widths: tuple[int, ...] = (64, 16)
     """Channels of the convolutions before the one that gives the mask."""
+    gated: bool = False
+    """Gated attention pooling (Ilse et al. 2018, https://arxiv.org/abs/1802.04712, equations 7 and 9): the last of the
+    convolutions is tanh(V x) * sigmoid(U x), and the weights are softmax(z). With widths=(128,) it is the paper's."""
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """[b, h, w, c] -> [b, h, w, c]; sows the mask [b, h, w], 0..1."""
+        """[b, h, w, c] -> [b, h, w, c]; sows the mask [b, h, w], 0..1; the gated form sows its weights, of sum one.
+
+        Raises:
+          ValueError: the gated form has no widths.
+        """
+        if self.gated and not self.widths:
+            raise ValueError("option 'widths' of the gated attention 'soft' is (); expected at least one")
         h, w = x.shape[1:3]
         z = x
         for i, width in enumerate(self.widths, start=1):
-            z = nn.relu(Conv(width, use_bias=True, name=f"conv{i}")(z))
-        z = Conv(1, use_bias=True, name="mask")(z)
+            conv = Conv(width, use_bias=True, name=f"conv{i}")
+            if self.gated and i == len(self.widths):
+                z = nn.tanh(conv(z)) * nn.sigmoid(Conv(width, use_bias=True, name="gate")(z))
+            else:
+                z = nn.relu(conv(z))
+        # A bias would cancel in the gated form's softmax.
+        z = Conv(1, use_bias=not self.gated, name="mask")(z)
         z = reduce(z.astype(at_least_float32(z.dtype)), "b h w 1 -> b h w", "sum")
-        self.sow("intermediates", "map", nn.sigmoid(z))
-        weights = nn.softmax(rearrange(nn.log_sigmoid(z), "b h w -> b (h w)")) * (h * w)
-        return x * rearrange(weights, "b (h w) -> b h w 1", h=h).astype(x.dtype)
+        scores = z if self.gated else nn.log_sigmoid(z)
+        weights = rearrange(nn.softmax(rearrange(scores, "b h w -> b (h w)")), "b (h w) -> b h w", h=h)
+        self.sow("intermediates", "map", weights if self.gated else nn.sigmoid(z))
+        return x * rearrange(weights * (h * w), "b h w -> b h w 1").astype(x.dtype)

@@ -3,23 +3,23 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 from keras_saved import keras_model, save
 
-from bmjax import loop, weights
+from bmjax import loop, model, weights
 from bmjax.cli import main
-from bmjax.config import StageConfig
+from bmjax.config import ModelConfig, StageConfig
 from bmjax.experiment import load_experiment
-from bmjax.model import resolve
 from bmjax.run import open_run
 
 
 def test_a_run_goes_on_without_its_weights_file(tiny_config, tmp_path):
     path, ported = save(keras_model("resnet")[0], tmp_path / "w.keras", "keras"), tmp_path / "w.safetensors"
     weights.port(path, "resnet_test", ported)
-    model = dataclasses.replace(tiny_config.model, backbone="resnet_test", weights=str(ported), attention="none")
-    config = dataclasses.replace(tiny_config, model=model, stages=(StageConfig(epochs=1, train=("head",)),))
+    network = dataclasses.replace(tiny_config.model, backbone="resnet_test", weights=str(ported), attention="none")
+    config = dataclasses.replace(tiny_config, model=network, stages=(StageConfig(epochs=1, train=("head",)),))
     result = loop.train(config)
     stored = json.loads((result.run_dir / "config.json").read_text())["model"]
     assert stored["preprocess"] == "caffe"
@@ -37,7 +37,7 @@ def test_a_run_goes_on_without_its_weights_file(tiny_config, tmp_path):
 
 
 def test_a_run_of_before_the_resolved_fields_is_the_same_run(tiny_config, tmp_path):
-    resolved = dataclasses.replace(tiny_config, model=resolve(tiny_config.model))
+    resolved = dataclasses.replace(tiny_config, model=model.resolve(tiny_config.model))
     assert resolved.model.preprocess == "torch"
     open_run(tmp_path, resolved, resume=False)
     stored = json.loads((tmp_path / "config.json").read_text())
@@ -45,6 +45,24 @@ def test_a_run_of_before_the_resolved_fields_is_the_same_run(tiny_config, tmp_pa
         del stored["model"][field]
     (tmp_path / "config.json").write_text(json.dumps(stored))
     open_run(tmp_path, resolved, resume=True)
+
+
+def test_a_file_fits_a_backbone_with_attention_at_several_stages(tmp_path):
+    """Strictly, as without: every leaf from the file, none of attention asked for."""
+    path, ported = save(keras_model("resnet")[0], tmp_path / "w.keras", "keras"), tmp_path / "w.safetensors"
+    weights.port(path, "resnet_test", ported)
+    config = ModelConfig(
+        backbone="resnet_test",
+        weights=str(ported),
+        attention="se+cbam",
+        attach=("conv2", "last"),
+        attention_gate=True,
+    )
+    variables = model.init(model.create(config, 3), jax.random.key(0), 32, config)
+    for name, tree in weights.read(ported, "resnet_test")[1].items():
+        jax.tree.map(np.testing.assert_array_equal, variables[name]["backbone"], dict(tree))
+    attention = {f"attention_{stage}{gate}" for stage in ("conv2", "conv3") for gate in ("", "_gate")}
+    assert set(variables["params"]) == {"backbone", "head"} | attention
 
 
 def test_the_verbs_on_weight_files(tmp_path, capsys):
