@@ -13,6 +13,8 @@ from types import ModuleType
 from typing import Any
 
 import flax.linen as nn
+import jax
+from flax import traverse_util
 
 from bmjax import registry
 
@@ -37,15 +39,26 @@ def list_attention() -> list[str]:
     return registry.module_names(__name__)
 
 
+def sown_maps(intermediates: dict[str, Any]) -> dict[str, jax.Array]:
+    """The maps in what `apply` left in `intermediates`: path of the module that sowed, joined by slashes -> its map.
+
+    A module's own path is empty; of one that was called more than once the last map counts.
+    """
+    flat = traverse_util.flatten_dict(intermediates)
+    return {"/".join(path[:-1]): maps[-1] for path, maps in flat.items() if path[-1] == "map"}
+
+
 def create_attention(name: str, **options: Any) -> nn.Module:
-    """An attention module by its file's name, or by `package.module:Class`; options are its fields.
+    """An attention module by its file's name, by the path of a `.py`, or by `package.module:Class`; options are its fields.
 
     Lists among the options (from JSON) become tuples, for modules must be hashable.
 
     Raises:
       ValueError: the name or an option is not known, or the path is not that of a Flax module.
     """
-    if ":" in name:
+    if name.endswith(".py"):
+        cls = _module_class(registry.import_file(name))
+    elif ":" in name:
         cls = registry.import_object(name)
         if not (inspect.isclass(cls) and issubclass(cls, nn.Module)):
             raise ValueError(f"attention {name!r} is {cls!r}; expected a subclass of flax.linen.Module")
