@@ -45,7 +45,8 @@ def import_file(path: str | Path) -> ModuleType:
     name = f"{path.stem}_{hashlib.sha256(bytes(path) + path.read_bytes()).hexdigest()[:12]}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None, path
+        assert spec is not None, path
+        assert spec.loader is not None, path
         sys.modules[name] = module = importlib.util.module_from_spec(spec)  # there before it runs: dataclasses look
         try:
             spec.loader.exec_module(module)

@@ -1,11 +1,9 @@
-"""The contract of an attention variant: named checks, each of which says what was seen, what was expected, where to look.
-
-One program that holds both modes and their gradients is compiled for each kind of input, and serves most checks.
-"""
+"""The contract of an attention variant: named checks that say what was seen, what was expected, where to look."""
 
 from __future__ import annotations
 
 import functools
+import inspect
 import traceback
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -15,116 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bmjax.attention import sown_maps
-from bmjax.layers import at_least_float32
+from bmjax.analysis.subject import BATCH, CHANNELS, MODES, SIZE, SIZES, Subject, Tree, as_dtype, init_keys
 from bmjax.parallel import Parallel
 
-Tree = Any
-BATCH, SIZE, CHANNELS = 4, (5, 7), 64
-SIZES = ((1, 1), (1, 5), (8, 8))
-"""Further heights and widths; SIZE itself is odd and not square."""
 CONSTANTS = (0.0, 1.0, -300.0, 1e4)
 HUGE = 1e4
-MODES = {"evaluation": False, "training": True}
 _LEAST_GRADIENT = 1e-6
 
 
 class NotRun(Exception):
     """A check can't be made here; says why."""
-
-
-class Subject:
-    """A variant under examination, and what several checks need of it, computed once.
-
-    `make` makes the module with its default options.
-    """
-
-    def __init__(self, make: Callable[[], nn.Module]):
-        self.make = make
-        self.traces = 0
-
-    @functools.cached_property
-    def module(self) -> nn.Module:
-        return self.make()
-
-    @functools.cached_property
-    def initial(self) -> Tree:
-        variables = dict(jax.jit(lambda x: self.module.init(_keys(), x))(self.features()))
-        variables.pop("intermediates", None)
-        return variables
-
-    @functools.cached_property
-    def variables(self) -> Tree:
-        """Random ones, statistics too, so that nothing hides behind a zero."""
-        r = np.random.default_rng(1)
-        # A variance must stay positive.
-        return jax.tree.map(lambda v: v + jnp.asarray(0.1 * np.abs(r.standard_normal(v.shape)), v.dtype), self.initial)
-
-    def features(self, size: tuple[int, int] = SIZE, dtype: str = "float32", seed: int = 0) -> jax.Array:
-        """Random features [BATCH, h, w, CHANNELS], standard normal."""
-        values = np.random.default_rng(seed).standard_normal((BATCH, *size, CHANNELS))
-        return jnp.asarray(values, jnp.dtype(dtype))
-
-    def apply(self, variables: Tree, x: jax.Array, train: bool, dropout: int = 1) -> dict[str, Any]:
-        """{"y", "maps", "stats"}; `dropout` seeds the dropout's key."""
-        mutable = [*(k for k in self.initial if k != "params"), "intermediates"]
-        rngs = {"dropout": jax.random.key(dropout)}
-        y, new = self.module.apply(variables, x, train=train, rngs=rngs, mutable=mutable)
-        return {"y": y, "maps": sown_maps(new.get("intermediates", {})), "stats": new.get("batch_stats", {})}
-
-    def abstract(self, size: tuple[int, int], dtype: str, train: bool) -> dict[str, Any]:
-        """As `apply`, shapes and types alone: nothing is compiled."""
-        x = jax.ShapeDtypeStruct((BATCH, *size, CHANNELS), jnp.dtype(dtype))
-        variables = as_dtype(self.initial, "float64") if dtype == "float64" else self.initial
-        return jax.eval_shape(functools.partial(self.apply, train=train), variables, x)
-
-    @functools.cached_property
-    def program(self) -> Callable[[Tree, jax.Array], dict[str, Any]]:
-        """(variables, x) -> {mode: {"y", "maps", "stats", "gradients", "input gradient"}}, compiled for each type of x."""
-
-        def both(variables: Tree, x: jax.Array) -> dict[str, Any]:
-            self.traces += 1
-            rest = {k: v for k, v in variables.items() if k != "params"}
-            found = {}
-            for mode, train in MODES.items():
-
-                def loss(params: Tree, x: jax.Array, train: bool = train) -> tuple[jax.Array, Any]:
-                    out = self.apply(rest | {"params": params}, x, train)
-                    y = out["y"].astype(at_least_float32(out["y"].dtype))
-                    # Weights without a pattern of any axis, so that no sum over places or channels cancels.
-                    return (y * jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)).sum(), out
-
-                grad = jax.grad(loss, argnums=(0, 1), has_aux=True)
-                (gradients, of_input), out = grad(variables.get("params", {}), x)
-                found[mode] = out | {"gradients": gradients, "input gradient": of_input}
-            return found
-
-        return jax.jit(both)
-
-    @functools.cached_property
-    def usual(self) -> dict[str, Any]:
-        """The program's results for random float32 features."""
-        return self.program(self.variables, self.features())
-
-    @functools.cached_property
-    def eager(self) -> dict[str, Any]:
-        """Results by mode without jit."""
-        return {mode: self.apply(self.variables, self.features(), train) for mode, train in MODES.items()}
-
-
-def _keys() -> dict[str, jax.Array]:
-    return {"params": jax.random.key(0), "dropout": jax.random.key(1)}
-
-
-def as_dtype(tree: Tree, dtype: str) -> Tree:
-    """A tree of floating arrays, or of their shapes, in another type."""
-
-    def cast(v: Any) -> Any:
-        if isinstance(v, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(v.shape, jnp.dtype(dtype))
-        return jnp.asarray(v, dtype)
-
-    return jax.tree.map(cast, tree)
 
 
 def _say(seen: str, expected: str, hint: str) -> str:
@@ -154,7 +52,11 @@ def made(s: Subject) -> str | None:
     try:
         hash(s.module)
     except TypeError as e:
-        return _say(f"hash(module): {e}", "a hashable module", "Use tuples as fields, never lists, dicts or arrays.")
+        return _say(
+            f"hash(module) raised {_first_line(e)}",
+            "a hashable module",
+            "Use tuples as fields, never lists, dicts or arrays.",
+        )
     if s.module != s.make():
         return _say("two modules made alike are unequal", "equal ones", "Is a field's default made anew each time?")
     return None
@@ -178,7 +80,7 @@ def sizes(s: Subject) -> str | None:
         try:
             for train in MODES.values():
                 s.abstract((h, w), "float32", train)
-            found = jax.eval_shape(lambda x: s.module.init(_keys(), x), x)
+            found = jax.eval_shape(lambda x: s.module.init(init_keys(), x), x)
         except Exception as e:
             return _say(f"features of {h}x{w} places raised {_first_line(e)}", "any size from 1x1 on", hint)
         if _shapes(found) != _shapes(s.initial):
@@ -194,11 +96,13 @@ def variables(s: Subject) -> str | None:
     """Keeps float32 `params` and `batch_stats` and nothing else, the same in both modes."""
     if extra := sorted(set(s.initial) - {"params", "batch_stats"}):
         seen = f"it keeps variables in {', '.join(map(repr, extra))}"
-        return _say(seen, "none but params and batch_stats", "A checkpoint stores no others, so a resume would lose them.")
+        return _say(
+            seen, "none but params and batch_stats", "A checkpoint stores no others, so a resume would lose them."
+        )
     for path, leaf in _leaves(s.initial):
         if leaf.dtype != jnp.float32:
             return _say(f"{path} is {leaf.dtype}", "float32", "Parameters stay float32; cast them where they are used.")
-    in_training = jax.eval_shape(lambda x: s.module.init(_keys(), x, train=True), s.features())
+    in_training = jax.eval_shape(lambda x: s.module.init(init_keys(), x, train=True), s.features())
     if _shapes(in_training) != _shapes(s.initial):
         return _say("made with train=True it has other variables", "the same", "Make every layer in both modes.")
     return None
@@ -228,7 +132,9 @@ def dtype(s: Subject) -> str | None:
             for mode, train in MODES.items():
                 got = s.abstract(SIZE, name, train)["y"].dtype
                 if got != jnp.dtype(name):
-                    hint = "Make layers with dtype=x.dtype, and cast what was computed in float32 back: .astype(x.dtype)."
+                    hint = (
+                        "Make layers with dtype=x.dtype, and cast what was computed in float32 back: .astype(x.dtype)."
+                    )
                     return _say(f"{mode}: {name} features became {got}", name, hint)
     return None
 
@@ -278,7 +184,9 @@ def gradients(s: Subject) -> str | None:
         hint = "Is the layer's result used? Look for a stop_gradient, a rounding, a factor 0, or a bias that cancels."
         return _say(f"no gradient at {', '.join(dead)}", "one at every parameter", hint)
     if not (np.abs(np.asarray(out["input gradient"])).max((1, 2, 3)) > 0).all():
-        return _say("no gradient at the input", "one", "The backbone before it could not train: is x used, or constants?")
+        return _say(
+            "no gradient at the input", "one", "The backbone before it could not train: is x used, or constants?"
+        )
     return None
 
 
@@ -366,11 +274,15 @@ def devices(s: Subject) -> str | None:
         kinds: tuple[tuple[Literal["jit", "pmap"], int], ...] = (("jit", 1), ("jit", BATCH), ("pmap", BATCH))
         for kind, count in kinds:
             parallel = Parallel(kind, four[:count])
-            stats, y = parallel.compile_step(step, donate=False)(parallel.to_devices(given), parallel.put_batch({"x": x}))
+            stats, y = parallel.compile_step(step, donate=False)(
+                parallel.to_devices(given), parallel.put_batch({"x": x})
+            )
             results.append({"result": parallel.batch_to_host(y), "statistics": parallel.to_host(stats)})
     for (kind, _), result in zip(kinds[1:], results[1:], strict=True):
         if differs := _unequal(result, results[0], 1e-10):
-            hint = "Use bmjax.layers.BatchNorm and Dropout, and all_sum for sums over the batch; compute in no fixed float32."
+            hint = (
+                "Use bmjax.layers.BatchNorm and Dropout, and all_sum for sums over the batch; cast to no fixed float32."
+            )
             return _say(f"four devices under {kind} and one differ in {differs}", "at most 1e-10", hint)
     return None
 
@@ -383,7 +295,7 @@ CHECKS: dict[str, Callable[[Subject], str | None]] = {
     )
 }  # fmt: skip
 # What makes no sense where another check fails: the cause is said once.
-_NEEDS = {name: ("made", "call") for name in CHECKS} | {
+_NEEDS = dict.fromkeys(CHECKS, ("made", "call")) | {
     "made": (),
     "call": ("made",),
     "eager_is_jit": ("made", "call", "deterministic"),
@@ -414,7 +326,7 @@ def examine(make: Callable[[], nn.Module]) -> list[Verdict]:
         except NotRun as e:
             verdicts[name] = Verdict(name, "not run", str(e))
         except Exception as e:  # a variant may raise anything
-            verdicts[name] = Verdict(name, "FAIL", _raised(e, demand))
+            verdicts[name] = Verdict(name, "FAIL", _raised(e, make, demand))
     return list(verdicts.values())
 
 
@@ -422,8 +334,12 @@ def _first_line(e: BaseException) -> str:
     return f"{type(e).__name__}: {(str(e).strip() or 'no message').splitlines()[0]}"
 
 
-def _raised(e: BaseException, demand: str) -> str:
-    """The error, and the last line of the variant's own code that led to it."""
-    ours = [f for f in traceback.extract_tb(e.__traceback__) if f.name == "__call__" and "flax" not in f.filename]
-    where = f" at {ours[-1].filename}:{ours[-1].lineno}: {ours[-1].line}" if ours else ""
+def _raised(e: BaseException, make: Callable[[], nn.Module], demand: str) -> str:
+    """The error, and the last line of the variant's own file that led to it."""
+    try:
+        own = inspect.getsourcefile(type(make()))
+    except Exception:  # it can't even be made
+        own = None
+    lines = [f for f in traceback.extract_tb(e.__traceback__) if f.filename == own]
+    where = f" at {lines[-1].filename}:{lines[-1].lineno}: {lines[-1].line}" if lines else ""
     return _say(f"raised {_first_line(e)}{where}", "no error", f"Demanded: {demand}")

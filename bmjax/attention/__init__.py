@@ -39,17 +39,17 @@ def list_attention() -> list[str]:
     return registry.module_names(__name__)
 
 
-def sown_maps(intermediates: dict[str, Any]) -> dict[str, jax.Array]:
-    """The maps in what `apply` left in `intermediates`: path of the module that sowed, joined by slashes -> its map.
+def sown_maps(variables: dict[str, Any]) -> dict[str, jax.Array]:
+    """The maps in what `apply` with mutable intermediates left: path of the module that sowed, by slashes -> its map.
 
     A module's own path is empty; of one that was called more than once the last map counts.
     """
-    flat = traverse_util.flatten_dict(intermediates)
+    flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(variables.get("intermediates", {}))
     return {"/".join(path[:-1]): maps[-1] for path, maps in flat.items() if path[-1] == "map"}
 
 
 def create_attention(name: str, **options: Any) -> nn.Module:
-    """An attention module by its file's name, by the path of a `.py`, or by `package.module:Class`; options are its fields.
+    """An attention module by its file's name, a `.py` file's path, or `package.module:Class`; options are its fields.
 
     Lists among the options (from JSON) become tuples, for modules must be hashable.
 
