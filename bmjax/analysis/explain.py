@@ -1,4 +1,4 @@
-"""Where a classifier looked: attention maps as sown, Grad-CAM and Grad-CAM++, and maps that know nothing, to compare."""
+"""Where a classifier looked: attention maps as sown, Grad-CAM, Grad-CAM++, and maps that know nothing, to compare."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Explainer:
         self._model = model
         self._maps = jax.jit(self._compute)
         self._probabilities = jax.jit(
-            lambda variables, images: nn.softmax(model.apply(variables, images, train=False).astype(jnp.float32))
+            lambda variables, images: nn.softmax(jnp.asarray(model.apply(variables, images, train=False), jnp.float32))
         )
 
     def _compute(self, variables: Tree, images: jax.Array, targets: jax.Array) -> dict[str, jax.Array]:
@@ -110,7 +110,8 @@ class Explainer:
 
         By name: the path of each attention module that sowed a map over places, `Grad-CAM` and `Grad-CAM++`.
         """
-        return in_batches(lambda i, t: self._maps(variables, i, t), images, np.asarray(targets, np.int32))
+        found = in_batches(lambda i, t: self._maps(variables, i, t), images, np.asarray(targets, np.int32))
+        return {name: found[name] for name in sorted(found, key=lambda name: (name.startswith("Grad-CAM"), name))}
 
     def probabilities(self, variables: Tree, images: np.ndarray) -> np.ndarray:
         """Class probabilities float32 [n, k] of images uint8 [n, h, w, 3]."""
@@ -125,6 +126,6 @@ def centre_map(images: np.ndarray) -> np.ndarray:
 
 
 def edge_map(images: np.ndarray) -> np.ndarray:
-    """[n, h, w], the size of Sobel's gradient of the brightness: a picture that looks like a good map, of no network."""
+    """[n, h, w], the size of Sobel's gradient of the brightness: it looks like a good map and knows no network."""
     grey = np.asarray(images, np.float32).mean(-1)
     return np.hypot(ndimage.sobel(grey, axis=1), ndimage.sobel(grey, axis=2))
