@@ -94,15 +94,10 @@ def run(options: argparse.Namespace) -> int:
         "maps": {name: _record(score) for name, score in scores.items()},
     }  # fmt: skip
     write_text(out / f"{name}.json", json.dumps(record, indent=2))
-    if shown_nowhere := sorted(set(_attached(found)) - set(maps)):
-        print(f"{', '.join(shown_nowhere)}: its map is over channels or is not sown, so there is none to draw")
-    print(f"picture: {out / name}.png\nscores: {out / name}.json")
+    if not any(map_name.startswith("attention") for map_name in maps):
+        print("The attention sows no map over places, so only the Grad-CAMs are drawn.")
+    print(f"picture: {out / name}.png\n{'cells and scores' if scores else 'cells'}: {out / name}.json")
     return 0
-
-
-def _attached(found: Run) -> list[str]:
-    stages = [stage for stage, _ in found.model.attention]
-    return ["attention"] if len(stages) == 1 else [f"attention_{stage}" for stage in stages]
 
 
 def _files(found: Run, paths: list[str]) -> tuple[np.ndarray, None, list[str]]:

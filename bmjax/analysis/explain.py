@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,7 @@ _AT_ONCE = 32
 def in_batches(fn: Callable[..., Any], *arrays: np.ndarray, size: int = _AT_ONCE) -> Any:
     """fn over rows [n, ...] of the arrays, at most `size` at once and always of one shape; its arrays [n, ...]."""
     n = len(arrays[0])
-    size = min(size, n)
+    size = math.ceil(n / math.ceil(n / size))  # as even as can be: padding costs as much as rows
     results = []
     for start in range(0, n, size):
         rows = np.minimum(np.arange(start, start + size), n - 1)  # the last batch is padded with the last row
@@ -66,7 +67,8 @@ def grad_cam_plus_plus(activations: jax.Array, gradients: jax.Array) -> jax.Arra
     """relu(sum_c w_c a_c), w_c = sum alpha relu(g_c), as `grad_cam` (Chattopadhay et al. 2018, https://arxiv.org/abs/1710.11063).
 
     alpha = g^2 / (2 g^2 + sum(a) g^3), equation 19 for the exponential of the logit; here divided by g^2, which
-    underflows. Its factor, the exponential itself, is left out: it scales a whole map.
+    underflows. Its factor, the exponential itself, is left out: it scales a whole map. Derived for activations of zero
+    and more, as after a ReLU: of others the denominator may vanish, so that single places stand out without meaning.
     """
     below = 2 + activations.sum((1, 2), keepdims=True) * gradients
     alpha = jnp.where(below != 0, 1 / jnp.where(below != 0, below, 1), 0)
@@ -86,12 +88,14 @@ class Explainer:
         if self.stage not in stages:
             raise unknown("stage of the backbone", stage, (*stages, "last"))
         self._model = model
-        self._maps = jax.jit(self._compute)
+        self._maps = jax.jit(self.compute)
         self._probabilities = jax.jit(
             lambda variables, images: nn.softmax(jnp.asarray(model.apply(variables, images, train=False), jnp.float32))
         )
 
-    def _compute(self, variables: Tree, images: jax.Array, targets: jax.Array) -> dict[str, jax.Array]:
+    def compute(self, variables: Tree, images: jax.Array, targets: jax.Array) -> dict[str, jax.Array]:
+        """As `maps`, of all images at once and not compiled."""
+
         def score(change: jax.Array) -> tuple[jax.Array, Any]:
             logits, maps, kept = _forward(self._model, self.stage, variables, images, change)
             # The sum's gradient holds each image's own: in evaluation mode they do not touch each other.

@@ -55,6 +55,7 @@ def create_attention(name: str, **options: Any) -> nn.Module:
 
     Raises:
       ValueError: the name or an option is not known, or the path is not that of a Flax module.
+      FileNotFoundError: there is no such `.py` file.
     """
     if name.endswith(".py"):
         cls = _module_class(registry.import_file(name))

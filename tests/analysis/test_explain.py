@@ -21,10 +21,12 @@ from bmjax.analysis.faithfulness import (
     ssim,
     unit,
 )
+from bmjax.analysis.figures import explanations
 from bmjax.attention import create_attention
-from bmjax.config import HeadConfig
+from bmjax.backbones import create_backbone, list_backbones
+from bmjax.config import HeadConfig, ModelConfig
 from bmjax.layers import Conv
-from bmjax.model import Classifier, Head
+from bmjax.model import Classifier, Head, create, init
 
 H, W, N = 48, 64, 12
 
@@ -222,6 +224,18 @@ def test_randomising_the_head_leaves_the_rest():
     assert jax.tree.structure(whole["params"]) == jax.tree.structure(variables["params"])
 
 
+def test_the_picture_has_each_cell_with_its_maps_and_its_text():
+    images = np.random.default_rng(0).integers(0, 255, (7, 16, 16, 3)).astype(np.uint8)
+    maps = {"a": np.zeros((7, 16, 16)), "b": np.arange(7 * 256.0).reshape(7, 16, 16)}
+    figure = explanations(images, [(f"cell {i}", "black") for i in range(7)], maps, ["first", "second\npasses"])
+    axes = [axis for axis in figure.get_axes() if axis.axison]
+    assert len(axes) == 7 * 3, "two columns of four rows, the last place empty"
+    titles = [axis.get_title() for axis in axes]
+    assert [t for t in titles if t.startswith("cell")] == [f"cell {i}" for i in range(7)]
+    assert titles.count("first") == titles.count("second\npasses") == 2
+    assert [axis.get_xlabel() for axis in axes][4:6] == ["0 to 0", "2.6e+02 to 5.1e+02"]
+
+
 def test_batches_of_any_size_give_every_row_once():
     x = np.arange(10.0).reshape(5, 2)
     shapes = []
@@ -232,7 +246,24 @@ def test_batches_of_any_size_give_every_row_once():
 
     assert np.array_equal(in_batches(double, x, size=2)["y"], 2 * x)
     assert set(shapes) == {(2, 2)}
+    shapes.clear()
+    in_batches(double, x, size=4)
+    assert set(shapes) == {(3, 2)}, "two of three, not of four"
     assert np.array_equal(in_batches(double, x, size=99)["y"], 2 * x)
+
+
+@pytest.mark.parametrize("name", [n for n in list_backbones() if n.endswith("_tiny")])
+def test_every_family_has_maps_at_every_stage(name):
+    """Shapes alone: the maps' own numbers are those of the tests above."""
+    backbone = create_backbone(name)
+    attach = (backbone.stages[0], "last")
+    model = create(ModelConfig(backbone=name, weights=None, attention="cbam", attach=attach), 3)
+    images, targets = np.zeros((2, 64, 64, 3), np.uint8), np.zeros(2, int)
+    variables = jax.eval_shape(lambda: init(model, jax.random.key(0), 64))
+    names = {f"attention_{backbone.stages[0]}", f"attention_{backbone.stages[-1]}", "Grad-CAM", "Grad-CAM++"}
+    for stage in backbone.stages:
+        maps = jax.eval_shape(Explainer(model, stage).compute, variables, images, targets)
+        assert {name: m.shape for name, m in maps.items()} == dict.fromkeys(names, (2, 64, 64))
 
 
 def test_a_stage_that_is_not_there_is_named():
