@@ -171,12 +171,13 @@ def result(predictions: Predictions, metrics: dict[str, Any], images: np.ndarray
 def explanations(
     images: np.ndarray, labels: Sequence[tuple[str, str]], maps: dict[str, np.ndarray], titles: Sequence[str]
 ) -> Figure:
-    """A row a cell: images uint8 [n, h, w, 3] and over each its maps, [n, h, w] by name; wide where there are many.
+    """A row a cell: images uint8 [n, h, w, 3] and over each its maps, [n, h, w] by name; beyond six cells,
+    two rows side by side.
 
     `labels` are each cell's (text, colour), `titles` those of the maps. A map's colours go from its least to its
     largest value, which are written below it: a map that hardly varies looks as vivid as any.
     """
-    blocks = math.ceil(len(images) / 6)
+    blocks = 1 if len(images) <= 6 else 2
     rows, columns = math.ceil(len(images) / blocks), 1 + len(maps)
     figure = _figure(1.55 * columns * blocks + 0.3 * blocks, 1.78 * rows + 0.75)
     subfigures: Any = figure.subfigures(1, blocks, squeeze=False)[0]
