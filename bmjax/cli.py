@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from bmjax import cli_weights
+from bmjax import cli_attention, cli_explain, cli_weights
 from bmjax.config import Config, from_json, to_json
 from bmjax.experiment import load_experiment, override, sweep
 
@@ -84,30 +84,9 @@ def evaluate(options: argparse.Namespace) -> int:
     return 0
 
 
-def image_files(paths: Sequence[str]) -> list[Path]:
-    """The files given, and the images within the folders given, sorted; hidden ones are passed over.
-
-    Raises:
-      FileNotFoundError: a path is not there.
-      ValueError: a folder holds no image.
-    """
-    from bmjax.data.sources import SUFFIXES, images_below
-
-    found: list[Path] = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: no such file or folder")
-        if not path.is_dir():
-            found.append(path)
-            continue
-        names = images_below(path)
-        if not names:
-            raise ValueError(f"{path} holds no image; expected files ending in {', '.join(sorted(SUFFIXES))}")
-        found += [path / name for name in names]
-    return found
-
-
 def predict(options: argparse.Namespace) -> int:
+    from bmjax.data.sources import decode_images, image_files
+
     if options.weights is not None:
         if not options.run:
             raise ValueError("predict: expected images")
@@ -127,7 +106,6 @@ def predict(options: argparse.Namespace) -> int:
     import pyarrow.csv
     import pyarrow.parquet
 
-    from bmjax.data.sources import decode_images
     from bmjax.loop import Predictor, load_run, predict_probs
 
     run = load_run(options.run, options.which)
@@ -345,6 +323,8 @@ def _parser() -> argparse.ArgumentParser:
     p = verbs.add_parser("list", help="list what there is by name")
     p.add_argument("kind", nargs="?", choices=("attention", "backbones", "optimizers", "weights"))
     cli_weights.add_parser(verbs)
+    cli_attention.add_parser(verbs)
+    cli_explain.add_parser(verbs)
     verbs.add_parser("doctor", help="check the environment for known traps")
     return parser
 
@@ -368,7 +348,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.verb in ("train", "show"):
             return {"train": train, "show": show}[options.verb](options, rest)
         by_verb = {"eval": evaluate, "predict": predict, "list": list_names, "doctor": doctor}
-        return (by_verb | {"weights": cli_weights.run})[options.verb](options)
+        by_verb |= {
+            "weights": cli_weights.run,
+            "new": cli_attention.run,
+            "check": cli_attention.run,
+            "explain": cli_explain.run,
+        }
+        return by_verb[options.verb](options)
     except (ValueError, OSError, FloatingPointError) as e:
         if os.environ.get("BMJAX_DEBUG"):
             raise

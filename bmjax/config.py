@@ -110,7 +110,7 @@ class ModelConfig:
     preprocess: str | None = None
     """Mode of bmjax.data.preprocess; none: the weights' or, without weights, the family's."""
     attention: str = "soft"
-    """Name of a variant in bmjax/attention, or `module:Class`; `se+simam`: one after the other. The study's kind is
+    """Name of a variant in bmjax/attention, path of a `.py`, or `module:Class`; `se+simam`: in a row. The study's kind is
     unknown: `soft` is ours."""
     attention_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Fields of the attention module, by name; of several, by part: {"se": {"ratio": 8}}, the second se's as "se_2"."""

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
+import importlib.util
 import pkgutil
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 from types import ModuleType
 
 
@@ -26,6 +30,30 @@ def module_names(package: str) -> list[str]:
 def modules(package: str) -> dict[str, ModuleType]:
     """Name -> imported module, for every public module of a package."""
     return {name: importlib.import_module(f"{package}.{name}") for name in module_names(package)}
+
+
+def import_file(path: str | Path) -> ModuleType:
+    """A Python file as a module, imported once for each of its contents; what it raises is passed on.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+    """
+    path = Path(path).resolve()
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; expected a Python file")
+    # By place and contents: the same file gives the same classes, an edited one new ones, and none hides a package.
+    name = f"{path.stem}_{hashlib.sha256(bytes(path) + path.read_bytes()).hexdigest()[:12]}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None, path
+        assert spec.loader is not None, path
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)  # there before it runs: dataclasses look
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
 
 
 def import_object(path: str) -> object:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bmjax.cli import image_files, main
+from bmjax.cli import main
 from bmjax.config import from_json
 from bmjax.data import load_dataset
+from bmjax.data.sources import image_files
 
 
 @pytest.fixture(scope="module")
@@ -223,3 +225,73 @@ def test_version_and_help_need_no_jax():
     code = "import sys; from bmjax.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
     code += "assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    """A copy of the run, which a test may change."""
+    return shutil.copytree(trained / "run", tmp_path / "run", ignore=shutil.ignore_patterns("*.png"))
+
+
+def test_explain_draws_and_scores_the_most_wrong_cells(copied, capsys):
+    assert main(["explain", str(copied), "--n", "5", "--target", "true"]) == 0
+    out = capsys.readouterr().out
+    record = json.loads((copied / "explain_val_wrong.json").read_text())
+    assert record["rule"] in out
+    assert record["maps"].keys() == {"attention", "Grad-CAM", "Grad-CAM++", "edges", "constant", "centre"}
+    for name in ("edges", "constant", "centre"):
+        assert not record["maps"][name]["passes"]
+        assert record["maps"][name]["rank_correlation"] == pytest.approx({"head": 1, "whole": 1})
+    with np.load(copied / "predictions_val.npz") as saved:
+        probs, labels, ids, classes = (saved[k] for k in ("probs", "labels", "ids", "classes"))
+    assert len(record["cells"]) == 5
+    for cell in record["cells"]:
+        i = int(np.flatnonzero(ids == cell["id"])[0])
+        assert (cell["true"], cell["target"]) == (classes[labels[i]],) * 2
+        assert cell["predicted"] == classes[probs[i].argmax()] != cell["true"]
+        assert cell["probability"] == pytest.approx(probs[i, labels[i]], abs=1e-5)
+    with Image.open(copied / "explain_val_wrong.png") as picture:
+        assert min(picture.size) > 300
+        assert np.asarray(picture.convert("RGB")).std() > 10
+
+
+def test_explain_opens_the_test_split_only_when_told_and_records_it(copied, capsys):
+    def openings():
+        return len((copied / "openings.jsonl").read_text().splitlines())
+
+    before = openings()
+    assert main(["explain", str(copied), "--n", "2", "--cells", "confident", "--no-scores"]) == 0
+    assert openings() == before
+    assert main(["explain", str(copied), "--n", "2", "--split", "test", "--no-scores"]) == 0
+    assert openings() == before + 1
+    assert f"the test split is opened for time {before + 1}" in capsys.readouterr().err
+
+
+def test_explain_takes_files_and_another_stage(copied, tmp_path, capsys):
+    path = tmp_path / "cell.png"
+    Image.fromarray(np.full((40, 50, 3), 200, np.uint8)).save(path)
+    out = tmp_path / "out"
+    out.mkdir()
+    assert main(["explain", str(copied), str(path), "--stage", "conv2", "--out", str(out), "--no-scores"]) == 0
+    record = json.loads((out / "explain_images.json").read_text())
+    assert (record["stage"], record["split"], record["cells"][0]["true"]) == ("conv2", None, None)
+    assert [cell["id"] for cell in record["cells"]] == [str(path)]
+    for arguments, message in (
+        ([str(path), "--target", "true"], "--target true is for cells of a split"),
+        (["--stage", "conv9"], "unknown stage of the backbone 'conv9'"),
+        (["--n", "0"], "--n is 0; expected at least 1"),
+        (["--out", str(out / "nowhere")], "there is no such folder"),
+    ):
+        assert main(["explain", str(copied), *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_explain_wants_the_predictions_of_its_checkpoint(copied, capsys):
+    results = json.loads((copied / "results.json").read_text())
+    results["val"]["step"] += 1
+    (copied / "results.json").write_text(json.dumps(results))
+    assert main(["explain", str(copied)]) == 2
+    assert f"`bmjax eval {copied} --split val --which best` makes them" in capsys.readouterr().err
+    (copied / "predictions_train.npz").unlink()
+    assert main(["explain", str(copied), "--split", "train"]) == 2
+    assert "holds no predictions of train" in capsys.readouterr().err

@@ -24,7 +24,7 @@ FLOORS = [
     ["run"],
     ["loop", "analysis", "doctor"],
     ["__init__"],
-    ["cli_weights"],
+    ["cli_attention", "cli_explain", "cli_weights"],
     ["cli"],
     ["__main__"],
 ]

@@ -77,6 +77,12 @@ def most_wrong(predictions: Predictions, limit: int) -> np.ndarray:
     return wrong[np.argsort(-predictions.confidence[wrong], kind="stable")][:limit]
 
 
+def most_confident(predictions: Predictions, limit: int) -> np.ndarray:
+    """Places in the predictions of the right ones, the most confident first, int [<= limit]."""
+    right = np.flatnonzero(predictions.predicted == predictions.labels)
+    return right[np.argsort(-predictions.confidence[right], kind="stable")][:limit]
+
+
 @dataclasses.dataclass(frozen=True)
 class Bin:
     """Predictions of about one confidence; low and high bound the accuracy, 95 %."""

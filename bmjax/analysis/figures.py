@@ -166,3 +166,36 @@ def result(predictions: Predictions, metrics: dict[str, Any], images: np.ndarray
         f"{predictions.split}: n = {metrics['n']}, accuracy {interval_text(metrics, 'accuracy')}", fontsize=10
     )
     return figure
+
+
+def explanations(
+    images: np.ndarray, labels: Sequence[tuple[str, str]], maps: dict[str, np.ndarray], titles: Sequence[str]
+) -> Figure:
+    """A row a cell: images uint8 [n, h, w, 3] and over each its maps, [n, h, w] by name; beyond six cells,
+    two rows side by side.
+
+    `labels` are each cell's (text, colour), `titles` those of the maps. A map's colours go from its least to its
+    largest value, which are written below it: a map that hardly varies looks as vivid as any.
+    """
+    blocks = 1 if len(images) <= 6 else 2
+    rows, columns = math.ceil(len(images) / blocks), 1 + len(maps)
+    figure = _figure(1.55 * columns * blocks + 0.3 * blocks, 1.78 * rows + 0.75)
+    subfigures: Any = figure.subfigures(1, blocks, squeeze=False)[0]
+    for block, part in enumerate(subfigures):
+        axes = part.subplots(rows, columns, squeeze=False)
+        for row, line in enumerate(axes):
+            i = block * rows + row
+            if i >= len(images):
+                for axis in line:
+                    axis.axis("off")
+                continue
+            draw_cell(line[0], images[i], *labels[i])
+            grey = np.asarray(images[i], np.float32).mean(-1)
+            for axis, title, values in zip(line[1:], titles, maps.values(), strict=True):
+                axis.imshow(grey, cmap="gray", vmin=0, vmax=255)
+                axis.imshow(values[i], cmap="magma", alpha=0.55)
+                axis.set(xticks=[], yticks=[])
+                axis.set_xlabel(f"{values[i].min():.2g} to {values[i].max():.2g}", fontsize=7, labelpad=2)
+                if row == 0:
+                    axis.set_title(title, fontsize=7.5, pad=3)
+    return figure

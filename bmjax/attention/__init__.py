@@ -9,14 +9,17 @@ Here are also the ways to place variants: `Chain`, one after another, and `Ident
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import inspect
+from pathlib import PurePath
 from types import ModuleType
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
 from bmjax import registry
 from bmjax.layers import at_least_float32, over_channels
@@ -73,19 +76,31 @@ def list_attention() -> list[str]:
     return registry.module_names(__name__)
 
 
+def sown_maps(variables: dict[str, Any]) -> dict[str, jax.Array]:
+    """The maps in what `apply` with mutable intermediates left: path of the module that sowed, by slashes -> its map.
+
+    A module's own path is empty; of one that was called more than once the last map counts.
+    """
+    flat: dict[tuple[str, ...], Any] = traverse_util.flatten_dict(variables.get("intermediates", {}))
+    return {"/".join(path[:-1]): maps[-1] for path, maps in flat.items() if path[-1] == "map"}
+
+
 def create_attention(name: str, **options: Any) -> nn.Module:
-    """An attention module by its file's name, or by `package.module:Class`; options are its fields.
+    """An attention module by its file's name, a `.py` file's path, or `package.module:Class`; options are its fields.
 
     Several joined by `+` are a `Chain`; options are then dicts by part: `("se+simam", se={"ratio": 8})`. A part is
-    called as its variant or class, and `se_2` where that comes a second time. Lists among the options (from JSON)
+    called as its variant, class or file, and `se_2` where that comes a second time. Lists among the options (from JSON)
     become tuples, for modules must be hashable.
 
     Raises:
       ValueError: a name or an option is not known, or a path is not that of a Flax module.
+      FileNotFoundError: there is no such `.py` file.
     """
     if "+" in name:
         return _chain(name, options)
-    if ":" in name:
+    if name.endswith(".py"):
+        cls = _module_class(registry.import_file(name))
+    elif ":" in name:
         cls = registry.import_object(name)
         if not (inspect.isclass(cls) and issubclass(cls, nn.Module)):
             raise ValueError(f"attention {name!r} is {cls!r}; expected a subclass of flax.linen.Module")
@@ -101,11 +116,11 @@ def create_attention(name: str, **options: Any) -> nn.Module:
 
 
 def _chain(names: str, options: dict[str, Any]) -> Chain:
-    variants = dict[str, str]()
+    variants, seen = dict[str, str](), collections.Counter[str]()
     for variant in names.split("+"):
-        part = variant.rpartition(":")[2]
-        same = sum(v.rpartition(":")[2] == part for v in variants.values())
-        variants[f"{part}_{same + 1}" if same else part] = variant
+        part = PurePath(variant).stem if variant.endswith(".py") else variant.rpartition(":")[2]
+        seen[part] += 1
+        variants[f"{part}_{seen[part]}" if seen[part] > 1 else part] = variant
     for part, fields in options.items():
         if part not in variants:
             raise registry.unknown(f"part of attention {names!r} in its options", part, variants)

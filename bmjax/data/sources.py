@@ -27,6 +27,27 @@ def images_below(folder: Path) -> list[Path]:
     return sorted(p for p in paths if not any(part.startswith(".") for part in p.parts))
 
 
+def image_files(paths: Sequence[str]) -> list[Path]:
+    """The files given, and the images within the folders given, sorted; hidden ones are passed over.
+
+    Raises:
+      FileNotFoundError: a path is not there.
+      ValueError: a folder holds no image.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such file or folder")
+        if not path.is_dir():
+            found.append(path)
+            continue
+        names = images_below(path)
+        if not names:
+            raise ValueError(f"{path} holds no image; expected files ending in {', '.join(sorted(SUFFIXES))}")
+        found += [path / name for name in names]
+    return found
+
+
 def list_images(root: str | Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
     """(classes, [(path relative to root, label)]), both sorted; one sub-folder of `root` is one class.
 

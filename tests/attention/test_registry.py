@@ -1,6 +1,8 @@
 """Variants by name, by file and by path; chains of them; the gate that starts as the identity."""
 
+import inspect
 import json
+import pathlib
 import re
 
 import formulas
@@ -79,6 +81,12 @@ def test_a_chain_is_its_variants_one_after_the_other(mylab):
         np.testing.assert_allclose(maps[part]["map"][0], out["map"], rtol=1e-5, atol=1e-5)
         x = out["y"]
     np.testing.assert_allclose(y, x, rtol=1e-5, atol=1e-5)
+
+
+def test_a_file_in_a_chain_goes_by_its_stem(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(pathlib.Path(inspect.getfile(type(create_attention("se")))).read_text())
+    assert shapes(create_attention(f"se+{path}", mine={"ratio": 4}))["mine"]["reduce"]["kernel"] == (C, 8)
 
 
 def test_a_chain_trains_its_norms():

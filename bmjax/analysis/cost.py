@@ -1,0 +1,70 @@
+"""What an attention module costs on given features: parameters, FLOPs by XLA, measured time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Cost(NamedTuple):
+    """Of one batch of features, float32. `forward` is in evaluation mode, `step` in training mode with all gradients;
+    their times are medians over `n` calls in milliseconds, without compiling."""
+
+    parameters: int
+    forward_flops: float
+    step_flops: float
+    forward_ms: float
+    step_ms: float
+    n: int
+
+
+def measure(modules: dict[str, nn.Module], shape: tuple[int, int, int, int], n: int = 30) -> dict[str, Cost]:
+    """Costs by name, of features [b, h, w, c]. The modules take turns, so that load falls on all alike."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
+    parameters, programs = dict[str, int](), dict[tuple[str, str], tuple[Any, Any, float]]()
+    for name, module in modules.items():
+        variables = dict(jax.jit(lambda x, m=module: m.init(jax.random.key(0), x))(x))
+        variables.pop("intermediates", None)
+        parameters[name] = sum(leaf.size for leaf in jax.tree.leaves(variables.get("params", {})))
+        for kind, fn in (("forward", _forward(module)), ("step", _step(module))):
+            compiled = jax.jit(fn).lower(variables, x).compile()
+            counted = (compiled.cost_analysis() or {}).get("flops", float("nan"))
+            programs[name, kind] = compiled, variables, float(counted)
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in programs}
+    for i in range(n + 1):
+        for key, (compiled, variables, _) in programs.items():
+            began = time.perf_counter()
+            jax.block_until_ready(compiled(variables, x))
+            if i:  # the first call warms up
+                times[key].append(time.perf_counter() - began)
+
+    flops = {key: flops for key, (_, _, flops) in programs.items()}
+    ms = {key: 1e3 * float(np.median(seconds)) for key, seconds in times.items()}
+    found = {}
+    for name in modules:
+        forward, step = (name, "forward"), (name, "step")
+        found[name] = Cost(parameters[name], flops[forward], flops[step], ms[forward], ms[step], n)
+    return found
+
+
+def _forward(module: nn.Module) -> Callable[[Any, jax.Array], Any]:
+    return lambda variables, x: module.apply(variables, x, train=False)
+
+
+def _step(module: nn.Module) -> Callable[[Any, jax.Array], Any]:
+    def loss(params: Any, x: jax.Array, rest: Any) -> tuple[jax.Array, Any]:
+        rngs = {"dropout": jax.random.key(1)}
+        y, new = module.apply(rest | {"params": params}, x, train=True, rngs=rngs, mutable=["batch_stats"])
+        return jnp.square(y).mean(), new
+
+    def step(variables: Any, x: jax.Array) -> Any:
+        rest = {k: v for k, v in variables.items() if k != "params"}
+        return jax.grad(loss, argnums=(0, 1), has_aux=True)(variables.get("params", {}), x, rest)
+
+    return step
