@@ -22,9 +22,11 @@ FLOORS = [
     ["model"],
     ["steps", "parallel", "checkpoint"],
     ["run"],
-    ["loop", "analysis", "doctor"],
+    ["loop", "analysis", "doctor", "features"],
+    ["heads"],
+    ["compare"],
     ["__init__"],
-    ["cli_weights"],
+    ["cli_weights", "cli_compare"],
     ["cli"],
     ["__main__"],
 ]

@@ -49,7 +49,8 @@ class TrainBatches:
         source = cast(Any, np.asarray(rows, np.int32))  # Grain asks for len() and [i]; its types ask for a Sequence
         stream = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
         # Rows are gathered a batch at a time: one fancy index into the memory map instead of b Python objects.
-        self._batches = stream.batch(batch_size, drop_remainder=True).map(self._gather)
+        self._rows = stream.batch(batch_size, drop_remainder=True)
+        self._batches = self._rows.map(self._gather)
 
     def _gather(self, rows: Any) -> dict[str, np.ndarray]:
         mine = rows[self._mine]
@@ -65,6 +66,10 @@ class TrainBatches:
         batch = self._batches[k]
         assert batch is not None  # Grain's None stands for a filtered element; nothing is filtered.
         return batch
+
+    def rows(self, start: int, count: int) -> np.ndarray:
+        """Rows of the dataset in the global batches `start` to `start + count`, int32 [count, b]; reads no image."""
+        return np.stack([cast(np.ndarray, self._rows[k]) for k in range(start, start + count)])
 
     def batches(self, start: int) -> Iterator[dict[str, np.ndarray]]:
         """Batches from `start` on, without end, read ahead by threads."""
