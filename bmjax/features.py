@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -118,15 +117,14 @@ class FeatureMaps:
         need = int(np.prod(shape)) * self.dtype.itemsize
         if (free := shutil.disk_usage(self._folder).free) < need:  # a memory map on a full disk kills the process
             raise OSError(f"{self._folder} has {free / 1e9:.1f} GB free; the feature maps need {need / 1e9:.1f} GB")
-        handle, name = tempfile.mkstemp(prefix=f".{path.stem}.", dir=self._folder)
-        os.close(handle)
+        temporary = path.with_name(f".{path.stem}.{os.getpid()}")
         try:
-            out = np.lib.format.open_memmap(name, mode="w+", dtype=self.dtype, shape=shape)
+            out = np.lib.format.open_memmap(temporary, mode="w+", dtype=self.dtype, shape=shape)
             self._fill(out, rows, view)
             out.flush()
-            os.replace(name, path)
+            os.replace(temporary, path)
         finally:
-            Path(name).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         found = _read(path, shape, self.dtype)
         if found is None:
             raise OSError(f"{path} was removed while it was written; is another program emptying the cache?")

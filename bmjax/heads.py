@@ -26,7 +26,7 @@ from bmjax.data.pipeline import TrainBatches, steps_per_epoch
 from bmjax.features import FeatureMaps
 from bmjax.loop import Progress, Result, Signals, SplitName
 from bmjax.losses import balanced_class_weights
-from bmjax.model import create, resolve
+from bmjax.model import at_last, create, resolve
 from bmjax.run import Run, image_dtype, open_run, record_data, run_folder, saved_results
 from bmjax.state import TrainState, Tree, create_state
 from bmjax.tracking import make_tracker, new_run_id
@@ -42,9 +42,7 @@ def check(config: Config) -> None:
     Raises:
       ValueError: names the field, its value and what was expected.
     """
-    model = create(config.model, 2, config.train.dtype)
-    last = model.backbone.stages[-1]
-    if any(stage != last for stage, _ in model.attention):
+    if not at_last(create(config.model, 2, config.train.dtype)):
         raise ValueError(f"config field 'model.attach' is {config.model.attach!r}; expected 'last' for cached features")
     for i, stage in enumerate(config.stages):
         if "backbone" in stage.train:

@@ -115,6 +115,11 @@ def _stages(backbone: nn.Module) -> tuple[str, ...]:
     return tuple(backbone.stages)
 
 
+def at_last(model: Classifier) -> bool:
+    """Whether all attention stands after the backbone's last stage, so that its feature map is free of attention."""
+    return all(stage == _stages(model.backbone)[-1] for stage, _ in model.attention)
+
+
 def resolve(config: ModelConfig) -> ModelConfig:
     """`config` with what the weights decide filled in, so that the model can be made without their file from then on.
 
