@@ -22,7 +22,7 @@ from bmjax import convolution, loop
 from bmjax.checkpoint import Checkpoints
 from bmjax.config import AugmentConfig, Config
 from bmjax.data import Dataset, Splits, load_dataset, split_dataset
-from bmjax.data.pipeline import TrainBatches, steps_per_epoch
+from bmjax.data.pipeline import batch_places, steps_per_epoch
 from bmjax.features import FeatureMaps
 from bmjax.loop import Progress, Result, Signals, SplitName
 from bmjax.losses import balanced_class_weights
@@ -77,7 +77,11 @@ class MapPredictor(loop.Predictor):
 
 
 class Programs:
-    """What is compiled for one configuration, whatever its seed: runs over seeds share it."""
+    """What is compiled for one configuration, whatever its seed: runs over seeds share it.
+
+    `scans` says, of each stage that has begun, whether an epoch is one program; on CPUs some convolutions are too slow
+    in one (see `convolution.slow_in_loop`), and the steps are programs then.
+    """
 
     def __init__(self, config: Config, dataset: Dataset, splits: Splits, shape: tuple[int, int, int]):
         self._config, self._shape = config, shape
@@ -92,7 +96,7 @@ class Programs:
         self.init = jax.jit(self._init)
         self.logits = jax.jit(self._logits)
         self._epochs: dict[int, Callable[..., tuple[TrainState, dict[str, jax.Array]]]] = {}
-        self._loops_well: dict[int, bool] = {}
+        self.scans: dict[int, bool] = {}
 
     def _init(self, seed: int) -> dict[str, Tree]:
         """The variables of attention and head that loop.train starts from with this seed."""
@@ -141,10 +145,10 @@ class Programs:
         step_program = jax.jit(one)
 
         def epoch(state: TrainState, maps: jax.Array, labels: jax.Array, places: np.ndarray):
-            if stage not in self._loops_well:
+            if stage not in self.scans:
                 jaxpr = epoch_program.trace(state, maps, labels, places).jaxpr
-                self._loops_well[stage] = not convolution.slow_in_loop(jaxpr)
-            return (epoch_program if self._loops_well[stage] else stepped)(state, maps, labels, places)
+                self.scans[stage] = not convolution.slow_in_loop(jaxpr)
+            return (epoch_program if self.scans[stage] else stepped)(state, maps, labels, places)
 
         return epoch
 
@@ -202,7 +206,6 @@ def train_on_features(config: Config, *, resume: bool = False, prepared: Prepare
     ema = config.train.ema_decay is not None
     state = create_state(variables, plans[0].optimizer.tx, plans[0].is_trainable, seed=config.seed, ema=ema)
     best, progress, step = state, Progress(run_id=new_run_id()), 0
-    batches = TrainBatches(dataset, splits.train, config.train.batch_size, config.seed)
     maps, labels = features.views_on_device(splits.train), jnp.asarray(dataset.labels[splits.train])
     predictor = MapPredictor(programs, features)
 
@@ -218,13 +221,13 @@ def train_on_features(config: Config, *, resume: bool = False, prepared: Prepare
             if step >= plans[progress.stage].end:  # other parameters train now: the optimizer starts anew
                 progress.stage += 1
                 state = state.replace(opt_state=plans[progress.stage].opt_state(state.params))
-            plan, rows = plans[progress.stage], batches.rows(step, per_epoch)
+            plan = plans[progress.stage]
+            places = batch_places(len(splits.train), config.train.batch_size, config.seed, step, per_epoch)
             rates = plan.optimizer.rates_at(state.opt_state)(np.arange(step, step + per_epoch) - plan.start)
             began = time.perf_counter()
-            places = np.searchsorted(splits.train, rows).astype(np.int32)
             state, metrics = programs.epoch(progress.stage)(state, maps, labels, places)
             on_host = {name: np.asarray(values) for name, values in metrics.items()}
-            speed = rows.size / (time.perf_counter() - began)
+            rows, speed = splits.train[places], places.size / (time.perf_counter() - began)
             for i, lr in enumerate(rates.tolist()):
                 step += 1
                 values = {name: column[i].item() for name, column in on_host.items()}

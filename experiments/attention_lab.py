@@ -3,8 +3,9 @@
     bmjax compare experiments/attention_lab.py --variants none se cbam soft --seeds 5 \\
         --data.root FOLDER --model.weights imagenet
 
-FOLDER has one sub-folder of images per class. The features are computed once; attention and head then train on them.
-The budget, the rate and the head are ours, the same for every variant and chosen on no test image.
+FOLDER has one sub-folder of images per class. The features of four augmented views of each training image, and of the
+images of validation and test as they are, are computed once; attention and head then train on them. The budget, the
+rate and the head are ours, the same for every variant.
 """
 
 from bmjax.config import (
@@ -25,12 +26,12 @@ def config() -> Config:
     return Config(
         name="attention_lab",
         data=DataConfig(source="folder", image_size=224),
-        augment=AugmentConfig(flip=False, right_angles=False),
+        augment=AugmentConfig(flip=True, right_angles=True, brightness=0.05, contrast=0.1, hue=0.02),
         model=ModelConfig(
             backbone="densenet169", weights="imagenet", attention="none", head=HeadConfig(widths=(256,), dropout=0.5)
         ),
         optim=OptimConfig(name="adam", lr=1e-3, schedule=ScheduleConfig(kind="cosine", warmup_epochs=1)),
         stages=(StageConfig(epochs=15, train=("attention", "head")),),
         train=TrainConfig(batch_size=32, train_eval_epochs=0, label_smoothing=0.1, final_test=True),
-        features=FeaturesConfig(cached=True),
+        features=FeaturesConfig(cached=True, views=4),
     )

@@ -261,12 +261,17 @@ RUNS = {"bmjax": bmjax_run, "flax": flax_run, "keras_jax": keras_run, "torch": t
 
 
 def worker(args: argparse.Namespace) -> None:
-    """Answers each line on standard input with the seconds of one step, or the peak memory."""
+    """Answers one question, or serves a contender's runs."""
     if args.worker in QUESTIONS:
         print(QUESTIONS[args.worker](args))
         return
+    serve(lambda: RUNS[args.worker](args))
+
+
+def serve(make: Callable[[], Run]) -> None:
+    """Makes a run and runs it once; then answers each line on standard input with one more's seconds, or memory."""
     start = time.perf_counter()
-    run = RUNS[args.worker](args)
+    run = make()
     run()
     print(json.dumps({"first": time.perf_counter() - start}), flush=True)
     for line in sys.stdin:
