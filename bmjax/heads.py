@@ -1,6 +1,8 @@
 """Trains attention and head on cached feature maps: what loop.train does with a frozen backbone, an epoch a program.
 
-Same batches, dropout, optimizer and selection as end to end, so both give the same numbers but for rounding.
+Same batches, dropout, optimizer and selection as end to end: on plain images both give the same numbers but for
+rounding. Runs over seeds are trained one after another; `tools/bench_heads.py --stack` asks whether `vmap` over them is
+faster.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ _VIEW = 0x76696577  # folded into a step's key for the draw of views, apart from
 
 
 def check(config: Config) -> None:
-    """Fails where training on cached maps would not be the same as end to end.
+    """Fails where maps can't be cached, or training on them would not see what the configuration says.
 
     Raises:
       ValueError: names the field, its value and what was expected.

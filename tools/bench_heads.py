@@ -161,7 +161,7 @@ def keras_run(args: argparse.Namespace) -> Run:
             for width in (64, 16):
                 z = layers.Conv2D(width, 1, activation="relu")(z)
             z = layers.Reshape((SIDE * SIDE,))(layers.Conv2D(1, 1)(z))
-            weights = ops.softmax(ops.log_sigmoid(z)) * SIDE**2
+            weights = ops.multiply(ops.softmax(ops.log_sigmoid(z)), SIDE**2)
             return layers.Multiply()([x, layers.Reshape((SIDE, SIDE, 1))(weights)])
         return x
 
@@ -182,9 +182,9 @@ def keras_run(args: argparse.Namespace) -> Run:
             validation_data=(maps[val], labels[val]),
             validation_batch_size=64,
             callbacks=[best],
-            verbose=0,
+            verbose=0,  # pyright: ignore[reportArgumentType]
         )
-        model.predict(maps[test], batch_size=64, verbose=0)
+        model.predict(maps[test], batch_size=64, verbose=0)  # pyright: ignore[reportArgumentType]
 
     return train
 
