@@ -3,6 +3,10 @@
     bmjax compare experiments/attention_lab.py --variants none se cbam soft --seeds 5 \\
         --data.root FOLDER --model.weights imagenet
 
+or of one variant alone:
+
+    bmjax train experiments/attention_lab.py --data.root FOLDER --model.attention soft
+
 FOLDER has one sub-folder of images per class. The features of four augmented views of each training image, and of the
 images of validation and test as they are, are computed once; attention and head then train on them. The budget, the
 rate and the head are ours, the same for every variant.
