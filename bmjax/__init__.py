@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from bmjax.backbones import create_backbone, list_backbones
     from bmjax.config import Config
     from bmjax.data import load_dataset, split_dataset
-    from bmjax.loop import evaluate, load_run, predict_probs, train
+    from bmjax.heads import train
+    from bmjax.loop import evaluate, load_run, predict_probs
     from bmjax.model import Classifier, create, init
 
 __version__ = "0.1.0"
@@ -33,7 +34,7 @@ _HOME = {
     "list_backbones": "backbones",
     "load_dataset": "data",
     "split_dataset": "data",
-    "train": "loop",
+    "train": "heads",
     "evaluate": "loop",
     "load_run": "loop",
     "predict_probs": "loop",

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from bmjax import cli_attention, cli_explain, cli_weights
+from bmjax import cli_attention, cli_compare, cli_explain, cli_weights
 from bmjax.config import Config, from_json, to_json
 from bmjax.experiment import load_experiment, override, sweep
 
@@ -34,10 +34,10 @@ def train(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _train_one(config: Config, module: ModuleType | None, resume: bool) -> int:
-    from bmjax import loop
+    from bmjax import heads
     from bmjax.analysis.report import write_report
 
-    result = loop.train(config, resume=resume)
+    result = heads.train(config, resume=resume)
     if result.interrupted:
         return 143 if result.interrupted == "SIGTERM" else 130
     dataset, _ = result.data
@@ -303,6 +303,7 @@ def _parser() -> argparse.ArgumentParser:
     p = configured("train", "train an experiment")
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     p.add_argument("--sweep", action="store_true", help="run each of the experiment's sweep()")
+    cli_compare.add_arguments(configured("compare", "train attention variants on equal terms and compare them"))
     p = configured("show", "print what an experiment is, without training")
     p.add_argument("--classes", type=int, help="number of classes; by default that of the data")
     p.add_argument("--no-compile", dest="compile", action="store_false", help="leave out FLOPs and memory; quicker")
@@ -336,7 +337,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if options.verb in ("train", "show"):
+    if options.verb in ("train", "show", "compare"):
         if options.experiment is None:
             if {"-h", "--help"} & set(rest):
                 options.parser.print_help()
@@ -345,8 +346,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif rest:
         parser.error(f"{options.verb}: unrecognized arguments: {' '.join(rest)}")
     try:
-        if options.verb in ("train", "show"):
-            return {"train": train, "show": show}[options.verb](options, rest)
+        if options.verb in ("train", "show", "compare"):
+            return {"train": train, "show": show, "compare": cli_compare.run}[options.verb](options, rest)
         by_verb = {"eval": evaluate, "predict": predict, "list": list_names, "doctor": doctor}
         by_verb |= {
             "weights": cli_weights.run,

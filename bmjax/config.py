@@ -110,7 +110,7 @@ class ModelConfig:
     preprocess: str | None = None
     """Mode of bmjax.data.preprocess; none: the weights' or, without weights, the family's."""
     attention: str = "soft"
-    """Name of a variant in bmjax/attention, path of a `.py`, or `module:Class`; `se+simam`: in a row. The study's kind is
+    """Name of a variant in bmjax/attention, path of a `.py`, or `module:Class`; `se+simam`: in a row. The study's is
     unknown: `soft` is ours."""
     attention_options: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Fields of the attention module, by name; of several, by part: {"se": {"ratio": 8}}, the second se's as "se_2"."""
@@ -275,6 +275,22 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class FeaturesConfig:
+    """Training on a frozen backbone's feature maps, computed once and kept on disk."""
+
+    cached: bool = False
+    """Train attention and head on the cached maps; the backbone must be frozen in every stage."""
+    views: int = 0
+    """Augmented views of each training image, of which each step draws one; 0: the image as it is."""
+    seed: int = 0
+    """Seed of the views, apart from the run's seed, so that runs over seeds share them."""
+
+    def __post_init__(self) -> None:
+        _check(self.views >= 0, "features.views", self.views, ">= 0")
+        _check(0 <= self.seed < 2**31, "features.seed", self.seed, "0..2**31-1")
+
+
+@dataclasses.dataclass(frozen=True)
 class TrackingConfig:
     """Weights & Biases; the JSONL record on disk is always kept."""
 
@@ -299,6 +315,7 @@ class Config:
     optim: OptimConfig = OptimConfig()
     stages: tuple[StageConfig, ...] = (StageConfig(),)
     train: TrainConfig = TrainConfig()
+    features: FeaturesConfig = FeaturesConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     def __post_init__(self) -> None:
@@ -324,7 +341,7 @@ def from_json(text: str) -> Config:
 
     for cls in (DataConfig, AugmentConfig, HeadConfig, ModelConfig, ScheduleConfig, OptimConfig, BatchNormConfig):
         forbid_extra(cls)
-    for cls in (StageConfig, TrainConfig, TrackingConfig, Config):
+    for cls in (StageConfig, TrainConfig, FeaturesConfig, TrackingConfig, Config):
         forbid_extra(cls)
     # pydantic.ValidationError is a ValueError and names the dotted field, the value and what was expected.
     return pydantic.TypeAdapter(Config).validate_json(text)

@@ -32,6 +32,7 @@ NO_PADDING: Padding = ((0, 0), (0, 0))
 _CHUNK = 2**22
 """Numbers in the patches of a chunk: a few caches of the second level, where the product was fastest."""
 _platform: list[str] = []
+_in_loop: list[bool] = []
 
 
 def platform() -> str:
@@ -51,6 +52,35 @@ def traced_for(name: str) -> Iterator[None]:
         yield
     finally:
         _platform.pop()
+
+
+@contextlib.contextmanager
+def inside_loop() -> Iterator[None]:
+    """Traces what is inside for the body of a loop (`lax.scan`), as far as CPUs are concerned.
+
+    XLA's CPU backend runs a convolution whose dimensions are in another order than the usual one, such as a gradient,
+    many times slower in a loop than outside (jaxlib 0.10.2). So here gradients take a formulation other than XLA's own,
+    where there is one.
+    """
+    _in_loop.append(True)
+    try:
+        yield
+    finally:
+        _in_loop.pop()
+
+
+def slow_in_loop(jaxpr: Any) -> bool:
+    """Whether a (closed) jaxpr holds, at any depth, a convolution that XLA's CPU backend runs slowly in a loop."""
+    if platform() != "cpu":
+        return False
+    usual = lax.conv_dimension_numbers((1, 1, 1, 1), (1, 1, 1, 1), DIMENSIONS)
+    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        if equation.primitive.name == "conv_general_dilated" and equation.params["dimension_numbers"] != usual:
+            return True
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            if (hasattr(inner, "eqns") or hasattr(inner, "jaxpr")) and slow_in_loop(inner):
+                return True
+    return False
 
 
 class Shape(NamedTuple):
@@ -300,7 +330,10 @@ def choose(operation: Operation, shape: Shape, padding: Padding) -> str:
 
 def _chosen(operation: Operation, shape: Shape, padding: Padding) -> Callable[..., jax.Array]:
     name = choose(operation, shape, padding) if platform() == "cpu" else "plain"
-    return formulations(operation, shape, padding)[name]
+    valid = formulations(operation, shape, padding)
+    if name == "plain" and _in_loop and operation != "forward" and platform() == "cpu":
+        name = list(valid)[min(1, len(valid) - 1)]
+    return valid[name]
 
 
 def _shape(y_shape: tuple[int, ...], kernel_shape: tuple[int, ...], strides: tuple[int, int], groups: int) -> Shape:

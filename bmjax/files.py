@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
+import time
 from pathlib import Path
 
 
@@ -18,3 +20,10 @@ def checksum(path: Path, algorithm: str) -> str:
     """Hex digest of a file's bytes; `algorithm` as in hashlib."""
     with path.open("rb") as f:
         return hashlib.file_digest(f, algorithm).hexdigest()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what killed runs left half written, `.<name>.<random>`; a day old, so that no live run's is taken."""
+    for path in folder.glob(".*.*"):
+        if time.time() - path.stat().st_mtime > 86400:
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)

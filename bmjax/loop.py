@@ -162,6 +162,35 @@ def plan_stages(config: Config, per_epoch: int, model: Classifier, batch_stats: 
     return plans
 
 
+def log_step(
+    step: int,
+    values: dict[str, Any],
+    rows: np.ndarray,
+    lr: float,
+    speed: float,
+    progress: Progress,
+    tracker: Tracker,
+    dataset: Dataset,
+) -> None:
+    """Logs what a step returned, and adds it to the epoch's sums; `speed` in images/s.
+
+    Raises:
+      FloatingPointError: the loss or the gradient is not finite; names the step and the images of the batch.
+    """
+    if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
+        ids = ", ".join(dataset.ids[i] for i in rows)
+        raise FloatingPointError(
+            f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; expected finite numbers. "
+            f"Images of the batch: {ids}"
+        )
+    count = int(values["count"])
+    progress.loss_sum += values["loss"] * count
+    progress.correct += values["correct"]
+    progress.count += count
+    record = {"loss": values["loss"], "accuracy": values["correct"] / count, "grad_norm": values["grad_norm"]}
+    tracker.log(step, record | {"lr": lr, "images_per_second": speed}, kind="train")
+
+
 class StepLog:
     """Logs one step behind the device, so that reading a loss never makes it wait."""
 
@@ -182,20 +211,9 @@ class StepLog:
         step, metrics, rows, lr = self._pending
         self._pending = None
         values = {name: value.item() for name, value in self._parallel.to_host(metrics).items()}
-        if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
-            ids = ", ".join(self._dataset.ids[i] for i in rows)
-            raise FloatingPointError(
-                f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; expected finite numbers. "
-                f"Images of the batch: {ids}"
-            )
-        count = int(values["count"])
-        self._progress.loss_sum += values["loss"] * count
-        self._progress.correct += values["correct"]
-        self._progress.count += count
         now = time.perf_counter()
-        speed, self._last = count / (now - self._last), now
-        record = {"loss": values["loss"], "accuracy": values["correct"] / count, "grad_norm": values["grad_norm"]}
-        self._tracker.log(step, record | {"lr": lr, "images_per_second": speed}, kind="train")
+        speed, self._last = values["count"] / (now - self._last), now
+        log_step(step, values, rows, lr, speed, self._progress, self._tracker, self._dataset)
         self._bar.update(1)
         self._bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed:.0f} images/s", refresh=False)
 
@@ -278,6 +296,8 @@ def train(config: Config, *, resume: bool = False) -> Result:
       ValueError: a field is wrong, or the run to resume has another configuration or other data.
       FloatingPointError: the loss is not finite; names the step and the images of the batch.
     """
+    if config.features.cached:
+        raise ValueError("config field 'features.cached' is True; expected False here, or a call of bmjax.train")
     config = dataclasses.replace(config, model=resolve(config.model))
     run_dir = run_folder(config)
     model_check(config)
@@ -383,7 +403,12 @@ def compile_stage(
     config: Config, model: Classifier, plan: StagePlan, parallel: Parallel, class_weights: Any
 ) -> Callable:
     """The train step of a stage: (state, batch) -> (state, metrics); compiled when first called."""
-    step = make_train_step(
+    return parallel.compile_step(stage_step(config, model, plan, class_weights))
+
+
+def stage_step(config: Config, model: Classifier, plan: StagePlan, class_weights: Any) -> Callable:
+    """The train step of a stage, not compiled; see `make_train_step`."""
+    return make_train_step(
         model,
         plan.optimizer.tx,
         plan.is_trainable,
@@ -395,7 +420,6 @@ def compile_stage(
         ema_decay=config.train.ema_decay,
         image_dtype=image_dtype(config),
     )
-    return parallel.compile_step(step)
 
 
 def track_results(run_dir: Path, tracker: Tracker, dataset: Dataset, results: dict[str, dict[str, Any]]) -> None:

@@ -69,12 +69,14 @@ class Classifier(nn.Module):
         *,
         train: bool = False,
         batch_norm: BatchNormConfig = ALL_TRAIN,
+        start: Literal["images", "feature_map"] = "images",
         output: Literal["logits", "features", "feature_map"] = "logits",
     ) -> jax.Array:
         """RGB images [b, h, w, 3], uint8 or floating 0..255 -> logits [b, k], float32 (float64 in a float64 model).
 
         `train` switches on dropout and, in parts whose mode is `train`, norms by the batch (then `batch_stats` must be
-        mutable). `output` stops earlier: see `features` and `feature_map`.
+        mutable). `output` stops earlier: see `features` and `feature_map`. With `start` at the feature map, `images`
+        is what `feature_map` gives, and the backbone is neither run nor needed among the variables.
         """
         last = _stages(self.backbone)[-1]
         kept: list[jax.Array] = []
@@ -90,8 +92,11 @@ class Classifier(nn.Module):
                 x = IdentityGate(name=f"{names[stage]}_gate", parent=self)(x, y) if self.attention_gate else y
             return x
 
-        x = preprocess(images.astype(at_least_float32(self.dtype)), self.preprocess).astype(self.dtype)
-        x = self.backbone(x, train=train, mode=batch_norm.backbone, tap=tap)
+        if start == "feature_map":
+            x = tap(last, images.astype(self.dtype))
+        else:
+            x = preprocess(images.astype(at_least_float32(self.dtype)), self.preprocess).astype(self.dtype)
+            x = self.backbone(x, train=train, mode=batch_norm.backbone, tap=tap)
         if output == "feature_map":
             return kept[0]
         x = global_average(x)
@@ -110,6 +115,11 @@ class Classifier(nn.Module):
 
 def _stages(backbone: nn.Module) -> tuple[str, ...]:
     return tuple(backbone.stages)
+
+
+def at_last(model: Classifier) -> bool:
+    """Whether all attention stands after the backbone's last stage, so that its feature map is free of attention."""
+    return all(stage == _stages(model.backbone)[-1] for stage, _ in model.attention)
 
 
 def resolve(config: ModelConfig) -> ModelConfig:

@@ -78,8 +78,13 @@ class Optimizer:
 
     def lr_at(self, opt_state: Tree) -> Callable[[int], float]:
         """Learning rate by step of the stage, with the plateau's verdict in `opt_state`."""
+        rates = self.rates_at(opt_state)
+        return lambda step: float(rates(np.asarray(step)))
+
+    def rates_at(self, opt_state: Tree) -> Callable[[np.ndarray], np.ndarray]:
+        """As `lr_at`, for an array of steps at once."""
         scale = self.peak_lr * float(_rate_state(opt_state).plateau_scale)
-        return lambda step: scale * float(self.multiplier(step))
+        return lambda steps: np.broadcast_to(scale * np.asarray(self.multiplier(steps), np.float64), steps.shape)
 
 
 def resolve(config: OptimConfig) -> dict[str, Any]:

@@ -99,6 +99,16 @@ def load_data(run_dir: Path, config: Config) -> tuple[Dataset, Splits]:
     """
     dataset = load_dataset(config.data)
     splits = split_dataset(dataset, config.data)
+    record_data(run_dir, dataset, splits)
+    return dataset, splits
+
+
+def record_data(run_dir: Path, dataset: Dataset, splits: Splits) -> None:
+    """Writes dataset.json and split.csv into the run's folder, or holds the data to what stands there.
+
+    Raises:
+      ValueError: the data are not those the run began with.
+    """
     record = run_dir / "dataset.json"
     if record.exists():
         old = json.loads(record.read_text())["fingerprint"]
@@ -109,7 +119,6 @@ def load_data(run_dir: Path, config: Config) -> tuple[Dataset, Splits]:
     elif jax.process_index() == 0:
         write_split(run_dir / "split.csv", dataset, splits)
         write_text(record, json.dumps(dataset_summary(dataset, splits), indent=2))
-    return dataset, splits
 
 
 def load_run(run_dir: str | Path, which: Which = "best") -> Run:

@@ -40,7 +40,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """train_step(state, batch) -> (state after one update, {"loss", "correct", "count", "grad_norm"}).
 
-    `batch` holds image uint8 [b, h, w, 3], label int32 [b], position int32 [b] (place in the global batch).
+    `batch` holds image uint8 [b, h, w, 3], label int32 [b], position int32 [b] (place in the global batch); or label
+    and feature_map [b, h, w, c] instead, of a frozen backbone that `state` then lacks: nothing is augmented.
     Only the trainable part of the parameters is differentiated. The loss is the mean over the global batch.
     """
 
@@ -51,13 +52,18 @@ def make_train_step(
 
         def loss_fn(trainable: Tree, batch_stats: Tree, micro: Batch, key: jax.Array):
             augment_key, dropout_key = jax.random.split(key)
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(augment_key, micro["position"])
-            images = augment(micro["image"].astype(image_dtype), keys, augmentation)
+            cached = "feature_map" in micro
+            if cached:
+                images = micro["feature_map"]
+            else:
+                keys = jax.vmap(jax.random.fold_in, (None, 0))(augment_key, micro["position"])
+                images = augment(micro["image"].astype(image_dtype), keys, augmentation)
             logits, updates = model.apply(
                 {"params": merge_params(trainable, frozen), "batch_stats": batch_stats},
                 images,
                 train=True,
                 batch_norm=batch_norm,
+                start="feature_map" if cached else "images",
                 rngs={"dropout": dropout_key},
                 mutable=["batch_stats"],
             )

@@ -179,3 +179,28 @@ def test_short_floats_keep_to_xlas_own():
     text = jax.jit(lambda x, k: convolution.conv(x, k, *how)).lower(x, kernel).as_text()
     assert "stablehlo.convolution" in text
     assert "dot_general" not in text
+
+
+@pytest.mark.parametrize(("size", "groups"), [(1, 1), (3, 1), (3, 4)])
+def test_gradients_inside_a_loop_leave_xlas_own_convolution(size, groups):
+    x = jnp.ones((2, 5, 5, 4))
+    kernel = jnp.ones((size, size, 4 // groups, 4))
+
+    def gradients(conv):
+        def scanned(x, kernel):
+            both = jax.grad(lambda x, k: conv(x, k).sum(), argnums=(0, 1))
+            return jax.lax.scan(lambda carry, _: (both(*carry), None), (x, kernel), length=2)
+
+        return jax.make_jaxpr(scanned)(x, kernel)
+
+    plain = functools.partial(convolution.plain, strides=(1, 1), padding=((1, 1), (1, 1)), groups=groups)
+    ours = functools.partial(convolution.conv, padding=((size // 2,) * 2,) * 2, groups=groups)
+    assert convolution.slow_in_loop(gradients(plain))
+    with convolution.inside_loop():
+        assert not convolution.slow_in_loop(gradients(ours))
+        with convolution.traced_for("gpu"):
+            on_gpu = gradients(ours)
+    with convolution.traced_for("gpu"):
+        assert str(on_gpu) == str(gradients(ours)), "nothing changes elsewhere"
+        assert not convolution.slow_in_loop(on_gpu)
+    assert convolution.slow_in_loop(on_gpu)

@@ -22,9 +22,11 @@ FLOORS = [
     ["model"],
     ["steps", "parallel", "checkpoint"],
     ["run"],
-    ["loop", "analysis", "doctor"],
+    ["loop", "analysis", "doctor", "features"],
+    ["heads"],
+    ["compare"],
     ["__init__"],
-    ["cli_attention", "cli_explain", "cli_weights"],
+    ["cli_attention", "cli_compare", "cli_explain", "cli_weights"],
     ["cli"],
     ["__main__"],
 ]

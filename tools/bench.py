@@ -303,12 +303,17 @@ def reset_peak_memory() -> None:
 
 
 def worker(args: argparse.Namespace) -> None:
-    """Answers each line on standard input with the seconds of one step, or the peak memory of the steps."""
+    """Answers one question, or serves a contender's runs."""
     if args.worker in QUESTIONS:
         print(QUESTIONS[args.worker](args))
         return
+    serve(lambda: RUNS[args.worker](args))
+
+
+def serve(make: Callable[[], Run]) -> None:
+    """Makes a run and runs it once; then answers each line on standard input with one more's seconds, or the peak memory since."""
     start = time.perf_counter()
-    run = RUNS[args.worker](args)
+    run = make()
     run()
     first, memory = time.perf_counter() - start, peak_memory()
     reset_peak_memory()

@@ -11,7 +11,6 @@ import logging
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 from bmjax.data.dataset import Dataset
 from bmjax.data.sources import decode_images, hash_files, list_images
+from bmjax.files import remove_leftovers
 
 log = logging.getLogger(__name__)
 VERSION = 2  # of decoding, resizing and the cache's layout; a change makes every cache anew
@@ -88,7 +88,7 @@ def cached(
     if found is not None:
         return found
     cache_dir.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(cache_dir)
+    remove_leftovers(cache_dir)
     need = n * size * size * 3
     if (free := shutil.disk_usage(cache_dir).free) < need:  # writing to a memory map on a full disk kills the process
         raise OSError(f"{cache_dir} has {free / 1e9:.1f} GB free; decoded images need {need / 1e9:.1f} GB")
@@ -143,10 +143,3 @@ def _read(folder: Path, n: int, size: int) -> tuple[np.ndarray, Errors] | None:
         reason = str(e)
     log.warning("%s: damaged (%s); made anew", folder, reason)
     return None
-
-
-def _remove_leftovers(cache_dir: Path) -> None:
-    """What a killed run left half written; a day old, so that no live run's is taken."""
-    for folder in cache_dir.glob(".*.*"):
-        if folder.is_dir() and time.time() - folder.stat().st_mtime > 86400:
-            shutil.rmtree(folder, ignore_errors=True)

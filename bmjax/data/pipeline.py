@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any, cast
@@ -15,6 +16,20 @@ from bmjax.data.dataset import Dataset
 def steps_per_epoch(n: int, batch_size: int) -> int:
     """Steps after which every one of n images has been seen at least once; at least 1."""
     return max(1, math.ceil(n / batch_size))
+
+
+def _shuffled(rows: np.ndarray, batch_size: int, seed: int) -> grain.MapDataset:
+    """Batches of rows: one reshuffled epoch after another without a gap."""
+    source = cast(Any, rows)  # Grain asks for len() and [i]; its types ask for a Sequence
+    return grain.MapDataset.source(source).seed(seed).shuffle().repeat().batch(batch_size, drop_remainder=True)
+
+
+@functools.lru_cache(maxsize=4096)
+def batch_places(n: int, batch_size: int, seed: int, start: int, count: int) -> np.ndarray:
+    """Places among the n training rows that `TrainBatches` puts into its batches `start` to `start + count`: int32
+    [count, b]. Kept, since runs of several variants over the same seeds ask for the same ones; not to be written to."""
+    stream = _shuffled(np.arange(n, dtype=np.int32), batch_size, seed)
+    return np.stack([cast(np.ndarray, stream[k]) for k in range(start, start + count)])
 
 
 class TrainBatches:
@@ -46,10 +61,8 @@ class TrainBatches:
         self._dataset, self._workers, self._size = dataset, workers, batch_size
         local = batch_size // process_count
         self._mine = np.arange(process_index * local, (process_index + 1) * local, dtype=np.int32)
-        source = cast(Any, np.asarray(rows, np.int32))  # Grain asks for len() and [i]; its types ask for a Sequence
-        stream = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
         # Rows are gathered a batch at a time: one fancy index into the memory map instead of b Python objects.
-        self._batches = stream.batch(batch_size, drop_remainder=True).map(self._gather)
+        self._batches = _shuffled(np.asarray(rows, np.int32), batch_size, seed).map(self._gather)
 
     def _gather(self, rows: Any) -> dict[str, np.ndarray]:
         mine = rows[self._mine]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bmjax.data import Dataset
-from bmjax.data.pipeline import TrainBatches, eval_batches, steps_per_epoch
+from bmjax.data.pipeline import TrainBatches, batch_places, eval_batches, steps_per_epoch
 
 
 def dataset_of(n, size=4):
@@ -43,6 +43,14 @@ def test_batch_k_is_the_same_from_any_start(start, workers):
     random_access = make(1)
     for k, batch in itertools.islice(enumerate(make(workers).batches(start), start), 12):
         assert_equal(batch, random_access.batch(k))
+
+
+def test_places_are_those_of_the_batches():
+    rows = np.arange(5, 46)
+    batches = TrainBatches(dataset_of(50), rows, 16, 7)
+    places = batch_places(41, 16, 7, 2, 5)
+    np.testing.assert_array_equal(rows[places], [batches.batch(k)["index"] for k in range(2, 7)])
+    assert (batch_places(41, 16, 8, 2, 5) != places).any()
 
 
 @pytest.mark.parametrize("process_count", [1, 2, 4])

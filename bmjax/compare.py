@@ -1,0 +1,254 @@
+"""Trains attention variants on equal terms, paired over seeds, and sets them side by side.
+
+runs/<name>/<variant>/seed<k> is the run of each; runs/<name>/comparison.json and comparison.md hold the table. Called
+again it goes on where it was: finished runs stay as they are, the others are trained.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from bmjax import heads, loop
+from bmjax.analysis import comparison as statistics
+from bmjax.analysis.evaluation import read_json, read_predictions, read_records
+from bmjax.config import Config
+from bmjax.files import write_text
+from bmjax.model import at_last, count_parameters, create, part_of, resolve
+from bmjax.run import run_folder
+from bmjax.state import split_params
+
+log = logging.getLogger(__name__)
+_NOTE = """Accuracy is the mean over seeds, of each run's best epoch on validation. Intervals: bootstrap over test
+images and seeds, paired for differences, not corrected for their number. Exact test: McNemar's, an image counting
+once, for or against, by the number of seeds that were right about it (so n is that of images, not images times
+seeds); corrected by Holm for the number of variants. A difference counts as shown where the corrected test and the
+interval both show it at 95 %. Images are taken as independent: where several come from one slide, the intervals are
+too narrow. Parameters are those of the attention, FLOPs those of the forward pass beyond the backbone, images/s those
+of training. Each run opened the test split once: a variant chosen by this table needs other data for its final
+figure."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What a variant costs: its parameters, FLOPs of an image's forward pass beyond the backbone, and images/s in
+    training, the median over steps."""
+
+    parameters: int
+    flops: float
+    images_per_second: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """The table: a row of statistics and the cost of each variant, accuracies [variant][seed], and what it is about."""
+
+    name: str
+    baseline: str
+    seeds: tuple[int, ...]
+    n: int
+    about: str
+    rows: tuple[statistics.Row, ...]
+    costs: dict[str, Cost]
+    accuracies: dict[str, tuple[float, ...]]
+
+
+def configurations(config: Config, variants: Sequence[str], seeds: int) -> dict[str, list[Config]]:
+    """The runs of each variant, alike in all but attention and seed: the same split, schedule and budget.
+
+    Options of attention are those of the experiment for the experiment's own variant, and the defaults for the others.
+
+    Raises:
+      ValueError: a variant is given twice or unknown, or there is no seed.
+    """
+    if seeds < 1:
+        raise ValueError(f"--seeds is {seeds}; expected at least 1")
+    folders = [v.replace("/", "_").replace(":", "_") for v in variants]
+    if len(set(folders)) < len(folders):
+        raise ValueError(f"--variants is {' '.join(variants)}; expected each once")
+    base = run_folder(config)
+    tracking = dataclasses.replace(config.tracking, group=config.tracking.group or config.name)
+    train = dataclasses.replace(config.train, final_test=True)
+    configs: dict[str, list[Config]] = {}
+    for variant, folder in zip(variants, folders, strict=True):
+        options = config.model.attention_options if variant == config.model.attention else {}
+        model = resolve(dataclasses.replace(config.model, attention=variant, attention_options=options))
+        create(model, 2, config.train.dtype)  # an unknown name fails here, before anything is trained
+        configs[variant] = [
+            dataclasses.replace(
+                config,
+                name=f"{config.name}-{folder}-{seed}",
+                seed=seed,
+                run_dir=str(base / folder / f"seed{seed}"),
+                model=model,
+                tracking=tracking,
+                train=train,
+            )
+            for seed in range(config.seed, config.seed + seeds)
+        ]
+    return configs
+
+
+def compare(config: Config, variants: Sequence[str], seeds: int = 5, baseline: str = "none") -> Comparison | None:
+    """Trains what is not trained yet and compares on the test split; None where a signal stopped it.
+
+    On cached features where `features.cached` is set. The baseline is trained too where `variants` lack it.
+
+    Raises:
+      ValueError: as `configurations`; or a run's folder holds one of another configuration.
+    """
+    variants = list(variants) if baseline in variants else [baseline, *variants]
+    configs = configurations(config, variants, seeds)
+    count, done, began = sum(map(len, configs.values())), 0, time.perf_counter()
+    shared: heads.Prepared | None = None
+    for variant, runs in configs.items():
+        prepared: heads.Prepared | None = None
+        for run in runs:
+            start = time.perf_counter()
+            if run.features.cached:
+                # Random backbones are the seed's own; pretrained ones are one, and so are their maps.
+                if prepared is None or run.model.weights is None:
+                    prepared = shared = heads.prepare(run, shared if run.model.weights else None)
+                result = heads.train_on_features(run, resume=True, prepared=prepared)
+            else:
+                result = loop.train(run, resume=True)
+            if result.interrupted:
+                return None
+            done += 1
+            accuracy, took = result.metrics["test"]["accuracy"], time.perf_counter() - start
+            log.info("%d of %d: %s, seed %d: %.3f on test, %.1f s", done, count, variant, run.seed, accuracy, took)
+    log.info("%d runs in %.1f min", count, (time.perf_counter() - began) / 60)
+    found = collect(config, configs, baseline)
+    folder = run_folder(config)
+    write_text(folder / "comparison.json", json.dumps(dataclasses.asdict(found), indent=2))
+    write_text(folder / "comparison.md", markdown(found))
+    return found
+
+
+def collect(config: Config, configs: dict[str, list[Config]], baseline: str) -> Comparison:
+    """The comparison of finished runs, from their folders.
+
+    Raises:
+      ValueError: two runs were tested on other images.
+    """
+    hits: dict[str, np.ndarray] = {}
+    first = None
+    for variant, runs in configs.items():
+        rows = []
+        for run in runs:
+            predictions = read_predictions(run.run_dir, "test")
+            if predictions is None:
+                raise ValueError(f"{run.run_dir} has no predictions of the test split; expected a finished run")
+            first = first or predictions
+            if list(predictions.ids) != list(first.ids):
+                raise ValueError(f"{run.run_dir}: tested on other images than {next(iter(configs))}; expected the same")
+            rows.append(predictions.predicted == predictions.labels)
+        hits[variant] = np.stack(rows)
+    assert first is not None  # the baseline is there
+    seeds = tuple(run.seed for run in configs[baseline])
+    return Comparison(
+        name=config.name,
+        baseline=baseline,
+        seeds=seeds,
+        n=len(first.labels),
+        about=_about(configs[baseline][0]),
+        rows=tuple(statistics.compare(hits, baseline)),
+        costs=_costs(configs, len(first.classes)),
+        accuracies={variant: tuple(h.mean(1).tolist()) for variant, h in hits.items()},
+    )
+
+
+def _about(config: Config) -> str:
+    data = read_json(Path(config.run_dir) / "dataset.json")
+    weights = f"weights {Path(config.model.weights).name}" if config.model.weights else "random weights"
+    text = (
+        f"{data['name']}, {data['n']} images at {config.data.image_size} pixels; {config.model.backbone}, {weights}, "
+    )
+    if config.features.cached:
+        views = config.features.views
+        seen = f"{views} augmented views of each training image" if views else "the images as they are"
+        text += f"frozen, on cached features of {seen}; "
+    else:
+        text += "end to end; "
+    epochs = " + ".join(str(stage.epochs) for stage in config.stages)
+    return text + f"{epochs} epochs of {config.optim.name}, batch {config.train.batch_size}"
+
+
+def _costs(configs: dict[str, list[Config]], classes: int) -> dict[str, Cost]:
+    found = {}
+    shape: Any = None
+    for variant, runs in configs.items():
+        config, size = runs[0], runs[0].data.image_size
+        model = create(config.model, classes, config.train.dtype)
+        image = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
+        if at_last(model):
+            shape = shape or _map_shape(model, image)
+            parameters, flops = _forward(model, shape, start="feature_map")
+        else:
+            plain = create(dataclasses.replace(config.model, attention="none", attention_options={}), classes)
+            parameters, flops = _forward(model, image)
+            flops -= _forward(plain, image, output="feature_map")[1]
+        speeds = [r["images_per_second"] for run in runs for r in read_records(run.run_dir, "train")]
+        found[variant] = Cost(parameters, flops, float(np.median(speeds)))
+    return found
+
+
+def _map_shape(model: Any, image: jax.ShapeDtypeStruct) -> Any:
+    def feature_map(x: jax.Array) -> Any:
+        return model.init_with_output(jax.random.key(0), x, output="feature_map")[0]
+
+    return jax.eval_shape(feature_map, image)
+
+
+def _forward(model: Any, x: jax.ShapeDtypeStruct, **options: Any) -> tuple[int, float]:
+    """(parameters of attention, FLOPs of the forward pass as XLA counts them before it optimises)."""
+    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, **options), x)
+    cost = jax.jit(lambda v, x: model.apply(v, x, **options)).lower(variables, x).cost_analysis()
+    own, _ = split_params(variables["params"], lambda path: part_of(path) == "attention")
+    return count_parameters(own), float(cost["flops"]) if cost else float("nan")
+
+
+def markdown(comparison: Comparison) -> str:
+    """The comparison as Markdown: the table, what it is about, and a verdict on each variant."""
+    c, many = comparison, len(comparison.seeds)
+    seeds = f"{many} seed{'s' * (many > 1)} ({', '.join(map(str, c.seeds))})"
+    header = (
+        "variant",
+        "accuracy, % (95 % interval)",
+        f"difference to {c.baseline}, points (95 % interval)",
+        "images for : against",
+        "p, exact",
+        "p, Holm",
+        "parameters",
+        "MFLOP an image",
+        "images/s",
+    )
+    lines = [f"## {c.name}: attention variants on equal terms", "", f"{c.about}. Test: {c.n} images, {seeds}.", ""]
+    lines += [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+    for row in c.rows:
+        cost = c.costs[row.variant]
+        against = [""] * 4
+        if row.difference is not None and row.p is not None and row.p_holm is not None:
+            bounds = f"{100 * row.difference_low:+.1f} to {100 * row.difference_high:+.1f}"  # type: ignore[operator]
+            against = [f"{100 * row.difference:+.1f} ({bounds})", f"{row.better} : {row.worse}"]
+            against += [f"{row.p:.3g}", f"{row.p_holm:.3g}"]
+        cells = [
+            row.variant,
+            f"{100 * row.accuracy:.1f} ({100 * row.low:.1f} to {100 * row.high:.1f})",
+            *against,
+            f"{cost.parameters:,}",
+            f"{cost.flops / 1e6:.2f}",
+            f"{cost.images_per_second:.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", *(f"- {statistics.verdict(r, c.baseline, c.n, many)}" for r in c.rows if r.variant != c.baseline)]
+    lines += ["", _NOTE, ""]
+    return "\n".join(lines)
