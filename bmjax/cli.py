@@ -127,7 +127,7 @@ def predict(options: argparse.Namespace) -> int:
     import pyarrow.csv
     import pyarrow.parquet
 
-    from bmjax.data.sources import decode_images
+    from bmjax.data.decode import decode_files
     from bmjax.loop import Predictor, load_run, predict_probs
 
     run = load_run(options.run, options.which)
@@ -142,7 +142,7 @@ def predict(options: argparse.Namespace) -> int:
     for start in range(0, len(paths), _PREDICT_AT_ONCE):
         part = paths[start : start + _PREDICT_AT_ONCE]
         images = []
-        for path, image in zip(part, decode_images(part, run.config.data.image_size), strict=True):
+        for path, image in zip(part, decode_files(part, run.config.data.image_size), strict=True):
             if isinstance(image, str):
                 errors.append(f"{path}: {image}")
             else:
@@ -170,10 +170,10 @@ def _classes_of(config: Config) -> tuple[int, str]:
         from bmjax.data.synthetic import CLASSES
 
         return len(CLASSES), "rendered cells"
-    from bmjax.data.sources import list_images
+    from bmjax.data import list_source
 
     try:
-        return len(list_images(config.data.root)[0]), config.data.root
+        return len(list_source(config.data).classes), config.data.root
     except FileNotFoundError:
         return 7, "assumed, for data.root is not there"
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from bmjax.checkpoint import Checkpoints
 from bmjax.config import Config, from_json, to_json
-from bmjax.data import Dataset, Splits, dataset_summary, load_dataset, split_dataset, write_split
+from bmjax.data import Dataset, Splits, dataset_summary, load_dataset, read_split, split_dataset, write_split
 from bmjax.files import write_text
 from bmjax.model import Classifier, create, init, resolve
 from bmjax.state import Tree
@@ -98,7 +98,6 @@ def load_data(run_dir: Path, config: Config) -> tuple[Dataset, Splits]:
       ValueError: the data are not those the run began with.
     """
     dataset = load_dataset(config.data)
-    splits = split_dataset(dataset, config.data)
     record = run_dir / "dataset.json"
     if record.exists():
         old = json.loads(record.read_text())["fingerprint"]
@@ -106,7 +105,10 @@ def load_data(run_dir: Path, config: Config) -> tuple[Dataset, Splits]:
             raise ValueError(
                 f"{record}: the run began with data {old[:16]}; expected those, found {dataset.fingerprint[:16]}"
             )
-    elif jax.process_index() == 0:
+        # The record and not the rule: a list of duplicates or a manifest may have changed meanwhile.
+        return dataset, read_split(run_dir / "split.csv", dataset)
+    splits = split_dataset(dataset, config.data)
+    if jax.process_index() == 0:
         write_split(run_dir / "split.csv", dataset, splits)
         write_text(record, json.dumps(dataset_summary(dataset, splits), indent=2))
     return dataset, splits

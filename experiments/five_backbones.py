@@ -10,7 +10,16 @@ larger images.
 from collections.abc import Iterator
 from typing import Any
 
-from bmjax.config import AugmentConfig, Config, DataConfig, HeadConfig, ModelConfig, OptimConfig, StageConfig, TrainConfig
+from bmjax.config import (
+    AugmentConfig,
+    Config,
+    DataConfig,
+    HeadConfig,
+    ModelConfig,
+    OptimConfig,
+    StageConfig,
+    TrainConfig,
+)
 
 
 def config() -> Config:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from bmjax.config import DataConfig
 from bmjax.data import load_dataset
-from bmjax.data.sources import MAX_PIXELS, decode_image
+from bmjax.data.decode import MAX_PIXELS, decode_image
 
 SIZE = 16
 

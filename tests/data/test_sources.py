@@ -13,7 +13,8 @@ from bmjax.config import DataConfig
 from bmjax.data import cache as cache_module
 from bmjax.data import load_dataset
 from bmjax.data.cache import cached
-from bmjax.data.sources import decode_image, list_images
+from bmjax.data.decode import decode_image
+from bmjax.data.sources import list_folder
 
 
 def save(path, colour, size=(20, 20)):
@@ -57,19 +58,19 @@ def test_classes_are_sorted_folders_and_other_files_are_passed_over(tree, config
 
 def test_errors_name_the_path_and_what_was_expected(tree, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere'; expected a folder with one sub-folder a class"):
-        list_images(tmp_path / "nowhere")
+        list_folder(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"'data.root' is ''; expected a folder"):
-        list_images("")
+        list_folder("")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty: sub-folders found: none; expected at least two"):
-        list_images(tmp_path / "empty")
+        list_folder(tmp_path / "empty")
     save(tmp_path / "one" / "BLA" / "a.png", (0, 0, 0))
     with pytest.raises(ValueError, match=r"one: sub-folders found: BLA; expected at least two"):
-        list_images(tmp_path / "one")
+        list_folder(tmp_path / "one")
     (tree / "PMO").mkdir()
     (tree / "PMO" / "a.doc").write_text("no image")
     with pytest.raises(ValueError, match=r"PMO holds no image; expected files ending in .*\.png"):
-        list_images(tree)
+        list_folder(tree)
 
 
 def test_resize_is_pillows_bilinear_to_a_square(tmp_path):
@@ -83,7 +84,7 @@ def test_resize_is_pillows_bilinear_to_a_square(tmp_path):
 
 def test_images_are_decoded_once(config, monkeypatch):
     first = load_dataset(config, progress=False)
-    monkeypatch.setattr("bmjax.data.cache.decode_images", lambda paths, size: iter(()))
+    monkeypatch.setattr("bmjax.data.cache.decode_images", lambda read, n, size: iter(()))
     second = load_dataset(config, progress=False)
     np.testing.assert_array_equal(first.images, second.images)
     assert (first.fingerprint, first.hashes) == (second.fingerprint, second.hashes)
@@ -133,7 +134,7 @@ def test_a_kill_leaves_no_cache_that_is_read(config, tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
 
-    def half(paths, size):
+    def half(read, n, size):
         yield np.zeros((size, size, 3), np.uint8)
         raise Killed
 

@@ -108,9 +108,9 @@ def test_written_and_read_back(tmp_path):
         np.testing.assert_array_equal(getattr(back, name), getattr(splits, name))
     with open(tmp_path / "split.csv", newline="", errors="surrogateescape") as f:
         rows = list(csv.reader(f))
-    assert rows[0] == ["path", "sha256", "label", "split"]
+    assert rows[0] == ["path", "sha256", "label", "group", "split"]
     assert len(rows) == 201
-    assert rows[1] == [dataset.ids[0], dataset.hashes[0], "a", rows[1][3]]
+    assert rows[1] == [dataset.ids[0], dataset.hashes[0], "a", "", rows[1][4]]
     assert [p.name for p in tmp_path.iterdir()] == ["split.csv"]
 
 
