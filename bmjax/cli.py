@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from bmjax import cli_weights
+from bmjax import cli_data, cli_weights
 from bmjax.config import Config, from_json, to_json
 from bmjax.experiment import load_experiment, override, sweep
 
@@ -345,6 +345,7 @@ def _parser() -> argparse.ArgumentParser:
     p = verbs.add_parser("list", help="list what there is by name")
     p.add_argument("kind", nargs="?", choices=("attention", "backbones", "optimizers", "weights"))
     cli_weights.add_parser(verbs)
+    cli_data.add_parser(verbs)
     verbs.add_parser("doctor", help="check the environment for known traps")
     return parser
 
@@ -368,7 +369,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.verb in ("train", "show"):
             return {"train": train, "show": show}[options.verb](options, rest)
         by_verb = {"eval": evaluate, "predict": predict, "list": list_names, "doctor": doctor}
-        return (by_verb | {"weights": cli_weights.run})[options.verb](options)
+        return (by_verb | {"weights": cli_weights.run, "data": cli_data.run})[options.verb](options)
     except (ValueError, OSError, FloatingPointError) as e:
         if os.environ.get("BMJAX_DEBUG"):
             raise

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "bmjax"
 # Lowest first. A package's name stands for every module in it; they may import each other without a circle.
 FLOORS = [
     ["config", "registry", "environment", "files", "convolution"],
-    ["layers", "losses", "metrics", "optim", "tracking", "experiment"],
+    ["layers", "losses", "metrics", "optim", "tracking", "experiment", "download"],
     ["dense_block"],
     ["state", "attention", "backbones", "data"],
     ["weights"],
@@ -24,7 +24,7 @@ FLOORS = [
     ["run"],
     ["loop", "analysis", "doctor"],
     ["__init__"],
-    ["cli_weights"],
+    ["cli_weights", "cli_data"],
     ["cli"],
     ["__main__"],
 ]
