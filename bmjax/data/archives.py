@@ -8,7 +8,7 @@ import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +100,7 @@ def _tar_members(path: Path) -> dict[str, Read]:
         raise ValueError(f"{path}: a compressed tar has no random access; expected a plain .tar or a .zip") from e
     members: dict[str, Read] = {}
     with archive:
-        for info in archive:
+        for info in _infos(path, archive):
             _check_name(path, info.name)
             if info.isdir():
                 continue
@@ -111,11 +111,20 @@ def _tar_members(path: Path) -> dict[str, Read]:
     return members
 
 
+def _infos(path: Path, archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members; a ValueError where the archive breaks off, which tarfile takes for its end between two members."""
+    try:
+        yield from archive
+    except tarfile.ReadError as e:
+        raise ValueError(f"{path}: {e}") from e
+    with path.open("rb") as f:
+        f.seek(archive.offset)
+        if f.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+            raise ValueError(f"{path}: unexpected end of data; expected a block of zeros there")
+
+
 def _read_tarred(path: Path, info: tarfile.TarInfo) -> bytes:
     _limited(info.size)
     with path.open("rb") as f:
         f.seek(info.offset_data)
-        data = f.read(info.size)
-    if len(data) < info.size:
-        raise ValueError(f"the archive ends after {len(data)} of {info.size} bytes")
-    return data
+        return f.read(info.size)

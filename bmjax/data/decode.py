@@ -29,10 +29,9 @@ def read_file(path: str | Path) -> bytes:
       OSError: not there or not to be read.
     """
     with open(path, "rb") as f:
-        data = f.read(MAX_BYTES + 1)
-    if len(data) > MAX_BYTES:
-        raise ValueError(f"{os.path.getsize(path)} bytes; expected at most {MAX_BYTES}")
-    return data
+        if (size := os.fstat(f.fileno()).st_size) > MAX_BYTES:
+            raise ValueError(f"{size} bytes; expected at most {MAX_BYTES}")
+        return f.read()
 
 
 def _deep(image: Image.Image) -> Image.Image:
