@@ -3,6 +3,9 @@
 import json
 import logging
 import os
+import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -152,6 +155,43 @@ def test_a_kill_leaves_no_cache_that_is_read(config, tmp_path, monkeypatch):
     os.utime(leftover, (time.time() - 2 * 86400,) * 2)
     load_dataset(DataConfig(**{**vars(config), "image_size": 20}), progress=False)
     assert not leftover.exists()
+
+
+KILLED = """
+import os, signal, sys
+import numpy as np
+from pathlib import Path
+from bmjax.data.cache import cached
+
+def pictures():
+    for i in range(100):
+        if i == 60:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield np.full((64, 64, 3), i, np.uint8)
+
+cached(Path(sys.argv[1]), "key", 100, 64, pictures(), progress=False)
+"""
+
+
+def test_sigkill_while_the_cache_is_written(tmp_path):
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    (leftover,) = tmp_path.iterdir()
+    assert leftover.name.startswith(".key.")
+    pictures = [np.full((64, 64, 3), i, np.uint8) for i in range(100)]
+    images, _ = cached(tmp_path, "key", 100, 64, iter(pictures), progress=False)
+    np.testing.assert_array_equal(images, np.stack(pictures))
+
+
+def test_one_changed_file_is_decoded_anew(tree, config):
+    before = load_dataset(config, progress=False)
+    save(tree / "BLA" / "2.png", (1, 2, 3))
+    after = load_dataset(config, progress=False)
+    row = after.ids.index("BLA/2.png")
+    np.testing.assert_array_equal(after.images[row, 0, 0], (1, 2, 3))
+    others = [i for i in range(8) if i != row]
+    np.testing.assert_array_equal(after.images[others], before.images[others])
+    assert [a == b for a, b in zip(after.hashes, before.hashes, strict=True)] == [i != row for i in range(8)]
 
 
 def test_two_runs_that_make_one_cache_both_get_it(tmp_path):

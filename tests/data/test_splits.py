@@ -1,6 +1,7 @@
 """Splits: by content, stable, stratified in expectation, and recorded."""
 
 import csv
+import dataclasses
 import json
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 from bmjax.config import DataConfig
 from bmjax.data import Dataset, dataset_summary, read_split, split_dataset, write_split
-from bmjax.data.splits import NAMES, side_of
+from bmjax.data.splits import NAMES, cross_validation, side_of
 
 
 def dataset_of(hashes, labels, classes=("a", "b")):
@@ -96,6 +97,179 @@ def test_a_class_missing_in_a_split_is_an_error_that_helps():
     hopeless = dataset_of([f"{i:064x}" for i in range(202)], [0] * 200 + [1] * 2)
     with pytest.raises(ValueError, match=r"'b' \(2 images\).*: add images$"):
         split_dataset(hopeless, DataConfig())
+
+
+def grouped(n=600, groups=60, classes=3):
+    """Images of patients, several classes each."""
+    dataset = numbered(n, classes)
+    return dataclasses.replace(dataset, groups=tuple(f"p{i // (n // groups)}" for i in range(n)))
+
+
+def test_a_group_is_on_one_side():
+    dataset, config = grouped(), DataConfig(split_by="group")
+    found = sides(dataset, config)
+    by_group = {g: {found[dataset.ids[i]] for i in range(600) if dataset.groups[i] == g} for g in set(dataset.groups)}
+    assert all(len(names) == 1 for names in by_group.values())
+    assert set.union(*by_group.values()) == set(NAMES)
+    # More images of known patients, and further patients, move none.
+    more = grouped(1200, 60)
+    more = dataclasses.replace(more, groups=(*dataset.groups, *(f"p{i % 90}" for i in range(600))))
+    after = sides(more, config)
+    assert {name: after[name] for name in found} == found
+
+
+def test_a_copy_joins_two_groups():
+    dataset, config = grouped(), DataConfig(split_by="group")
+    found = sides(dataset, config)
+    first = {found[dataset.ids[i]]: i for i in (0, *range(10, 600, 10))}
+    a, b = first["train"], first["test"]
+    joined = dataclasses.replace(
+        dataset, hashes=tuple(dataset.hashes[a] if i == b else h for i, h in enumerate(dataset.hashes))
+    )
+    after = sides(joined, config)
+    both = [i for i in range(600) if dataset.groups[i] in (dataset.groups[a], dataset.groups[b])]
+    assert len({after[dataset.ids[i]] for i in both}) == 1
+    others = [dataset.ids[i] for i in range(600) if i not in both]
+    assert [after[i] for i in others] == [found[i] for i in others]
+
+
+def test_images_without_a_group_are_named():
+    with pytest.raises(ValueError, match=r"d has no group; expected one for each image"):
+        split_dataset(numbered(100), DataConfig(split_by="group"))
+    lacking = dataclasses.replace(grouped(), groups=("", *grouped().groups[1:]))
+    with pytest.raises(ValueError, match=r"1 images, the first 'a/0\.png', have no group"):
+        split_dataset(lacking, DataConfig(split_by="group"))
+
+
+def test_blocks_of_neighbouring_numbers():
+    dataset = numbered(2000)
+    ids = tuple(f"{'ab'[i % 2]}/{1 + i // 1000}/{'ab'[i % 2].upper()}_{i // 2:05d}.jpg" for i in range(2000))
+    dataset, config = dataclasses.replace(dataset, ids=ids), DataConfig(split_by="block", block_size=20)
+    found = sides(dataset, config)
+    blocks = [{found[ids[2 * i + k]] for i in range(20 * b, 20 * b + 20)} for b in range(50) for k in range(2)]
+    assert all(len(names) == 1 for names in blocks)
+    assert set.union(*blocks) == set(NAMES)
+    # A block of one class says nothing of the other's.
+    assert any(blocks[2 * b] != blocks[2 * b + 1] for b in range(50))
+    with pytest.raises(ValueError, match=r"a/cell\.png: no number in the file's name"):
+        split_dataset(dataclasses.replace(dataset, ids=("a/cell.png", *ids[1:])), config)
+
+
+@pytest.mark.parametrize("sizes", [(7, 40, 333), (20, 21, 22)])
+def test_stratified_shares_are_exact(sizes):
+    labels = np.repeat(np.arange(3), sizes)
+    dataset = dataset_of([f"{i:064x}" for i in range(len(labels))], labels, ("a", "b", "c"))
+    splits = split_dataset(dataset, DataConfig(stratify=True))
+    for name, share in zip(NAMES, (0.7, 0.15, 0.15), strict=True):
+        counts = np.bincount(labels[getattr(splits, name)], minlength=3)
+        assert np.abs(counts - np.array(sizes) * share).max() < 1
+    # Those of the marrow collection's rarest class, too few for chance.
+    few = dataset_of([f"{i:064x}" for i in range(208)], [0] * 200 + [1] * 8)
+    assert [int((few.labels[getattr(split_dataset(few, DataConfig(stratify=True)), n)] == 1).sum()) for n in NAMES] == [
+        6,
+        1,
+        1,
+    ]
+
+
+def test_added_files_move_few_when_stratified_and_none_with_a_manifest(tmp_path):
+    config = DataConfig(stratify=True)
+    few, many = numbered(1000), numbered(1100)
+    before, after = sides(few, config), sides(many, config)
+    moved = sum(after[name] != before[name] for name in before)
+    assert 0 < moved < 50
+    write_split(tmp_path / "split.csv", few, split_dataset(few, config))
+    grown = sides(many, dataclasses.replace(config, manifest=str(tmp_path / "split.csv")))
+    assert {name: grown[name] for name in before} == before
+    for label in (0, 1):
+        counts = [sum(grown[many.ids[i]] == name for i in range(1100) if many.labels[i] == label) for name in NAMES]
+        assert np.abs(np.array(counts) - 550 * np.array(config.split)).max() < 1.5
+
+
+@pytest.mark.parametrize("stratify", [False, True])
+def test_folds(stratify):
+    dataset = numbered(3000, classes=3)
+    tests = []
+    for override in cross_validation(5):
+        config = DataConfig(stratify=stratify, **{name.removeprefix("data."): v for name, v in override.items()})
+        splits = split_dataset(dataset, config)
+        assert sorted(np.concatenate([splits.train, splits.val, splits.test])) == list(range(3000))
+        tests.append(splits.test)
+        share = len(splits.val) / (len(splits.train) + len(splits.val))
+        assert abs(share - 0.15 / 0.85) < (0.002 if stratify else 0.03)
+        if stratify:
+            assert np.bincount(dataset.labels[splits.test]).tolist() == [200] * 3
+    assert sorted(np.concatenate(tests)) == list(range(3000)), "each image is tested once"
+
+
+def test_folds_are_stable_and_repeats_differ():
+    few, many = numbered(300), numbered(900)
+    for fold in (0, 2):
+        config = DataConfig(folds=3, fold=fold)
+        before, after = sides(few, config), sides(many, config)
+        assert {name: after[name] for name in before} == before
+    overrides = list(cross_validation(3, repeats=2))
+    assert len(overrides) == len({tuple(o.items()) for o in overrides}) == 6
+    assert sides(few, DataConfig(folds=3, split_seed=1)) != sides(few, DataConfig(folds=3, split_seed=0))
+
+
+@pytest.mark.parametrize("options", [{}, {"stratify": True}, {"folds": 4, "fold": 1}, {"split_by": "group"}])
+def test_near_duplicates_stay_together(tmp_path, options):
+    dataset = grouped()
+    rng = np.random.default_rng(0)
+    pairs = rng.permutation(600)[:200].reshape(100, 2)
+    rows = [(dataset.ids[i], f"g{k}") for k, pair in enumerate(pairs) for i in pair]
+    (tmp_path / "near.csv").write_text("path,group\n" + "".join(f"{path},{group}\n" for path, group in rows))
+    # Groups that near duplicates join are one: with all 60 patients joined there would be nothing to split.
+    if options.get("split_by") == "group":
+        rows = rows[:6]
+        (tmp_path / "near.csv").write_text("path,group\n" + "".join(f"{path},{group}\n" for path, group in rows))
+        pairs = pairs[:3]
+    found = sides(dataset, DataConfig(duplicates=str(tmp_path / "near.csv"), **options))
+    assert all(found[dataset.ids[i]] == found[dataset.ids[j]] for i, j in pairs)
+    alone = sides(dataset, DataConfig(**options))
+    assert any(alone[dataset.ids[i]] != alone[dataset.ids[j]] for i, j in pairs)
+    (tmp_path / "near.csv").write_text("path,group\nz.png,1\n")
+    with pytest.raises(ValueError, match=r"'z\.png' is no image of d"):
+        split_dataset(dataset, DataConfig(duplicates=str(tmp_path / "near.csv")))
+
+
+def test_a_source_may_bring_its_split_and_leave_some_open(caplog):
+    dataset = numbered(300)
+    given = ("train", "val", "test", "", "") * 60
+    found = sides(dataclasses.replace(dataset, sides=given), DataConfig())
+    drawn = sides(dataset, DataConfig())
+    for i, side in enumerate(given):
+        assert found[dataset.ids[i]] == (side or drawn[dataset.ids[i]])
+    assert caplog.text == ""
+    torn = dataclasses.replace(dataset, sides=given, hashes=(dataset.hashes[2], *dataset.hashes[1:]))
+    split_dataset(torn, DataConfig())
+    assert "1 images stand on another side than their copies" in caplog.text
+
+
+def test_a_manifest_is_a_record_that_can_be_given_back(tmp_path):
+    dataset = grouped()
+    splits = split_dataset(dataset, DataConfig(split_by="group", split_seed=3))
+    write_split(tmp_path / "split.csv", dataset, splits)
+    again = split_dataset(dataset, DataConfig(manifest=str(tmp_path / "split.csv")))
+    for name in NAMES:
+        np.testing.assert_array_equal(getattr(again, name), getattr(splits, name))
+    header, first = (tmp_path / "split.csv").read_text().splitlines()[:2]
+    assert header == "path,sha256,label,group,split"
+    assert first.split(",")[:4] == [dataset.ids[0], dataset.hashes[0], "a", "p0"]
+    changed = dataclasses.replace(dataset, hashes=("e" * 64, *dataset.hashes[1:]))
+    with pytest.raises(ValueError, match=r"split\.csv: 'a/0\.png' is .*; expected eeee"):
+        split_dataset(changed, DataConfig(manifest=str(tmp_path / "split.csv")))
+
+
+def test_manifests_of_before_groups_were_kept_are_read(tmp_path):
+    dataset = numbered(50)
+    lines = [
+        f"{p},{h},{dataset.classes[k]},{NAMES[i % 3]}"
+        for i, (p, h, k) in enumerate(zip(dataset.ids, dataset.hashes, dataset.labels, strict=True))
+    ]
+    (tmp_path / "split.csv").write_text("\n".join(["path,sha256,label,split", *lines]))
+    assert read_split(tmp_path / "split.csv", dataset).val.tolist() == list(range(1, 50, 3))
 
 
 def test_written_and_read_back(tmp_path):
