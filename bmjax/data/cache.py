@@ -77,7 +77,7 @@ def listed_dataset(
             where = os.path.join(listing.origin, name)
             raise ValueError(f"{where}: none of its images can be read; expected at least one")
     return Dataset(
-        name=listing.name,
+        name=listing.name or Path(listing.origin).resolve().name,
         classes=listing.classes,
         images=images,
         labels=labels,

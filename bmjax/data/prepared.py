@@ -70,7 +70,8 @@ def list_tfds(root: str | Path) -> Listing:
             names.append(row["path"].decode() if "path" in features else f"{i:06d}")
             labels.append(int(row["label"]))
         parts[split] = _Part(names, labels, [""] * len(names), lambda i, rows=rows: rows[i]["image"])
-    return _listing(str(root), features["label"].names, parts)
+    listing = _listing(str(root), features["label"].names, parts)
+    return dataclasses.replace(listing, name=builder.info.full_name)
 
 
 def list_huggingface(root: str | Path) -> Listing:

@@ -35,14 +35,11 @@ class Listing:
     read: Callable[[int], bytes]
     groups: tuple[str, ...] = ()
     sides: tuple[str, ...] = ()
+    name: str = ""
+    """What the data set calls itself; empty: by the last part of `origin`."""
 
     def __len__(self) -> int:
         return len(self.ids)
-
-    @property
-    def name(self) -> str:
-        """The last part of where the images are."""
-        return Path(self.origin).resolve().name
 
 
 def is_image_name(path: str) -> bool:
@@ -101,21 +98,22 @@ def list_folder(root: str | Path) -> Listing:
         labels += [label] * len(images)
     if passed_over:
         log.info("%s: %d files that aren't images are passed over", root, passed_over)
-    return listing_of_files(root, tuple(folders), ids, labels)
+    return _listing_of_files(root, tuple(folders), ids, labels)
 
 
-def listing_of_files(
-    folder: Path, classes: tuple[str, ...], ids: Sequence[str], labels: Sequence[int], **known: tuple[str, ...]
+def _listing_of_files(
+    folder: Path,
+    classes: tuple[str, ...],
+    ids: Sequence[str],
+    labels: Sequence[int],
+    groups: Sequence[str] = (),
+    sides: Sequence[str] = (),
 ) -> Listing:
-    """A listing of files, `ids` their paths in a folder."""
-    return Listing(
-        origin=str(folder),
-        classes=classes,
-        ids=tuple(ids),
-        labels=np.array(labels, np.int32),
-        read=lambda i: read_file(os.path.join(folder, ids[i])),
-        **known,
-    )
+    def read(i: int) -> bytes:
+        return read_file(os.path.join(folder, ids[i]))
+
+    labels_of = np.array(labels, np.int32)
+    return Listing(str(folder), classes, tuple(ids), labels_of, read, tuple(groups), tuple(sides))
 
 
 def list_table(path: str | Path) -> Listing:
@@ -147,8 +145,7 @@ def list_table(path: str | Path) -> Listing:
             f"expected paths that count from {folder}"
         )
     number = {name: i for i, name in enumerate(classes)}
-    known = {
-        "groups": tuple(columns["group"]) if any(columns["group"]) else (),
-        "sides": tuple(SIDES[s] for s in columns["split"]) if any(columns["split"]) else (),
-    }
-    return listing_of_files(folder, classes, ids, [number[name] for name in names], **known)
+    labels = [number[name] for name in names]
+    groups = columns["group"] if any(columns["group"]) else ()
+    sides = [SIDES[split] for split in columns["split"]] if any(columns["split"]) else ()
+    return _listing_of_files(folder, classes, ids, labels, groups, sides)

@@ -60,6 +60,7 @@ def test_marrow_tree_becomes_array_record(tree, tmp_path, capsys):
     assert "tensorflow" not in sys.modules
     config = DataConfig(source="tfds", root=str(folder), image_size=16, cache_dir=str(tmp_path / "cache"))
     dataset = load_dataset(config, progress=False)
+    assert dataset.name == "bm_cytomorphology/all_partial/1.0.0"
     np.testing.assert_array_equal(dataset.images[7], decode_image(tree / dataset.ids[7], 16))
     info = (folder / "dataset_info.json").read_text()
     assert "10.7937/TCIA.AXH3-T579" in info

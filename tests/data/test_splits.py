@@ -7,9 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from bmjax.config import DataConfig
+from bmjax.config import Config, DataConfig, from_json, to_json
 from bmjax.data import Dataset, dataset_summary, read_split, split_dataset, write_split
 from bmjax.data.splits import NAMES, cross_validation, side_of
+from bmjax.run import load_data
 
 
 def dataset_of(hashes, labels, classes=("a", "b")):
@@ -260,6 +261,35 @@ def test_a_manifest_is_a_record_that_can_be_given_back(tmp_path):
     changed = dataclasses.replace(dataset, hashes=("e" * 64, *dataset.hashes[1:]))
     with pytest.raises(ValueError, match=r"split\.csv: 'a/0\.png' is .*; expected eeee"):
         split_dataset(changed, DataConfig(manifest=str(tmp_path / "split.csv")))
+
+
+def test_a_run_keeps_its_split_when_a_list_it_was_made_with_changes(tmp_path):
+    near = tmp_path / "near.csv"
+    near.write_text("path,group\nBLA/00000,1\nNGS/00003,1\n")
+    data = DataConfig(image_size=16, synthetic_per_class=30, cache_dir=str(tmp_path / "cache"), duplicates=str(near))
+    (tmp_path / "run").mkdir()
+    dataset, first = load_data(tmp_path / "run", Config(data=data))
+    side = {dataset.ids[i]: name for name in NAMES for i in getattr(first, name)}
+    assert side["BLA/00000"] == side["NGS/00003"]
+    # Near duplicates of each side: the rule would now move some.
+    near.write_text("path,group\n" + "".join(f"{dataset.ids[getattr(first, name)[0]]},1\n" for name in NAMES))
+    _, again = load_data(tmp_path / "run", Config(data=data))
+    assert (split_dataset(dataset, data).test.tolist(), again.test.tolist()) != (first.test.tolist(),) * 2
+    for name in NAMES:
+        np.testing.assert_array_equal(getattr(again, name), getattr(first, name))
+
+
+def test_settings_of_before_and_wrong_ones():
+    old = json.loads(to_json(Config()))
+    for name in ("split_by", "block_size", "stratify", "folds", "fold", "duplicates", "manifest"):
+        del old["data"][name]
+    assert from_json(json.dumps(old)) == Config()
+    for wrong in ({"folds": 1}, {"folds": 5, "fold": 5}, {"fold": 1}, {"block_size": 0}):
+        with pytest.raises(ValueError, match=r"config field 'data\.(folds|fold|block_size)' is \d"):
+            DataConfig(**wrong)
+    old["data"]["split_by"] = "patient"
+    with pytest.raises(ValueError, match=r"data\.split_by\s+Input should be 'image', 'group' or 'block'"):
+        from_json(json.dumps(old))
 
 
 def test_manifests_of_before_groups_were_kept_are_read(tmp_path):

@@ -103,17 +103,13 @@ class BmCytomorphology(tfds.core.GeneratorBasedBuilder):
         CytomorphologyConfig(name="seven", description=", ".join(SEVEN), mapping={name: name for name in SEVEN}),
     ]
 
-    @property
-    def _mapping(self) -> Mapping[str, str]:
-        config: Any = self.builder_config
-        return config.mapping
-
     def _info(self) -> tfds.core.DatasetInfo:
-        names = sorted(set(self._mapping.values()))
-        members = {name: [f"{k}: {CLASSES[k]}" for k, v in self._mapping.items() if v == name] for name in names}
+        config: Any = self.builder_config
+        names = sorted(set(config.mapping.values()))
+        members = {name: [f"{k}: {CLASSES[k]}" for k, v in config.mapping.items() if v == name] for name in names}
         return tfds.core.DatasetInfo(
             builder=self,
-            description=f"{self.__doc__} {self.builder_config.description}",
+            description=f"{self.__doc__} {config.description}",
             features=tfds.features.FeaturesDict(
                 {
                     "image": tfds.features.Image(shape=(None, None, 3), encoding_format="jpeg"),
@@ -135,12 +131,12 @@ class BmCytomorphology(tfds.core.GeneratorBasedBuilder):
         config: Any = self.builder_config
         paths = {path: class_of(root, path) for path in images_below(root)}
         counts = Counter(paths.values())
-        wrong = [f"{k} {counts[k]} (published: {COUNTS[k]})" for k in self._mapping if counts[k] != COUNTS[k]]
+        wrong = [f"{k} {counts[k]} (published: {COUNTS[k]})" for k in config.mapping if counts[k] != COUNTS[k]]
         if config.complete and wrong:
             raise ValueError(f"{root}: images found: {', '.join(wrong)}; expected the whole collection")
         for path, abbreviation in paths.items():
-            if abbreviation in self._mapping:
-                label = self._mapping[abbreviation]
+            if abbreviation in config.mapping:
+                label = config.mapping[abbreviation]
                 yield path, {"image": str(root / path), "label": label, "path": path}
 
 
