@@ -69,7 +69,10 @@ def _limited(size: int) -> None:
 
 
 def _zip_members(path: Path) -> dict[str, Read]:
-    archive = zipfile.ZipFile(path)  # stays open: it is read by many threads until the listing is gone
+    try:
+        archive = zipfile.ZipFile(path)  # stays open: it is read by many threads until the listing is gone
+    except zipfile.BadZipFile as e:
+        raise ValueError(f"{path}: {e}") from e
     members: dict[str, Read] = {}
     for info in archive.infolist():
         _check_name(path, info.filename)

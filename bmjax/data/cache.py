@@ -25,13 +25,13 @@ from bmjax.data.decode import decode_images
 from bmjax.data.sources import Listing
 
 log = logging.getLogger(__name__)
-VERSION = 3  # of decoding, resizing and the cache's layout; a change makes every cache anew
+VERSION = 2  # of decoding, resizing and the cache's layout; a change makes every cache anew
 Errors = dict[int, str]
 
 
 def fingerprint(entries: Sequence[tuple[str, str, int]], image_size: int) -> str:
-    """sha256 over (path, content hash, label) of every image, the image size and the version of decoding."""
-    return hashlib.sha256(json.dumps([VERSION, image_size, sorted(entries)]).encode()).hexdigest()
+    """sha256 over (path, content hash, label) of every image in order, the image size and the version of decoding."""
+    return hashlib.sha256(json.dumps([VERSION, image_size, entries]).encode()).hexdigest()
 
 
 def hash_images(listing: Listing) -> list[str]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from bmjax.data.decode import read_file
 from bmjax.data.sources import SIDES, Listing
 
 
@@ -91,6 +90,8 @@ def list_huggingface(root: str | Path) -> Listing:
         message = "config field 'data.source' is 'huggingface', which needs the library datasets"
         raise ValueError(f"{message}; expected it to be installed: pip install 'bmjax[huggingface]'") from e
 
+    import pyarrow.compute
+
     loaded = datasets.load_from_disk(str(root))
     loaded = loaded if isinstance(loaded, datasets.DatasetDict) else {"": loaded}
     tables = {}
@@ -108,14 +109,17 @@ def list_huggingface(root: str | Path) -> Listing:
         images = table["image"]
         values = table["label"].to_pylist()
         labels = values if isinstance(label, datasets.ClassLabel) else [classes.index(str(v)) for v in values]
-        paths = [image["path"].as_py() for image in images]
+        paths = pyarrow.compute.struct_field(images, "path").to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
         names = [f"{i:06d}-{Path(path).name}" if path else f"{i:06d}" for i, path in enumerate(paths)]
         groups = (
             [str(g or "") for g in table["group"].to_pylist()] if "group" in table.column_names else [""] * len(names)
         )
-        parts[split] = _Part(names, labels, groups, lambda i, images=images: _image_bytes(images[i].as_py()))
+        parts[split] = _Part(names, labels, groups, lambda i, images=images: _bytes_of(images[i].as_py()))
     return _listing(str(root), classes, parts)
 
 
-def _image_bytes(image: dict) -> bytes:
-    return image["bytes"] if image["bytes"] is not None else read_file(image["path"])
+def _bytes_of(image: dict[str, Any] | None) -> bytes:
+    # save_to_disk takes the bytes of every file along, so a row without bytes has no image.
+    if image is None or image["bytes"] is None:
+        raise ValueError("the row has no image")
+    return image["bytes"]

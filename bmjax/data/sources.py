@@ -119,13 +119,14 @@ def _listing_of_files(
 def list_table(path: str | Path) -> Listing:
     """A CSV or parquet file with the columns path, label and, where known, split (train, val, test or "") and group.
 
-    Paths count from the table's folder; the classes are the labels there are, sorted as text.
+    Paths count from the table's folder unless they are absolute; the classes are the labels there are, sorted as text.
 
     Raises:
       FileNotFoundError: the table, or an image that it names, is not there.
       ValueError: a column, a path, a label or a split is missing or wrong, or a path stands twice; names it.
     """
     columns = read_columns(path, ("path", "label"), ("split", "group"))
+    columns = {name: [value.strip() for value in values] for name, values in columns.items()}  # "a.png, BLA"
     ids, names = columns["path"], columns["label"]
     for row, (image, label, split) in enumerate(zip(ids, names, columns["split"], strict=True), 1):
         if not image or not label:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def read_columns(path: str | Path, needed: Sequence[str], optional: Sequence[str] = ()) -> dict[str, list[str]]:
-    """The columns named, as text without spaces around it; optional ones that aren't there are full of "".
+    """The columns named, as text; optional ones that aren't there are full of "".
 
     A first line names the columns; others than those asked for are passed over.
 
@@ -42,4 +42,4 @@ def read_columns(path: str | Path, needed: Sequence[str], optional: Sequence[str
     if missing := [name for name in needed if name not in found]:
         raise ValueError(f"{path}: no column {', '.join(missing)} among {', '.join(found) or 'none'}")
     n = len(found[needed[0]])
-    return {name: [v.strip() for v in found.get(name, [""] * n)] for name in (*needed, *optional)}
+    return {name: found.get(name, [""] * n) for name in (*needed, *optional)}

@@ -102,6 +102,15 @@ def test_bombs_and_damage_are_named_and_the_rest_is_read(tmp_path, monkeypatch):
     assert len(dataset) == 5
 
 
+def test_a_damaged_directory_of_a_zip_is_named(tmp_path):
+    path = write(tmp_path / "a.zip", FILES)
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\x01\x02")] ^= 0xFF
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"a\.zip: Bad magic number"):
+        list_archive(path)
+
+
 def test_a_cut_tar_is_named(tmp_path):
     path = write(tmp_path / "a.tar", FILES)
     data = path.read_bytes()

@@ -63,6 +63,8 @@ def test_numbers_are_labels_too_and_columns_may_lack(folder):
         listing = list_table(write(folder / f"t.{suffix}", numbered, ("path", "label")))
         assert listing.classes == ("0", "1")
         assert listing.groups == listing.sides == ()
+    (folder / "t.csv").write_text("path, label\na/0.png, BLA\n\nb/0.png,NGS \n")
+    assert list_table(folder / "t.csv").classes == ("BLA", "NGS")
     spelled = [
         (path, label, side) for (path, label, *_), side in zip(ROWS, ["validation", "", *["test"] * 10], strict=True)
     ]
@@ -79,6 +81,17 @@ def test_an_unreadable_image_keeps_its_neighbours_rows(folder, tmp_path):
         tuple(column) for column in (list(zip(*kept, strict=True))[i] for i in (0, 2, 3))
     ]
     assert dataset.skipped == (("a/2.png", "not an image of a known kind"),)
+
+
+def test_the_order_of_the_rows_is_the_images(folder, tmp_path):
+    """Two tables of the same rows share a cache's folder, but not its rows."""
+    for rows in (ROWS, ROWS[::-1], [*ROWS[6:], *ROWS[:6]]):
+        table = write(folder / "cells.csv", rows)
+        config = DataConfig(source="table", root=str(table), image_size=16, cache_dir=str(tmp_path / "cache"))
+        dataset = load_dataset(config, progress=False)
+        assert dataset.ids == tuple(row[0] for row in rows)
+        for name, image in zip(dataset.ids, dataset.images, strict=True):
+            np.testing.assert_array_equal(image, decode_image(folder / name, 16))
 
 
 @pytest.mark.parametrize(
@@ -148,6 +161,26 @@ def test_hugging_face_datasets_on_disk(folder, tmp_path, several):
     assert listing.sides == (tuple(row[3] for row in rows) if several else ())
     assert listing.ids[1] == ("train/000001-3.png" if several else "000001-1.png")
     assert listing.labels.tolist() == [int(row[1] == "NGS") for row in rows]
+
+
+def test_what_hugging_face_datasets_lack_is_named(folder, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    data = {"image": [str(folder / "a/0.png"), None, str(folder / "b/0.png")], "label": ["x", "x", "y"]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+    whole = datasets.Dataset.from_dict(data, features=features)
+    whole.save_to_disk(str(tmp_path / "saved"))
+    config = DataConfig(source="huggingface", root=str(tmp_path / "saved"), cache_dir=str(tmp_path / "cache"))
+    dataset = load_dataset(config, progress=False)
+    assert dataset.classes == ("x", "y")
+    assert dataset.ids == ("000000-0.png", "000002-0.png")
+    assert dataset.skipped == (("000001", "the row has no image"),)
+    whole.rename_column("label", "target").save_to_disk(str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="no column label among image, target"):
+        list_source(DataConfig(source="huggingface", root=str(tmp_path / "other")))
+    parts = {"train": whole, "holdout": whole}
+    datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "odd"))
+    with pytest.raises(ValueError, match="splits holdout; expected train, val"):
+        list_source(DataConfig(source="huggingface", root=str(tmp_path / "odd")))
 
 
 def test_a_folder_that_hugging_face_did_not_write_is_refused(tmp_path):
