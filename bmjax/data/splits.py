@@ -224,6 +224,8 @@ def split_dataset(dataset: Dataset, config: DataConfig) -> Splits:
                 n = int((dataset.labels == label).sum())
                 other = _seed_that_works(dataset, units, config)
                 advice = "add images" if other is None else f"add images, or set data.split_seed to {other}"
+                if (units.given != _FREE).all():
+                    advice = "the split that is given has none, so leave some of its images without a side"
                 raise ValueError(
                     f"class {name!r} ({n} images) has none in the {split} split; expected at least one under "
                     f"data.split {config.split} and data.split_seed {config.split_seed}: {advice}"

@@ -248,6 +248,16 @@ def test_a_source_may_bring_its_split_and_leave_some_open(caplog):
     assert "1 images stand on another side than their copies" in caplog.text
 
 
+def test_a_split_without_validation_is_named():
+    dataset = dataclasses.replace(numbered(100), sides=("train",) * 80 + ("test",) * 20)
+    with pytest.raises(ValueError, match=r"none in the val split.*so leave some of its images without a side"):
+        split_dataset(dataset, DataConfig())
+    # As told: those left open are drawn; stratified, they make up for what the validation split lacks.
+    opened = dataclasses.replace(dataset, sides=("train",) * 65 + ("",) * 15 + ("test",) * 20)
+    splits = split_dataset(opened, DataConfig(stratify=True, split=(0.65, 0.15, 0.2)))
+    assert splits.val.tolist() == list(range(65, 80))
+
+
 def test_a_manifest_is_a_record_that_can_be_given_back(tmp_path):
     dataset = grouped()
     splits = split_dataset(dataset, DataConfig(split_by="group", split_seed=3))
