@@ -17,7 +17,7 @@ class _Part:
     """The images of one of a data set's own splits; `get(i)` gives the bytes of image i."""
 
     names: Sequence[str]
-    labels: Sequence[int]
+    labels: Sequence[int | None]
     groups: Sequence[str]
     get: Callable[[int], bytes]
 
@@ -26,6 +26,12 @@ def _listing(root: str, classes: Sequence[str], parts: dict[str, _Part]) -> List
     several = len(parts) > 1  # one split alone is no split yet
     if several and (odd := sorted(set(parts) - set(SIDES))):
         raise ValueError(f"{root}: splits {', '.join(odd)}; expected {', '.join(filter(None, SIDES))}, or only one")
+    for split, part in parts.items():
+        for name, label in zip(part.names, part.labels, strict=True):
+            if label is None or not 0 <= label < len(classes):
+                raise ValueError(
+                    f"{root}: {split} {name} has label {label}; expected one of the classes for each image"
+                )
     places = [(part, i) for part in parts.values() for i in range(len(part.names))]
     groups = tuple(group for part in parts.values() for group in part.groups)
     return Listing(
@@ -103,14 +109,19 @@ def list_huggingface(root: str | Path) -> Listing:
     if isinstance(label, datasets.ClassLabel):
         classes = label.names
     else:
-        classes = sorted({str(v) for table in tables.values() for v in table["label"].to_pylist()})
+        found = {v for table in tables.values() for v in table["label"].to_pylist() if v is not None}
+        classes = sorted(map(str, found))
     parts = {}
     for split, table in tables.items():
         images = table["image"]
         values = table["label"].to_pylist()
-        labels = values if isinstance(label, datasets.ClassLabel) else [classes.index(str(v)) for v in values]
+        labels = (
+            values
+            if isinstance(label, datasets.ClassLabel)
+            else [None if v is None else classes.index(str(v)) for v in values]
+        )
         paths = pyarrow.compute.struct_field(images, "path").to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
-        names = [f"{i:06d}-{Path(path).name}" if path else f"{i:06d}" for i, path in enumerate(paths)]
+        names = [f"{i:06d}/{Path(path).name}" if path else f"{i:06d}" for i, path in enumerate(paths)]
         groups = (
             [str(g or "") for g in table["group"].to_pylist()] if "group" in table.column_names else [""] * len(names)
         )

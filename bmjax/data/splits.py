@@ -40,11 +40,12 @@ class Splits:
 
 @dataclasses.dataclass(frozen=True)
 class _Units:
-    """`of_row` int [n]: each row's unit; by unit its key and the side given for it, or _FREE."""
+    """`of_row` int [n]: each row's unit; by unit its key and the side given for it, or _FREE; the same by row."""
 
     of_row: np.ndarray
     keys: list[str]
     given: np.ndarray
+    given_rows: np.ndarray
 
 
 def draw(key: str, seed: int) -> float:
@@ -152,7 +153,7 @@ def _units(dataset: Dataset, config: DataConfig) -> _Units:
             len(torn),
             dataset.ids[torn[0]],
         )
-    return _Units(of_row, [least[unit] for unit in range(len(given))], given)
+    return _Units(of_row, [least[unit] for unit in range(len(given))], given, given_rows)
 
 
 def _sides(places: np.ndarray, shares: np.ndarray, config: DataConfig) -> np.ndarray:
@@ -167,7 +168,7 @@ def _sides(places: np.ndarray, shares: np.ndarray, config: DataConfig) -> np.nda
 
 
 def _assign(dataset: Dataset, units: _Units, config: DataConfig) -> np.ndarray:
-    """The side of each unit: as given, or by the number drawn, or stratified by its place in its class's order."""
+    """The side of each row: as given, or with its unit by the number drawn, or by its place in its class's order."""
     places = np.array([draw(key, config.split_seed) for key in units.keys])
     shares = np.array(config.split)
     free = units.given == _FREE
@@ -185,7 +186,8 @@ def _assign(dataset: Dataset, units: _Units, config: DataConfig) -> np.ndarray:
             lacks = np.maximum(np.array(config.split) * table[:, label].sum() - has, 0)
             if lacks.any():
                 shares[mine] = lacks / lacks.sum()
-    return np.where(free, _sides(places, shares, config), units.given)
+    of_unit = np.where(free, _sides(places, shares, config), units.given)
+    return np.where(units.given_rows == _FREE, of_unit[units.of_row], units.given_rows)
 
 
 def _seed_that_works(dataset: Dataset, units: _Units, config: DataConfig) -> int | None:
@@ -195,10 +197,10 @@ def _seed_that_works(dataset: Dataset, units: _Units, config: DataConfig) -> int
     small = np.flatnonzero(sizes[dataset.labels] <= max(100, sizes.min()))
     chosen, of_row = np.unique(units.of_row[small], return_inverse=True)
     few = dataclasses.replace(dataset, labels=dataset.labels[small])
-    part = _Units(of_row, [units.keys[i] for i in chosen], units.given[chosen])
+    part = _Units(of_row, [units.keys[i] for i in chosen], units.given[chosen], units.given_rows[small])
     needed = {(label, side) for label in set(few.labels.tolist()) for side in range(3)}
     for seed in range(300):
-        side = _assign(few, part, dataclasses.replace(config, split_seed=seed))[of_row]
+        side = _assign(few, part, dataclasses.replace(config, split_seed=seed))
         if set(zip(few.labels.tolist(), side.tolist(), strict=True)) == needed:
             return seed
     return None
@@ -217,7 +219,7 @@ def split_dataset(dataset: Dataset, config: DataConfig) -> Splits:
         of duplicates is of other data.
     """
     units = _units(dataset, config)
-    side = _assign(dataset, units, config)[units.of_row]
+    side = _assign(dataset, units, config)
     for label, name in enumerate(dataset.classes):
         for k, split in enumerate(NAMES):
             if not ((dataset.labels == label) & (side == k)).any():

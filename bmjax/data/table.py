@@ -31,7 +31,10 @@ def read_columns(path: str | Path, needed: Sequence[str], optional: Sequence[str
     elif path.suffix.lower() == ".csv":
         # File names need not be valid text; spreadsheets begin a file with a byte-order mark.
         with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as f:
-            header, *rows = list(csv.reader(f)) or [[]]
+            try:
+                header, *rows = list(csv.reader(f)) or [[]]
+            except csv.Error as e:
+                raise ValueError(f"{path}: {e}") from e
         rows = [row for row in rows if row]
         short = next((i for i, row in enumerate(rows, 1) if len(row) != len(header)), None)
         if short is not None:

@@ -244,7 +244,8 @@ def test_a_source_may_bring_its_split_and_leave_some_open(caplog):
         assert found[dataset.ids[i]] == (side or drawn[dataset.ids[i]])
     assert caplog.text == ""
     torn = dataclasses.replace(dataset, sides=given, hashes=(dataset.hashes[2], *dataset.hashes[1:]))
-    split_dataset(torn, DataConfig())
+    kept = sides(torn, DataConfig())
+    assert (kept[torn.ids[0]], kept[torn.ids[2]]) == ("train", "test")
     assert "1 images stand on another side than their copies" in caplog.text
 
 

@@ -159,7 +159,7 @@ def test_hugging_face_datasets_on_disk(folder, tmp_path, several):
     assert [listing.read(i) for i in range(12)] == [(folder / path).read_bytes() for path, *_ in rows]
     assert listing.groups == tuple(row[2] for row in rows)
     assert listing.sides == (tuple(row[3] for row in rows) if several else ())
-    assert listing.ids[1] == ("train/000001-3.png" if several else "000001-1.png")
+    assert listing.ids[1] == ("train/000001/3.png" if several else "000001/1.png")
     assert listing.labels.tolist() == [int(row[1] == "NGS") for row in rows]
 
 
@@ -172,11 +172,15 @@ def test_what_hugging_face_datasets_lack_is_named(folder, tmp_path):
     config = DataConfig(source="huggingface", root=str(tmp_path / "saved"), cache_dir=str(tmp_path / "cache"))
     dataset = load_dataset(config, progress=False)
     assert dataset.classes == ("x", "y")
-    assert dataset.ids == ("000000-0.png", "000002-0.png")
+    assert dataset.ids == ("000000/0.png", "000002/0.png")
     assert dataset.skipped == (("000001", "the row has no image"),)
     whole.rename_column("label", "target").save_to_disk(str(tmp_path / "other"))
     with pytest.raises(ValueError, match="no column label among image, target"):
         list_source(DataConfig(source="huggingface", root=str(tmp_path / "other")))
+    unlabelled = datasets.Dataset.from_dict({**data, "label": ["x", None, "y"]}, features=features)
+    unlabelled.save_to_disk(str(tmp_path / "unlabelled"))
+    with pytest.raises(ValueError, match="000001 has label None; expected one of the classes"):
+        list_source(DataConfig(source="huggingface", root=str(tmp_path / "unlabelled")))
     parts = {"train": whole, "holdout": whole}
     datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "odd"))
     with pytest.raises(ValueError, match="splits holdout; expected train, val"):
