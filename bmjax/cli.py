@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from bmjax import cli_attention, cli_compare, cli_explain, cli_weights
+from bmjax import cli_attention, cli_compare, cli_data, cli_explain, cli_weights
 from bmjax.config import Config, from_json, to_json
 from bmjax.experiment import load_experiment, override, sweep
 
@@ -85,7 +85,7 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def predict(options: argparse.Namespace) -> int:
-    from bmjax.data.sources import decode_images, image_files
+    from bmjax.data.sources import image_files
 
     if options.weights is not None:
         if not options.run:
@@ -106,6 +106,7 @@ def predict(options: argparse.Namespace) -> int:
     import pyarrow.csv
     import pyarrow.parquet
 
+    from bmjax.data.decode import decode_files
     from bmjax.loop import Predictor, load_run, predict_probs
 
     run = load_run(options.run, options.which)
@@ -120,7 +121,7 @@ def predict(options: argparse.Namespace) -> int:
     for start in range(0, len(paths), _PREDICT_AT_ONCE):
         part = paths[start : start + _PREDICT_AT_ONCE]
         images = []
-        for path, image in zip(part, decode_images(part, run.config.data.image_size), strict=True):
+        for path, image in zip(part, decode_files(part, run.config.data.image_size), strict=True):
             if isinstance(image, str):
                 errors.append(f"{path}: {image}")
             else:
@@ -148,10 +149,10 @@ def _classes_of(config: Config) -> tuple[int, str]:
         from bmjax.data.synthetic import CLASSES
 
         return len(CLASSES), "rendered cells"
-    from bmjax.data.sources import list_images
+    from bmjax.data import list_source
 
     try:
-        return len(list_images(config.data.root)[0]), config.data.root
+        return len(list_source(config.data).classes), config.data.root
     except FileNotFoundError:
         return 7, "assumed, for data.root is not there"
 
@@ -326,6 +327,7 @@ def _parser() -> argparse.ArgumentParser:
     cli_weights.add_parser(verbs)
     cli_attention.add_parser(verbs)
     cli_explain.add_parser(verbs)
+    cli_data.add_parser(verbs)
     verbs.add_parser("doctor", help="check the environment for known traps")
     return parser
 
@@ -354,6 +356,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "new": cli_attention.run,
             "check": cli_attention.run,
             "explain": cli_explain.run,
+            "data": cli_data.run,
         }
         return by_verb[options.verb](options)
     except (ValueError, OSError, FloatingPointError) as e:

@@ -104,10 +104,11 @@ def _files(found: Run, paths: list[str]) -> tuple[np.ndarray, None, list[str]]:
     """(images, no labels, their paths)."""
     import numpy as np
 
-    from bmjax.data.sources import decode_images, image_files
+    from bmjax.data.decode import decode_files
+    from bmjax.data.sources import image_files
 
     files = image_files(paths)
-    images = list(decode_images(files, found.config.data.image_size))
+    images = list(decode_files(files, found.config.data.image_size))
     for path, image in zip(files, images, strict=True):
         if isinstance(image, str):
             raise ValueError(f"{path}: {image}")

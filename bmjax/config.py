@@ -25,16 +25,35 @@ def _check(condition: bool, field: str, value: object, expected: str) -> None:
 class DataConfig:
     """Where the cells come from and how they are split."""
 
-    source: Literal["synthetic", "folder"] = "synthetic"
-    """`folder`: one folder of images per class below `root`. `synthetic`: rendered cells."""
+    source: Literal["synthetic", "folder", "table", "archive", "tfds", "huggingface"] = "synthetic"
+    """What `root` is. `folder`: one folder of images per class. `table`: a CSV or parquet file of path, label, and
+    where known split and group. `archive`: a zip or tar of such a folder. `tfds`: what `bmjax data build` made.
+    `huggingface`: what `datasets` saved to disk. `synthetic`: nothing; cells are rendered."""
     root: str = ""
-    """The folder with one sub-folder per class (source `folder`)."""
+    """The folder or file with the images (all sources but `synthetic`)."""
     image_size: int = 224
     """Images are resized to image_size x image_size pixels once, when the cache is built."""
     split: tuple[float, float, float] = (0.7, 0.15, 0.15)
     """Shares of train, validation and test."""
     split_seed: int = 0
     """Seed of the split, apart from the run's seed, so that runs over seeds share one split."""
+    split_by: Literal["image", "group", "block"] = "image"
+    """What stays on one side: copies of an `image`; a `group` of the source (patient, slide); a `block` of images of
+    one class with neighbouring file numbers, which often are of one slide. Copies stay together in each."""
+    block_size: int = 100
+    """File numbers to a block."""
+    stratify: bool = False
+    """Each class has its exact shares, where by default it has them up to chance. Added files then move a few others
+    unless `manifest` holds them."""
+    folds: int = 0
+    """Cross-validation: the number of folds, of which `fold` is the test split and `split`'s first two shares divide
+    the rest; 0: none. Repeats are further values of `split_seed`."""
+    fold: int = 0
+    """The fold that is the test split, from 0."""
+    duplicates: str = ""
+    """A CSV of path and group: images of one group are near duplicates and stay on one side."""
+    manifest: str = ""
+    """The split.csv of an earlier run: what it names keeps its side; only other images are assigned."""
     strict: bool = False
     """An unreadable image is an error instead of a line in the summary."""
     cache_dir: str = ""
@@ -48,6 +67,9 @@ class DataConfig:
         _check(
             ok and math.isclose(sum(self.split), 1.0, abs_tol=1e-6), "data.split", self.split, "three shares > 0, sum 1"
         )
+        _check(self.block_size >= 1, "data.block_size", self.block_size, "at least 1")
+        _check(self.folds == 0 or self.folds >= 2, "data.folds", self.folds, "0 or at least 2")
+        _check(0 <= self.fold < max(self.folds, 1), "data.fold", self.fold, f"0 to {max(self.folds, 1) - 1}")
         _check(self.synthetic_per_class >= 2, "data.synthetic_per_class", self.synthetic_per_class, "at least 2")
 
 

@@ -165,8 +165,8 @@ def _compilation_cache() -> Finding:
 
 
 def _weights() -> list[Finding]:
+    from bmjax.download import is_whole
     from bmjax.weights.catalog import RECORDS
-    from bmjax.weights.download import is_whole
 
     found: list[Finding] = []
     for record in RECORDS:

@@ -29,7 +29,7 @@ from bmjax.features import FeatureMaps
 from bmjax.loop import Progress, Result, Signals, SplitName
 from bmjax.losses import balanced_class_weights
 from bmjax.model import at_last, create, resolve
-from bmjax.run import Run, image_dtype, open_run, record_data, run_folder, saved_results
+from bmjax.run import Run, image_dtype, open_run, record_split, recorded_split, run_folder, saved_results
 from bmjax.state import TrainState, Tree, create_state
 from bmjax.tracking import make_tracker, new_run_id
 
@@ -180,7 +180,7 @@ def train(config: Config, *, resume: bool = False) -> Result:
     """Trains a configuration: on cached features where `features.cached` is set, else as `loop.train`.
 
     Raises as `loop.train`, and:
-      ValueError: cached features are asked for and don't fit the configuration.
+      ValueError: cached features are asked for and don't fit the configuration, or the split to resume is another.
     """
     return train_on_features(config, resume=resume) if config.features.cached else loop.train(config, resume=resume)
 
@@ -197,7 +197,13 @@ def train_on_features(config: Config, *, resume: bool = False, prepared: Prepare
     open_run(run_dir, config, resume)
     shared = prepared or prepare(config)
     dataset, splits, features, programs = shared.dataset, shared.splits, shared.features, shared.programs
-    record_data(run_dir, dataset, splits)
+    if (recorded := recorded_split(run_dir, dataset)) is None:
+        record_split(run_dir, dataset, splits)
+    elif any(not np.array_equal(getattr(recorded, s), getattr(splits, s)) for s in ("train", "val", "test")):
+        raise ValueError(
+            f"{run_dir / 'split.csv'}: the run began with another split than the configuration now gives; "
+            "expected the same (a record can be given back as data.manifest)"
+        )
     wanted: tuple[SplitName, ...] = ("train", "val", "test") if config.train.final_test else ("train", "val")
     if wanted[-1] in (found := saved_results(run_dir)):
         return Result(run_dir, {s: found[s] for s in wanted}, found[wanted[-1]]["step"], (dataset, splits))

@@ -19,7 +19,7 @@ import numpy as np
 
 from bmjax.checkpoint import Checkpoints
 from bmjax.config import Config, from_json, to_json
-from bmjax.data import Dataset, Splits, dataset_summary, load_dataset, split_dataset, write_split
+from bmjax.data import Dataset, Splits, dataset_summary, load_dataset, read_split, split_dataset, write_split
 from bmjax.files import write_text
 from bmjax.model import Classifier, create, init, resolve
 from bmjax.state import Tree
@@ -92,33 +92,42 @@ def open_run(run_dir: Path, config: Config, resume: bool) -> None:
 
 
 def load_data(run_dir: Path, config: Config) -> tuple[Dataset, Splits]:
-    """The run's data and split; recorded in the folder the first time, held to the record afterwards.
+    """The run's data and split; recorded in the folder the first time, taken from the record afterwards.
 
     Raises:
       ValueError: the data are not those the run began with.
     """
     dataset = load_dataset(config.data)
+    # The record and not the rule: a list of duplicates or a manifest may have changed meanwhile.
+    if (recorded := recorded_split(run_dir, dataset)) is not None:
+        return dataset, recorded
     splits = split_dataset(dataset, config.data)
-    record_data(run_dir, dataset, splits)
+    record_split(run_dir, dataset, splits)
     return dataset, splits
 
 
-def record_data(run_dir: Path, dataset: Dataset, splits: Splits) -> None:
-    """Writes dataset.json and split.csv into the run's folder, or holds the data to what stands there.
+def recorded_split(run_dir: Path, dataset: Dataset) -> Splits | None:
+    """The split that the run's folder records; None where it records none yet.
 
     Raises:
       ValueError: the data are not those the run began with.
     """
     record = run_dir / "dataset.json"
-    if record.exists():
-        old = json.loads(record.read_text())["fingerprint"]
-        if old != dataset.fingerprint:
-            raise ValueError(
-                f"{record}: the run began with data {old[:16]}; expected those, found {dataset.fingerprint[:16]}"
-            )
-    elif jax.process_index() == 0:
+    if not record.exists():
+        return None
+    old = json.loads(record.read_text())["fingerprint"]
+    if old != dataset.fingerprint:
+        raise ValueError(
+            f"{record}: the run began with data {old[:16]}; expected those, found {dataset.fingerprint[:16]}"
+        )
+    return read_split(run_dir / "split.csv", dataset)
+
+
+def record_split(run_dir: Path, dataset: Dataset, splits: Splits) -> None:
+    """Writes split.csv and dataset.json into the run's folder."""
+    if jax.process_index() == 0:
         write_split(run_dir / "split.csv", dataset, splits)
-        write_text(record, json.dumps(dataset_summary(dataset, splits), indent=2))
+        write_text(run_dir / "dataset.json", json.dumps(dataset_summary(dataset, splits), indent=2))
 
 
 def load_run(run_dir: str | Path, which: Which = "best") -> Run:

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "bmjax"
 # Lowest first. A package's name stands for every module in it; they may import each other without a circle.
 FLOORS = [
     ["config", "registry", "environment", "files", "convolution"],
-    ["layers", "losses", "metrics", "optim", "tracking", "experiment"],
+    ["layers", "losses", "metrics", "optim", "tracking", "experiment", "download"],
     ["dense_block"],
     ["state", "attention", "backbones", "data"],
     ["weights"],
@@ -26,7 +26,7 @@ FLOORS = [
     ["heads"],
     ["compare"],
     ["__init__"],
-    ["cli_attention", "cli_compare", "cli_explain", "cli_weights"],
+    ["cli_attention", "cli_compare", "cli_data", "cli_explain", "cli_weights"],
     ["cli"],
     ["__main__"],
 ]

@@ -311,7 +311,7 @@ def worker(args: argparse.Namespace) -> None:
 
 
 def serve(make: Callable[[], Run]) -> None:
-    """Makes a run and runs it once; then answers each line on standard input with one more's seconds, or the peak memory since."""
+    """Makes a run and runs it once; then answers each line of standard input: another's seconds, or the peak memory."""
     start = time.perf_counter()
     run = make()
     run()

@@ -5,6 +5,7 @@ Written under another name and renamed when complete, so a kill never leaves hal
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -12,13 +13,15 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from bmjax.data.dataset import Dataset
-from bmjax.data.sources import decode_images, hash_files, list_images
+from bmjax.data.decode import decode_images
+from bmjax.data.sources import Listing
 from bmjax.files import remove_leftovers
 
 log = logging.getLogger(__name__)
@@ -27,48 +30,63 @@ Errors = dict[int, str]
 
 
 def fingerprint(entries: Sequence[tuple[str, str, int]], image_size: int) -> str:
-    """sha256 over (path, content hash, label) of every image, the image size and the version of decoding."""
-    return hashlib.sha256(json.dumps([VERSION, image_size, sorted(entries)]).encode()).hexdigest()
+    """sha256 over (path, content hash, label) of every image in order, the image size and the version of decoding."""
+    return hashlib.sha256(json.dumps([VERSION, image_size, entries]).encode()).hexdigest()
 
 
-def folder_dataset(
-    root: str | Path, image_size: int, cache_dir: Path, *, strict: bool = False, progress: bool = True
+def hash_images(listing: Listing) -> list[str]:
+    """sha256 of each file's bytes, by threads; "" where they can't be read, which decoding will name."""
+    digests = [""] * len(listing)
+
+    def stretch(start: int) -> None:  # singly, 171,374 tiny files would spend their time in the pool's queue
+        for i in range(start, min(start + 256, len(listing))):
+            with contextlib.suppress(ValueError, OSError):
+                digests[i] = hashlib.sha256(listing.read(i)).hexdigest()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(stretch, range(0, len(listing), 256)))
+    return digests
+
+
+def listed_dataset(
+    listing: Listing, image_size: int, cache_dir: Path, *, strict: bool = False, progress: bool = True
 ) -> Dataset:
-    """The images of a class-per-folder tree, from the cache or decoded into it.
+    """The images of a listing, from the cache or decoded into it.
 
     Unreadable images are left out, and named in one warning and in `skipped`. Files are hashed at every call, so a
     changed file is never taken for its old self.
 
     Raises:
-      FileNotFoundError, ValueError: as `list_images`; with `strict`, also for unreadable images; always for a class
-        all of whose images are unreadable.
+      ValueError: with `strict`, for unreadable images; always for a class all of whose images are unreadable.
     """
-    classes, listed = list_images(root)
-    root = Path(root)
-    paths = [root / path for path, _ in listed]
-    entries = [(path, digest, label) for (path, label), digest in zip(listed, hash_files(paths), strict=True)]
+    digests = hash_images(listing)
+    entries = list(zip(listing.ids, digests, listing.labels.tolist(), strict=True))
     key = fingerprint(entries, image_size)
-    images, errors = cached(cache_dir, key, len(entries), image_size, decode_images(paths, image_size), progress)
+    source = decode_images(listing.read, len(listing), image_size)
+    images, errors = cached(cache_dir, key, len(entries), image_size, source, progress)
     if errors:
-        lines = "\n".join(f"  {paths[i]}: {reason}" for i, reason in errors.items())
-        message = f"{root}: {len(errors)} of {len(entries)} images can't be read:\n{lines}"
+        lines = "\n".join(f"  {os.path.join(listing.origin, listing.ids[i])}: {why}" for i, why in errors.items())
+        message = f"{listing.origin}: {len(errors)} of {len(entries)} images can't be read:\n{lines}"
         if strict:
             raise ValueError(f"{message}\nexpected none, since data.strict is set")
         log.warning("%s\nThey are skipped.", message)
-    kept = [entry for i, entry in enumerate(entries) if i not in errors]
-    labels = np.array([label for _, _, label in kept], np.int32)
-    for label, name in enumerate(classes):
+    kept = np.array([i for i in range(len(entries)) if i not in errors], np.int64)
+    labels = listing.labels[kept]
+    for label, name in enumerate(listing.classes):
         if not (labels == label).any():
-            raise ValueError(f"{root / name}: none of its images can be read; expected at least one")
+            where = os.path.join(listing.origin, name)
+            raise ValueError(f"{where}: none of its images can be read; expected at least one")
     return Dataset(
-        name=root.resolve().name,
-        classes=classes,
+        name=listing.name or Path(listing.origin).resolve().name,
+        classes=listing.classes,
         images=images,
         labels=labels,
-        ids=tuple(path for path, _, _ in kept),
-        hashes=tuple(digest for _, digest, _ in kept),
+        ids=tuple(listing.ids[i] for i in kept),
+        hashes=tuple(digests[i] for i in kept),
         fingerprint=key,
-        skipped=tuple((entries[i][0], reason) for i, reason in errors.items()),
+        skipped=tuple((listing.ids[i], reason) for i, reason in errors.items()),
+        groups=tuple(listing.groups[i] for i in kept) if listing.groups else (),
+        sides=tuple(listing.sides[i] for i in kept) if listing.sides else (),
     )
 
 

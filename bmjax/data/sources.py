@@ -1,30 +1,67 @@
-"""Finds and decodes images: one folder per class."""
+"""Finds images and what is known of them: one folder per class, or a table."""
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
 import logging
 import os
-import warnings
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
 
-from bmjax.files import checksum
+from bmjax.data.decode import read_file
+from bmjax.data.table import read_columns
 
 log = logging.getLogger(__name__)
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif"})
-# A cell image has some 10^4 to 10^6 pixels; one of 10^8 is a mistake or an attack, and decoding it takes gigabytes.
-MAX_PIXELS = 50_000_000
+# How sources spell the sides of a split.
+SIDES = {"": "", "train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
-def images_below(folder: Path) -> list[Path]:
-    """Paths relative to `folder` of the images at any depth, sorted; hidden files and folders are passed over."""
-    paths = (p.relative_to(folder) for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-    return sorted(p for p in paths if not any(part.startswith(".") for part in p.parts))
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """Images that are not read yet: `ids` within `origin`, labels int32 [n] into `classes`.
+
+    `read(i)` gives the bytes of image i's file, in any thread; it raises ValueError or OSError where there are none.
+    `groups` (patient, slide, ...) and `sides` ("train", "val", "test" or "") are empty where a source has none.
+    """
+
+    origin: str
+    classes: tuple[str, ...]
+    ids: tuple[str, ...]
+    labels: np.ndarray
+    read: Callable[[int], bytes]
+    groups: tuple[str, ...] = ()
+    sides: tuple[str, ...] = ()
+    name: str = ""
+    """What the data set calls itself; empty: by the last part of `origin`."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def is_image_name(path: str) -> bool:
+    """Whether a path with slashes ends as an image's does, and no part of it is hidden."""
+    hidden = path.startswith(".") or "/." in path
+    return not hidden and os.path.splitext(path)[1].lower() in SUFFIXES
+
+
+def _files(folder: str, prefix: str = "") -> Iterator[str]:
+    """Paths of all files at any depth, with slashes."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _files(entry.path, f"{prefix}{entry.name}/")
+            elif entry.is_file():
+                yield prefix + entry.name
+
+
+def images_below(folder: str | Path) -> list[str]:
+    """Paths relative to `folder`, with slashes, of the images at any depth, sorted; hidden files and folders are passed
+    over."""
+    return sorted(path for path in _files(str(folder)) if is_image_name(path))
 
 
 def image_files(paths: Sequence[str]) -> list[Path]:
@@ -48,8 +85,8 @@ def image_files(paths: Sequence[str]) -> list[Path]:
     return found
 
 
-def list_images(root: str | Path) -> tuple[tuple[str, ...], list[tuple[str, int]]]:
-    """(classes, [(path relative to root, label)]), both sorted; one sub-folder of `root` is one class.
+def list_folder(root: str | Path) -> Listing:
+    """One sub-folder of `root` is one class; classes and paths are sorted.
 
     Images may lie deeper inside a class's folder. Passed over: files directly in `root`, hidden files and folders
     (notebooks and desktops leave copies there), and files that aren't images by their suffix, which are counted in
@@ -64,92 +101,73 @@ def list_images(root: str | Path) -> tuple[tuple[str, ...], list[tuple[str, int]
             f"config field 'data.root' is {str(root)!r}; expected a folder with one sub-folder a class"
         )
     root = Path(root)
-    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    folders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
     if len(folders) < 2:
-        found = ", ".join(f.name for f in folders) or "none"
-        raise ValueError(f"{root}: sub-folders found: {found}; expected at least two, one a class")
-    entries, passed_over = [], 0
+        raise ValueError(
+            f"{root}: sub-folders found: {', '.join(folders) or 'none'}; expected at least two, one a class"
+        )
+    ids: list[str] = []
+    labels: list[int] = []
+    passed_over = 0
     for label, folder in enumerate(folders):
-        images = images_below(folder)
+        files = list(_files(str(root / folder)))
+        images = sorted(f"{folder}/{path}" for path in files if is_image_name(path))
         if not images:
-            raise ValueError(f"{folder} holds no image; expected files ending in {', '.join(sorted(SUFFIXES))}")
-        passed_over += sum(p.is_file() for p in folder.rglob("*")) - len(images)
-        entries += sorted(((Path(folder.name) / p).as_posix(), label) for p in images)
+            raise ValueError(f"{root / folder} holds no image; expected files ending in {', '.join(sorted(SUFFIXES))}")
+        passed_over += len(files) - len(images)
+        ids += images
+        labels += [label] * len(images)
     if passed_over:
         log.info("%s: %d files that aren't images are passed over", root, passed_over)
-    return tuple(f.name for f in folders), entries
+    return _listing_of_files(root, tuple(folders), ids, labels)
 
 
-def hash_files(paths: Sequence[Path]) -> list[str]:
-    """sha256 of each file's bytes, by threads."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(lambda path: checksum(path, "sha256"), paths))
+def _listing_of_files(
+    folder: Path,
+    classes: tuple[str, ...],
+    ids: Sequence[str],
+    labels: Sequence[int],
+    groups: Sequence[str] = (),
+    sides: Sequence[str] = (),
+) -> Listing:
+    def read(i: int) -> bytes:
+        return read_file(os.path.join(folder, ids[i]))
+
+    labels_of = np.array(labels, np.int32)
+    return Listing(str(folder), classes, tuple(ids), labels_of, read, tuple(groups), tuple(sides))
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any of Pillow's modes as RGB: EXIF rotation applied, transparency over white, deep grey scaled to 8 bits.
+def list_table(path: str | Path) -> Listing:
+    """A CSV or parquet file with the columns path, label and, where known, split (train, val, test or "") and group.
 
-    16-bit grey is divided by 257; 32-bit floats by the least of 1, 255 and 65535 that none exceeds.
-    """
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":  # Pillow's own conversion clips these at 255.
-        values = np.nan_to_num(np.asarray(image, np.float64))
-        tops = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)
-        top = next((t for t in tops if values.max() <= t), values.max())
-        image = Image.fromarray(np.clip(values / top * 255.0, 0, 255).round().astype(np.uint8))
-    if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def open_rgb(path: str | Path) -> Image.Image:
-    """A file -> its image in Pillow's RGB; of several frames the first. Pillow may warn meanwhile.
+    Paths count from the table's folder unless they are absolute; the classes are the labels there are, sorted as text.
 
     Raises:
-      ValueError: empty, truncated, not an image, or far too large; says which, without the path.
+      FileNotFoundError: the table, or an image that it names, is not there.
+      ValueError: a column, a path, a label or a split is missing or wrong, or a path stands twice; names it.
     """
-    try:
-        if Path(path).stat().st_size == 0:
-            raise ValueError("the file is empty")
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} pixels; expected at most {MAX_PIXELS} in all")
-            image.load()
-            return to_rgb(image)
-    # A damaged file makes Pillow raise nearly anything: OSError, SyntaxError, struct.error, zlib.error, KeyError, ...
-    except Exception as e:
-        # Pillow names the file object or its address in places; the path is the caller's to tell.
-        reason = "not an image of a known kind" if isinstance(e, Image.UnidentifiedImageError) else str(e)
-        raise ValueError(reason or type(e).__name__) from e
-
-
-def decode_image(path: str | Path, size: int) -> np.ndarray:
-    """A file -> uint8 RGB 0..255 [size, size, 3].
-
-    Squeezed to a square where it isn't one, by Pillow's bilinear filter, which averages when it shrinks.
-    `decode_images` keeps Pillow's warnings quiet.
-
-    Raises:
-      ValueError: as `open_rgb`.
-    """
-    return np.asarray(open_rgb(path).resize((size, size), Image.Resampling.BILINEAR), np.uint8)
-
-
-def decode_images(paths: Sequence[str | Path], size: int) -> Iterator[np.ndarray | str]:
-    """Each file's image, uint8 RGB [size, size, 3], or the reason why it can't be read; by threads, in order."""
-
-    def one(path: str | Path) -> np.ndarray | str:
-        try:
-            return decode_image(path, size)
-        except ValueError as e:
-            return str(e)
-
-    # Filters of warnings belong to the process, so they're set here and not in each thread.
-    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
-        warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
-        warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
-        pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count()))
-        # Asked for in stretches: the executor's own map would hold every decoded image at once.
-        for start in range(0, len(paths), 256):
-            yield from pool.map(one, paths[start : start + 256])
+    columns = read_columns(path, ("path", "label"), ("split", "group"))
+    columns = {name: [value.strip() for value in values] for name, values in columns.items()}  # "a.png, BLA"
+    ids, names = columns["path"], columns["label"]
+    for row, (image, label, split) in enumerate(zip(ids, names, columns["split"], strict=True), 1):
+        if not image or not label:
+            raise ValueError(f"{path}: row {row} has path {image!r} and label {label!r}; expected both")
+        if split not in SIDES:
+            raise ValueError(f"{path}: row {row} has split {split!r}; expected one of {', '.join(filter(None, SIDES))}")
+    (image, times), *_ = Counter(ids).most_common(1) or [("", 0)]
+    if times > 1:
+        raise ValueError(f"{path}: {image!r} stands in {times} rows; expected one row an image")
+    classes = tuple(sorted(set(names)))
+    if len(classes) < 2:
+        raise ValueError(f"{path}: labels found: {', '.join(classes) or 'none'}; expected at least two")
+    folder = Path(path).parent
+    if absent := [image for image in ids if not os.path.isfile(os.path.join(folder, image))]:
+        raise FileNotFoundError(
+            f"{path}: {len(absent)} of {len(ids)} images are not there, the first {absent[0]!r}; "
+            f"expected paths that count from {folder}"
+        )
+    number = {name: i for i, name in enumerate(classes)}
+    labels = [number[name] for name in names]
+    groups = columns["group"] if any(columns["group"]) else ()
+    sides = [SIDES[split] for split in columns["split"]] if any(columns["split"]) else ()
+    return _listing_of_files(folder, classes, ids, labels, groups, sides)

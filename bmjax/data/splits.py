@@ -1,4 +1,9 @@
-"""Train, validation and test: stratified, stable when files are added, copies always on one side."""
+"""Train, validation and test: stable when files are added, what belongs together on one side, kept as a manifest.
+
+A unit is what must stay on one side: copies of an image, near duplicates that are given as such, and where asked for
+all images of a group or a block of file numbers. Each unit has a key that doesn't depend on other units, a number in
+0..1 drawn from the key and the seed alone, and its side by where that number falls.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +11,22 @@ import csv
 import dataclasses
 import hashlib
 import io
-from pathlib import Path
+import logging
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from bmjax.config import DataConfig
 from bmjax.data.dataset import Dataset
+from bmjax.data.table import read_columns
 from bmjax.files import write_text
 
+log = logging.getLogger(__name__)
 NAMES = ("train", "val", "test")
+_FREE = -1  # the side of what no one has assigned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,41 +38,196 @@ class Splits:
     test: np.ndarray
 
 
-def side_of(content_hash: str, seed: int, shares: tuple[float, float, float]) -> int:
-    """0, 1 or 2 for train, val or test, by a hash of seed and content alone."""
-    digest = hashlib.sha256(f"{seed}:{content_hash}".encode()).digest()
-    u = int.from_bytes(digest[:8], "big") / 2**64
+@dataclasses.dataclass(frozen=True)
+class _Units:
+    """`of_row` int [n]: each row's unit; by unit its key and the side given for it, or _FREE; the same by row."""
+
+    of_row: np.ndarray
+    keys: list[str]
+    given: np.ndarray
+    given_rows: np.ndarray
+
+
+def draw(key: str, seed: int) -> float:
+    """A number in 0..1, 1 excluded, by a hash of seed and key alone."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8], "big") / 2**64
+
+
+def side_of(key: str, seed: int, shares: tuple[float, float, float]) -> int:
+    """0, 1 or 2 for train, val or test, by `draw`."""
+    u = draw(key, seed)
     return int(u >= shares[0]) + int(u >= shares[0] + shares[1])
 
 
-def _seed_that_works(dataset: Dataset, shares: tuple[float, float, float]) -> int | None:
+def cross_validation(folds: int, repeats: int = 1) -> Iterator[dict[str, Any]]:
+    """What an experiment's `sweep()` yields for repeated k-fold cross-validation: overrides, one a fold and repeat."""
+    for repeat in range(repeats):
+        for fold in range(folds):
+            yield {"data.folds": folds, "data.fold": fold, "data.split_seed": repeat}
+
+
+def _numbered(names: Iterable[str]) -> np.ndarray:
+    """0 for the first name and its equals, 1 for the next, ..."""
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(name, len(numbers)) for name in names], np.int64)
+
+
+def _block(path: str, size: int) -> str:
+    """What comes before the last number in a file's name, and that number's block."""
+    found = re.fullmatch(r"(.*?)(\d+)\D*", PurePosixPath(path).stem, re.DOTALL)
+    if found is None:
+        raise ValueError(f"{path}: no number in the file's name; expected one, since data.split_by is 'block'")
+    return f"{found[1]}{int(found[2]) // size}"
+
+
+def _keys(dataset: Dataset, config: DataConfig) -> Sequence[str]:
+    """The key of each row by `config.split_by`."""
+    if config.split_by == "image":
+        return dataset.hashes
+    if config.split_by == "block":
+        names = [dataset.classes[label] for label in dataset.labels]
+        return [f"{c} {_block(path, config.block_size)}" for c, path in zip(names, dataset.ids, strict=True)]
+    without = (
+        [path for path, group in zip(dataset.ids, dataset.groups, strict=True) if not group] if dataset.groups else []
+    )
+    if without or not dataset.groups:
+        which = f"{len(without)} images, the first {without[0]!r}, have" if without else f"{dataset.name} has"
+        raise ValueError(f"{which} no group; expected one for each image, since data.split_by is 'group'")
+    return dataset.groups
+
+
+def _duplicates(path: str, dataset: Dataset) -> list[str]:
+    """The group of near duplicates of each row, or the row's own hash."""
+    columns = read_columns(path, ("path", "group"))
+    rows = {name: i for i, name in enumerate(dataset.ids)}
+    groups = list(dataset.hashes)
+    for name, group in zip(columns["path"], columns["group"], strict=True):
+        if name not in rows:
+            raise ValueError(f"{path}: {name!r} is no image of {dataset.name}; expected only images that are")
+        groups[rows[name]] = f"group {group}"
+    return groups
+
+
+def _units(dataset: Dataset, config: DataConfig) -> _Units:
+    """What stays together, and the sides that the source or a manifest gives."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    n, keys = len(dataset), _keys(dataset, config)
+    relations = [keys]
+    if config.split_by != "image":
+        relations.append(dataset.hashes)
+    if config.duplicates:
+        relations.append(_duplicates(config.duplicates, dataset))
+    # A graph of rows and of what they share; who is connected stays together.
+    ends, n_nodes = [], n
+    for relation in relations:
+        numbers = _numbered(relation)
+        ends.append(numbers + n_nodes)
+        n_nodes += int(numbers.max(initial=-1)) + 1
+    rows, shared = np.tile(np.arange(n), len(relations)), np.concatenate(ends)
+    graph = coo_array((np.ones(len(rows), np.int8), (rows, shared)), shape=(n_nodes, n_nodes))
+    of_row = _numbered(connected_components(graph, directed=False)[1][:n].tolist())
+
+    given_rows = _read_sides(config.manifest, dataset) if config.manifest else np.full(n, _FREE)
+    if dataset.sides:
+        if config.folds:
+            raise ValueError(f"{dataset.name} comes with a split; expected data.folds to be 0, not {config.folds}")
+        own = np.array([NAMES.index(side) if side else _FREE for side in dataset.sides])
+        given_rows = np.where(given_rows == _FREE, own, given_rows)
+    # The least key: it changes only when a new image joins the unit, and says nothing of the number drawn from it.
+    least: dict[int, str] = {}
+    given = np.full(int(of_row.max(initial=-1)) + 1, _FREE)
+    torn = []
+    for row, (unit, key, side) in enumerate(zip(of_row.tolist(), keys, given_rows.tolist(), strict=True)):
+        least[unit] = min(key, least.get(unit, key))
+        if given[unit] == _FREE:
+            given[unit] = side
+        elif side not in (_FREE, given[unit]):
+            torn.append(row)
+    if torn:
+        log.warning(
+            "%s: %d images stand on another side than their copies, near duplicates or group in the split that is "
+            "given, the first %r; figures on such a split are too good",
+            dataset.name,
+            len(torn),
+            dataset.ids[torn[0]],
+        )
+    return _Units(of_row, [least[unit] for unit in range(len(given))], given, given_rows)
+
+
+def _sides(places: np.ndarray, shares: np.ndarray, config: DataConfig) -> np.ndarray:
+    """The side of each place in 0..1; shares [..., 3] sum to 1."""
+    if not config.folds:
+        return (places >= shares[..., 0]).astype(int) + (places >= shares[..., 0] + shares[..., 1])
+    # Folds are equal stretches of 0..1. Those after the test fold, taken round, begin with the validation split.
+    along = (places * config.folds - config.fold - 1) % config.folds
+    val = config.split[1] / (config.split[0] + config.split[1])
+    is_test = np.floor(places * config.folds) == config.fold
+    return np.where(is_test, 2, (along < val * (config.folds - 1)).astype(int))
+
+
+def _assign(dataset: Dataset, units: _Units, config: DataConfig) -> np.ndarray:
+    """The side of each row: as given, or with its unit by the number drawn, or by its place in its class's order."""
+    places = np.array([draw(key, config.split_seed) for key in units.keys])
+    shares = np.array(config.split)
+    free = units.given == _FREE
+    if config.stratify:
+        table = np.zeros((len(free), len(dataset.classes)), np.int64)
+        np.add.at(table, (units.of_row, dataset.labels), 1)
+        size, kind = table.sum(1), table.argmax(1)  # a unit of several classes counts for its commonest
+        shares = np.tile(shares, (len(free), 1))
+        for label in range(len(dataset.classes)):
+            mine = np.flatnonzero(free & (kind == label))
+            mine = mine[np.argsort(places[mine], kind="stable")]
+            places[mine] = (np.cumsum(size[mine]) - size[mine] / 2) / max(size[mine].sum(), 1)
+            # What is given already counts towards the shares; the rest makes up for what each side lacks.
+            has = np.array([table[units.given == side, label].sum() for side in range(3)])
+            lacks = np.maximum(np.array(config.split) * table[:, label].sum() - has, 0)
+            if lacks.any():
+                shares[mine] = lacks / lacks.sum()
+    of_unit = np.where(free, _sides(places, shares, config), units.given)
+    return np.where(units.given_rows == _FREE, of_unit[units.of_row], units.given_rows)
+
+
+def _seed_that_works(dataset: Dataset, units: _Units, config: DataConfig) -> int | None:
     """The first of a few hundred seeds under which every class has an image in every split."""
     sizes = np.bincount(dataset.labels, minlength=len(dataset.classes))
     # Large classes nearly never decide; leaving them out keeps the search short.
-    small = [i for i, label in enumerate(dataset.labels) if sizes[label] <= max(100, sizes.min())]
-    needed = {(dataset.labels[i], side) for i in small for side in range(3)}
+    small = np.flatnonzero(sizes[dataset.labels] <= max(100, sizes.min()))
+    chosen, of_row = np.unique(units.of_row[small], return_inverse=True)
+    few = dataclasses.replace(dataset, labels=dataset.labels[small])
+    part = _Units(of_row, [units.keys[i] for i in chosen], units.given[chosen], units.given_rows[small])
+    needed = {(label, side) for label in set(few.labels.tolist()) for side in range(3)}
     for seed in range(300):
-        if {(dataset.labels[i], side_of(dataset.hashes[i], seed, shares)) for i in small} == needed:
+        side = _assign(few, part, dataclasses.replace(config, split_seed=seed))
+        if set(zip(few.labels.tolist(), side.tolist(), strict=True)) == needed:
             return seed
     return None
 
 
 def split_dataset(dataset: Dataset, config: DataConfig) -> Splits:
-    """Splits by `config.split` and `config.split_seed`.
+    """Splits as `config` says: shares or folds, by image, group or block, stratified or not, grown from a manifest.
 
-    The side of an image depends on its bytes and the seed alone: adding files moves none, and copies of one file stay
-    together. The price is that each class has its shares up to binomial noise rather than exactly.
+    The side of a unit depends on its key and the seed alone: adding files moves none, unless they join units into one.
+    The price is that each class has its shares up to binomial noise. Stratified it has them exactly, and added files
+    move those whose place in the class's order comes to lie beyond a bound; a manifest holds them where they were.
 
     Raises:
-      ValueError: a class has no image in one of the splits; names both.
+      FileNotFoundError: the manifest or the list of duplicates is not there.
+      ValueError: a class has no image in one of the splits; a group or a file number is missing; a manifest or a list
+        of duplicates is of other data.
     """
-    side = np.array([side_of(h, config.split_seed, config.split) for h in dataset.hashes])
+    units = _units(dataset, config)
+    side = _assign(dataset, units, config)
     for label, name in enumerate(dataset.classes):
         for k, split in enumerate(NAMES):
             if not ((dataset.labels == label) & (side == k)).any():
                 n = int((dataset.labels == label).sum())
-                other = _seed_that_works(dataset, config.split)
+                other = _seed_that_works(dataset, units, config)
                 advice = "add images" if other is None else f"add images, or set data.split_seed to {other}"
+                if (units.given != _FREE).all():
+                    advice = "the split that is given has none, so leave some of its images without a side"
                 raise ValueError(
                     f"class {name!r} ({n} images) has none in the {split} split; expected at least one under "
                     f"data.split {config.split} and data.split_seed {config.split_seed}: {advice}"
@@ -70,33 +236,44 @@ def split_dataset(dataset: Dataset, config: DataConfig) -> Splits:
 
 
 def write_split(path: str | Path, dataset: Dataset, splits: Splits) -> None:
-    """The split as CSV: path, sha256, label, split."""
+    """The split as a manifest, CSV: path, sha256, label, group, split."""
     side = {int(i): name for name in NAMES for i in getattr(splits, name)}
+    groups = dataset.groups or [""] * len(dataset)
     text = io.StringIO(newline="")
     writer = csv.writer(text)
-    writer.writerow(("path", "sha256", "label", "split"))
-    for i, (name, digest) in enumerate(zip(dataset.ids, dataset.hashes, strict=True)):
-        writer.writerow((name, digest, dataset.classes[dataset.labels[i]], side[i]))
+    writer.writerow(("path", "sha256", "label", "group", "split"))
+    for i, (name, digest, group) in enumerate(zip(dataset.ids, dataset.hashes, groups, strict=True)):
+        writer.writerow((name, digest, dataset.classes[dataset.labels[i]], group, side[i]))
     # File names need not be valid text.
     write_text(Path(path), text.getvalue(), errors="surrogateescape")
+
+
+def _read_sides(path: str | Path, dataset: Dataset) -> np.ndarray:
+    """The side that a manifest gives each row, int [n], or _FREE."""
+    columns = read_columns(path, ("path", "sha256", "label", "split"))
+    rows = {name: i for i, name in enumerate(dataset.ids)}
+    side = np.full(len(dataset), _FREE)
+    for name, *found in zip(*columns.values(), strict=True):
+        if name not in rows:
+            raise ValueError(f"{path}: {name!r} is no image of {dataset.name}; expected only images that are")
+        i = rows[name]
+        if found[:2] != [dataset.hashes[i], dataset.classes[dataset.labels[i]]] or found[2] not in NAMES:
+            expected = f"{dataset.hashes[i]}, {dataset.classes[dataset.labels[i]]} and one of {', '.join(NAMES)}"
+            raise ValueError(f"{path}: {name!r} is {', '.join(found)}; expected {expected}")
+        side[i] = NAMES.index(found[2])
+    return side
 
 
 def read_split(path: str | Path, dataset: Dataset) -> Splits:
     """`write_split`'s file -> the split, as rows of `dataset`.
 
     Raises:
-      ValueError: the file and the dataset don't hold the same images; names the first that differs.
+      ValueError: the file is not of these images; names the first that differs.
     """
-    with Path(path).open(newline="", encoding="utf-8", errors="surrogateescape") as f:
-        rows = {row["path"]: (row["sha256"], row["label"], row["split"]) for row in csv.DictReader(f)}
-    for name in rows.keys() - set(dataset.ids):
-        raise ValueError(f"{path} lists {name!r}, which the data lack")
-    side = np.empty(len(dataset), np.int64)
-    for i, (name, digest) in enumerate(zip(dataset.ids, dataset.hashes, strict=True)):
-        found = rows.get(name, ("", "", ""))
-        if found[:2] != (digest, dataset.classes[dataset.labels[i]]) or found[2] not in NAMES:
-            raise ValueError(f"{path}: {name!r} is {found}; expected {digest}, its class and one of {NAMES}")
-        side[i] = NAMES.index(found[2])
+    side = _read_sides(path, dataset)
+    if (side == _FREE).any():
+        name = dataset.ids[int(np.argmax(side == _FREE))]
+        raise ValueError(f"{path}: {name!r} is not there; expected every image of {dataset.name}")
     return Splits(*(np.flatnonzero(side == k) for k in range(3)))
 
 
@@ -113,5 +290,6 @@ def dataset_summary(dataset: Dataset, splits: Splits) -> dict[str, Any]:
         "fingerprint": dataset.fingerprint,
         "counts": {name: dict(zip(dataset.classes, map(int, c), strict=True)) for name, c in counts.items()},
         "copies": len(dataset) - len(set(dataset.hashes)),
+        "groups": len(set(dataset.groups)),
         "skipped": [list(entry) for entry in dataset.skipped],
     }

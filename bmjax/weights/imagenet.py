@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from bmjax.data.decode import open_rgb
 from bmjax.data.preprocess import preprocess
-from bmjax.data.sources import open_rgb
 from bmjax.weights import classes_of, load, network
 from bmjax.weights.record import WeightRecord
 

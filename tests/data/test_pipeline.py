@@ -1,6 +1,8 @@
 """Batches: number k is the same from any start and on any number of hosts; every image counts, once an epoch."""
 
 import itertools
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -67,6 +69,27 @@ def test_hosts_together_hold_the_global_batch(process_count):
         assert_equal({key: np.concatenate([part[key] for part in parts]) for key in parts[0]}, whole.batch(k))
 
 
+@pytest.mark.parametrize("case", range(12))
+def test_a_run_that_is_stopped_anywhere_and_goes_on_with_other_hosts_sees_the_same_batches(case):
+    """Random sizes, seeds, stops and numbers of hosts."""
+    rng = np.random.default_rng(case)
+    n, size = int(rng.integers(1, 60)), int(rng.choice([4, 8, 12, 24]))
+    dataset, seed = dataset_of(60), int(rng.integers(2**31))
+    rows = np.sort(rng.permutation(60)[:n])
+    whole, k, end = TrainBatches(dataset, rows, size, seed), int(rng.integers(1000)), 0
+    while end < 12:
+        hosts = int(rng.choice([h for h in (1, 2, 3, 4) if size % h == 0]))
+        workers = int(rng.integers(1, 4))
+        streams = [
+            TrainBatches(dataset, rows, size, seed, process_index=i, process_count=hosts, workers=workers).batches(k)
+            for i in range(hosts)
+        ]
+        for _ in range(int(rng.integers(1, 6))):
+            parts = [next(stream) for stream in streams]
+            assert_equal({key: np.concatenate([part[key] for part in parts]) for key in parts[0]}, whole.batch(k))
+            k, end = k + 1, end + 1
+
+
 @pytest.mark.parametrize(("n", "size"), [(1, 4), (5, 16), (16, 16), (17, 16), (37, 8), (101, 32)])
 def test_every_epoch_holds_every_image_once_in_another_order(n, size):
     rows = np.arange(100, 100 + n)
@@ -123,6 +146,45 @@ def test_evaluation_counts_every_image_once(n):
         np.testing.assert_array_equal(batch["label"], dataset.labels[batch["index"]])
     counted = np.concatenate([batch["index"][batch["weight"] == 1] for batch in batches])
     np.testing.assert_array_equal(counted, rows)
+
+
+LIMITED = """
+import resource, sys
+import bmjax
+import numpy as np
+from bmjax.data import Dataset
+from bmjax.data.cache import cached
+from bmjax.data.pipeline import TrainBatches, eval_batches
+from pathlib import Path
+
+n, size, room = 4000, 160, 128 << 20
+now = int(next(line for line in open("/proc/self/status") if line.startswith("VmData")).split()[1]) << 10
+resource.setrlimit(resource.RLIMIT_DATA, (now + room, now + room))
+pictures = (np.full((size, size, 3), i % 251, np.uint8) for i in range(n))
+images, _ = cached(Path(sys.argv[1]), "key", n, size, pictures, progress=False)
+assert images.nbytes > 2 * room
+try:
+    np.array(images)
+except MemoryError:
+    print("the images don't fit")
+rows = np.arange(n)
+dataset = Dataset("d", ("a",), images, np.zeros(n, np.int32), tuple(map(str, rows)), ("",) * n, "f")
+stream = TrainBatches(dataset, rows, 32, 0).batches(0)
+for _ in range(n // 32):
+    batch = next(stream)
+    assert (batch["image"][:, 0, 0, 0] == batch["index"] % 251).all()
+print(sum(int(b["weight"].sum()) for b in eval_batches(dataset, rows, 64)), "evaluated")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_DATA counts private memory on Linux only")
+def test_data_larger_than_memory(tmp_path):
+    """A cache is written, shuffled and evaluated by a process that may have less memory of its own than the images."""
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(tmp_path)], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["the images don't fit", "4000 evaluated"]
 
 
 def test_nothing_to_evaluate_gives_no_batch():

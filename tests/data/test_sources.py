@@ -3,6 +3,9 @@
 import json
 import logging
 import os
+import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -13,7 +16,8 @@ from bmjax.config import DataConfig
 from bmjax.data import cache as cache_module
 from bmjax.data import load_dataset
 from bmjax.data.cache import cached
-from bmjax.data.sources import decode_image, list_images
+from bmjax.data.decode import decode_image
+from bmjax.data.sources import list_folder
 
 
 def save(path, colour, size=(20, 20)):
@@ -57,19 +61,19 @@ def test_classes_are_sorted_folders_and_other_files_are_passed_over(tree, config
 
 def test_errors_name_the_path_and_what_was_expected(tree, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere'; expected a folder with one sub-folder a class"):
-        list_images(tmp_path / "nowhere")
+        list_folder(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"'data.root' is ''; expected a folder"):
-        list_images("")
+        list_folder("")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty: sub-folders found: none; expected at least two"):
-        list_images(tmp_path / "empty")
+        list_folder(tmp_path / "empty")
     save(tmp_path / "one" / "BLA" / "a.png", (0, 0, 0))
     with pytest.raises(ValueError, match=r"one: sub-folders found: BLA; expected at least two"):
-        list_images(tmp_path / "one")
+        list_folder(tmp_path / "one")
     (tree / "PMO").mkdir()
     (tree / "PMO" / "a.doc").write_text("no image")
     with pytest.raises(ValueError, match=r"PMO holds no image; expected files ending in .*\.png"):
-        list_images(tree)
+        list_folder(tree)
 
 
 def test_resize_is_pillows_bilinear_to_a_square(tmp_path):
@@ -83,7 +87,7 @@ def test_resize_is_pillows_bilinear_to_a_square(tmp_path):
 
 def test_images_are_decoded_once(config, monkeypatch):
     first = load_dataset(config, progress=False)
-    monkeypatch.setattr("bmjax.data.cache.decode_images", lambda paths, size: iter(()))
+    monkeypatch.setattr("bmjax.data.cache.decode_images", lambda read, n, size: iter(()))
     second = load_dataset(config, progress=False)
     np.testing.assert_array_equal(first.images, second.images)
     assert (first.fingerprint, first.hashes) == (second.fingerprint, second.hashes)
@@ -133,7 +137,7 @@ def test_a_kill_leaves_no_cache_that_is_read(config, tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
 
-    def half(paths, size):
+    def half(read, n, size):
         yield np.zeros((size, size, 3), np.uint8)
         raise Killed
 
@@ -151,6 +155,43 @@ def test_a_kill_leaves_no_cache_that_is_read(config, tmp_path, monkeypatch):
     os.utime(leftover, (time.time() - 2 * 86400,) * 2)
     load_dataset(DataConfig(**{**vars(config), "image_size": 20}), progress=False)
     assert not leftover.exists()
+
+
+KILLED = """
+import os, signal, sys
+import numpy as np
+from pathlib import Path
+from bmjax.data.cache import cached
+
+def pictures():
+    for i in range(100):
+        if i == 60:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield np.full((64, 64, 3), i, np.uint8)
+
+cached(Path(sys.argv[1]), "key", 100, 64, pictures(), progress=False)
+"""
+
+
+def test_sigkill_while_the_cache_is_written(tmp_path):
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False, timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    (leftover,) = tmp_path.iterdir()
+    assert leftover.name.startswith(".key.")
+    pictures = [np.full((64, 64, 3), i, np.uint8) for i in range(100)]
+    images, _ = cached(tmp_path, "key", 100, 64, iter(pictures), progress=False)
+    np.testing.assert_array_equal(images, np.stack(pictures))
+
+
+def test_one_changed_file_is_decoded_anew(tree, config):
+    before = load_dataset(config, progress=False)
+    save(tree / "BLA" / "2.png", (1, 2, 3))
+    after = load_dataset(config, progress=False)
+    row = after.ids.index("BLA/2.png")
+    np.testing.assert_array_equal(after.images[row, 0, 0], (1, 2, 3))
+    others = [i for i in range(8) if i != row]
+    np.testing.assert_array_equal(after.images[others], before.images[others])
+    assert [a == b for a, b in zip(after.hashes, before.hashes, strict=True)] == [i != row for i in range(8)]
 
 
 def test_two_runs_that_make_one_cache_both_get_it(tmp_path):

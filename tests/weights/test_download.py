@@ -8,6 +8,7 @@ import threading
 import numpy as np
 import pytest
 
+from bmjax.download import is_whole
 from bmjax.weights import catalog, download
 
 
@@ -101,9 +102,9 @@ def test_a_file_without_a_checksum_is_trusted_once_aloud(server, tmp_path, caplo
     caplog.clear()
     assert download.fetch(record, tmp_path, progress=False) == path
     assert caplog.text == ""
-    assert download.is_whole(record, path)
+    assert is_whole(record, path)
     path.write_bytes(Server.content + b"more")
-    assert not download.is_whole(record, path)
+    assert not is_whole(record, path)
     with pytest.raises(ValueError, match=f"sha256 is .*; expected {sha256}. Delete it"):
         download.fetch(record, tmp_path, progress=False)
     path.unlink()

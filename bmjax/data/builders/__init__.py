@@ -1,0 +1,1 @@
+"""TFDS builders, one file each; they write array_record, which is read without TensorFlow."""

@@ -1,0 +1,127 @@
+"""Image files to RGB: every colour mode becomes what it shows, everything else is an error that says why."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+# Of Pillow's formats only these: others run programs (EPS calls Ghostscript) or are seldom met and little tested.
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP")
+# A cell image has some 10^4 to 10^6 pixels; one of 10^8 is a mistake or an attack, and decoding it takes gigabytes.
+MAX_PIXELS = 50_000_000
+# The most that so many pixels fill without compression: four channels of 16 bits.
+MAX_BYTES = 8 * MAX_PIXELS
+
+
+def read_file(path: str | Path) -> bytes:
+    """A file's bytes.
+
+    Raises:
+      ValueError: too large for an image; says how large.
+      OSError: not there or not to be read.
+    """
+    with open(path, "rb") as f:
+        if (size := os.fstat(f.fileno()).st_size) > MAX_BYTES:
+            raise ValueError(f"{size} bytes; expected at most {MAX_BYTES}")
+        return f.read()
+
+
+def _deep(image: Image.Image) -> Image.Image:
+    """Grey of 16 or 32 bits, or floating, as 8 bits; Pillow's own conversion clips it at 255.
+
+    Integers are divided by 257; floats by the least of 1, 255 and 65535 that none exceeds, over 255.
+    """
+    values = np.asarray(image, np.float64)
+    if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 65535):
+        raise ValueError(f"values from {values.min():g} to {values.max():g}; expected finite ones within 0 to 65535")
+    tops = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)
+    top = next(t for t in tops if values.max() <= t)
+    return Image.fromarray((values / top * 255.0).round().astype(np.uint8))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any of Pillow's modes as RGB: EXIF rotation applied, transparency over white, deep grey scaled to 8 bits.
+
+    White is the empty field of a bright-field microscope. Colour profiles are not applied.
+
+    Raises:
+      ValueError: a mode that has no RGB (such as LAB), or values out of range.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _deep(image)
+    if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def open_rgb(source: str | Path | bytes) -> Image.Image:
+    """A file, or its bytes -> its image in Pillow's RGB; of several frames the first. Pillow may warn meanwhile.
+
+    What kind of image it is, its content says and not its name.
+
+    Raises:
+      ValueError: empty, truncated, not an image, or far too large; says which, without the path.
+    """
+    try:
+        data = source if isinstance(source, bytes) else read_file(source)
+        if not data:
+            raise ValueError("the file is empty")
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} pixels; expected at most {MAX_PIXELS} in all")
+            image.load()
+            return to_rgb(image)
+    # A damaged file makes Pillow raise nearly anything: OSError, SyntaxError, struct.error, zlib.error, KeyError, ...
+    except Exception as e:
+        # Pillow names the file object or its address in places; the path is the caller's to tell.
+        reason = "not an image of a known kind" if isinstance(e, Image.UnidentifiedImageError) else str(e)
+        raise ValueError(reason or type(e).__name__) from e
+
+
+def decode_image(source: str | Path | bytes, size: int) -> np.ndarray:
+    """A file, or its bytes -> uint8 RGB 0..255 [size, size, 3].
+
+    Squeezed to a square where it isn't one, by Pillow's bilinear filter, which averages when it shrinks.
+    `decode_images` keeps Pillow's warnings quiet.
+
+    Raises:
+      ValueError: as `open_rgb`.
+    """
+    return np.asarray(open_rgb(source).resize((size, size), Image.Resampling.BILINEAR), np.uint8)
+
+
+def decode_images(read: Callable[[int], bytes], n: int, size: int) -> Iterator[np.ndarray | str]:
+    """Images 0 to n - 1, each uint8 RGB [size, size, 3] or the reason why it can't be read; by threads, in order.
+
+    `read(i)` gives the bytes of file i, in any thread.
+    """
+
+    def one(i: int) -> np.ndarray | str:
+        try:
+            return decode_image(read(i), size)
+        except (ValueError, OSError) as e:
+            return str(e)
+
+    # Filters of warnings belong to the process, so they're set here and not in each thread.
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
+        warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+        pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count()))
+        # Asked for in stretches: the executor's own map would hold every decoded image at once.
+        for start in range(0, n, 256):
+            yield from pool.map(one, range(start, min(start + 256, n)))
+
+
+def decode_files(paths: Sequence[str | Path], size: int) -> Iterator[np.ndarray | str]:
+    """As `decode_images`, of files."""
+    return decode_images(lambda i: read_file(paths[i]), len(paths), size)
