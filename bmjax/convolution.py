@@ -29,8 +29,6 @@ Operation = Literal["forward", "input_gradient", "kernel_gradient"]
 Padding = tuple[tuple[int, int], tuple[int, int]]
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 NO_PADDING: Padding = ((0, 0), (0, 0))
-_CHUNK = 2**22
-"""Numbers in the patches of a chunk: a few caches of the second level, where the product was fastest."""
 _platform: list[str] = []
 _in_loop: list[bool] = []
 
@@ -237,18 +235,6 @@ def _kernel_gradient_patches(x, y_gradient, kernel_shape, strides, padding, grou
     return product[:, ::-1, ::-1].transpose(1, 2, 0, 3)
 
 
-def _kernel_gradient_chunks(x, y_gradient, kernel_shape, strides, padding, groups):
-    """As `_kernel_gradient_patches`, a few images at a time, so that their patches stay in a cache."""
-    kh, kw, _, n = kernel_shape
-    b, h, w, _ = x.shape
-    images = max(1, _CHUNK // (h * w * kh * kw * n))
-    parts = [
-        _kernel_gradient_patches(x[i : i + images], y_gradient[i : i + images], kernel_shape, strides, padding, groups)
-        for i in range(0, b, images)
-    ]
-    return functools.reduce(jnp.add, parts)
-
-
 def _kernel_taps(x, y_gradient, kernel_shape, strides, padding, groups):
     del groups
     seen = views(x, kernel_shape[:2], strides, padding)
@@ -294,7 +280,6 @@ def formulations(operation: Operation, shape: Shape, padding: Padding) -> dict[s
             "dot": (pointwise, _kernel_dot),
             "patches": (spatial, _kernel_patches),
             "gradient_patches": (spatial and _turnable(shape, padding), _kernel_gradient_patches),
-            "gradient_chunks": (spatial and _turnable(shape, padding), _kernel_gradient_chunks),
             "taps": (depthwise, _kernel_taps),
             "products": (shape.kind == "grouped", _kernel_products),
         }
