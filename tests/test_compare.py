@@ -129,7 +129,7 @@ def test_runs_differ_in_attention_and_seed_alone(experiment):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--variants", "sse"], "unknown attention 'sse'; did you mean 'se'"),
+        (["--variants", "simma"], "unknown attention 'simma'; did you mean 'simam'"),
         (["--variants", "se", "se"], "--variants is none se se; expected each once"),
         (["--variants", "se", "--seeds", "0"], "--seeds is 0; expected at least 1"),
         (["--variants", "se", "--stages.0.train", "backbone", "head"], "cached features need it frozen"),

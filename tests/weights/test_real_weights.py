@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from bmjax import weights
+from bmjax.data.decode import decode_files
 from bmjax.data.preprocess import preprocess
-from bmjax.data.sources import decode_images
 
 
 @pytest.mark.shared
@@ -19,7 +19,7 @@ def test_real_weights_give_keras_features_on_real_cells(shared, tmp_path):
     path = shared / "weights/densenet169_weights_tf_dim_ordering_tf_kernels_notop.h5"
     classes = sorted(folder for folder in (shared / "data/bm7").iterdir() if folder.is_dir())
     cells = [sorted(folder.glob("*.jpg"))[n] for n in range(3) for folder in classes][:16]
-    images = np.stack(list(decode_images(cells, 96))).astype(np.float32)
+    images = np.stack(list(decode_files(cells, 96))).astype(np.float32)
     out = tmp_path / "densenet169.safetensors"
     weights.port(path, "densenet169", out)
     read, ported = weights.read(path, "densenet169"), weights.read(out, "densenet169")
