@@ -261,6 +261,11 @@ def list_names(options: argparse.Namespace) -> int:
         "optimizers": optimizers,
         "weights": cli_weights.record_lines,
     }
+    if options.cost:
+        if options.kind != "attention":
+            raise ValueError(f"--cost is for `bmjax list attention`; the kind is {options.kind!r}")
+        cli_attention.print_table()
+        return 0
     for kind in [options.kind] if options.kind else kinds:
         print(f"{kind}:")
         print(*(f"  {line}" for line in kinds[kind]()), sep="\n")
@@ -324,6 +329,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--strict", action="store_true", help="exit with 1 if a file can't be read")
     p = verbs.add_parser("list", help="list what there is by name")
     p.add_argument("kind", nargs="?", choices=("attention", "backbones", "optimizers", "weights"))
+    p.add_argument("--cost", action="store_true", help="attention: a table with options, maps, FLOPs, measured time")
     cli_weights.add_parser(verbs)
     cli_attention.add_parser(verbs)
     cli_explain.add_parser(verbs)

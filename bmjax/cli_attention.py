@@ -6,6 +6,7 @@ import argparse
 import functools
 import keyword
 import os
+import re
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -140,3 +141,38 @@ def _print_costs(variant: str, shape: tuple[int, int, int, int]) -> None:
                f"{c.step_flops / 1e6:,.4g}", f"{c.step_ms:.3f}")  # fmt: skip
         print(name.ljust(width) + "".join(v.rjust(15) for v in row))
     print("A step is forward and all gradients, in training mode; FLOPs are those that XLA counts.")
+
+
+def print_table(shape: tuple[int, int, int, int] = (8, 7, 7, 1024)) -> None:
+    """Every variant as a row of Markdown: its paper, options, map and cost on features [b, h, w, c]."""
+    import dataclasses
+
+    import jax
+    import numpy as np
+
+    from bmjax.analysis.cost import measure
+    from bmjax.attention import create_attention, list_attention
+    from bmjax.registry import modules
+
+    docs = {name: (m.__doc__ or "").strip().split("\n")[0] for name, m in modules("bmjax.attention").items()}
+    variants = {name: create_attention(name) for name in list_attention()}
+    costs = measure(variants, shape)
+    n = costs["none"].n
+    print(f"On float32 features {list(shape)}, {jax.devices()[0].device_kind}; ms are medians of n = {n} calls.\n")
+    print("| variant | what it is | options | map over | parameters | MFLOP forward | ms forward | ms step |")
+    print("|---|---|---|---|---|---|---|---|")
+    x = np.zeros(shape, np.float32)
+    for name, module in variants.items():
+        fields = [f for f in dataclasses.fields(module) if f.name not in ("parent", "name", "dtype")]
+        options = ", ".join(f"`{f.name}={getattr(module, f.name)!r}`" for f in fields)
+        sown = jax.eval_shape(functools.partial(module.init, mutable=True), jax.random.key(0), x).get(
+            "intermediates", {}
+        )
+        ranks = sorted({leaf.ndim for leaf in jax.tree.leaves(sown)})
+        maps = " and ".join({2: "channels", 3: "places"}[rank] for rank in ranks)
+        text = re.sub(r", (https://\S+)\)\.$", r", [link](\1))", docs[name]).rstrip(".")
+        c = costs[name]
+        row = (name, text, options, maps, f"{c.parameters:,}", f"{c.forward_flops / 1e6:,.4g}",
+               f"{c.forward_ms:.3f}", f"{c.step_ms:.3f}")  # fmt: skip
+        print("| " + " | ".join(row) + " |")
+    print("\nA step is forward and all gradients, in training mode; FLOPs are those that XLA counts.")

@@ -14,6 +14,7 @@ import pytest
 import bmjax.attention
 from bmjax.attention import create_attention, list_attention
 from bmjax.cli import main
+from bmjax.cli_attention import print_table
 from bmjax.model import create, init
 
 SHAPE = ["--shape", "2", "5", "5", "32"]
@@ -38,6 +39,23 @@ def test_the_starting_file_passes_its_check_beside_se_and_cbam(written, capsys):
     assert rows[str(written)][0] == str(32 * 2 + 2 + 2 * 32 + 32 + 32 + 1)
     assert rows["se"][0] == str(32 * 2 + 2 + 2 * 32 + 32)
     assert all(float(v.replace(",", "")) > 0 for row in rows.values() for v in row)
+
+
+def test_the_table_has_a_row_a_variant(monkeypatch, capsys):
+    monkeypatch.setattr(bmjax.attention, "list_attention", lambda: ["none", "cbam"])
+    print_table((2, 5, 5, 32))
+    out = capsys.readouterr().out
+    assert "On float32 features [2, 5, 5, 32]" in out
+    rows = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ") for line in out.splitlines() if "|" in line}
+    assert rows["none"][1:5] == ["No attention: the baseline that the variants are compared with", "", "places", "0"]
+    _, text, options, maps, parameters, *costs = rows["cbam"]
+    assert text.endswith("(Woo et al. 2018, [link](https://arxiv.org/abs/1807.06521))")
+    assert options.startswith("`ratio=16`")
+    # Of 32 channels: two layers through two channels, and a 7x7 convolution of two maps with its norm.
+    assert (maps, parameters) == ("channels and places", str(32 * 2 + 2 + 2 * 32 + 32 + 7 * 7 * 2 + 2))
+    assert all(float(c.replace(",", "")) > 0 for c in costs)
+    assert main(["list", "backbones", "--cost"]) == 2
+    assert "--cost is for `bmjax list attention`; the kind is 'backbones'" in capsys.readouterr().err
 
 
 def test_a_broken_file_says_what_to_do_and_exits_with_1(written, capsys):
