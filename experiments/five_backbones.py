@@ -5,6 +5,10 @@
 FOLDER has one sub-folder of images per class. Every run has the same split, seed, head and schedule. Two epochs of each
 stage show that a network trains, not how well it does: fork this file for that, with more epochs, several seeds and
 larger images.
+
+On the 2,800 cells of the README with `--model.weights None` (random weights), on 2 cores beside another training, the
+five took 37 minutes; validation accuracy of the best epoch (n 423): DenseNet121 0.265, EfficientNetB5 0.203,
+ResNet50 0.305, Xception 0.270, MobileNetV2 0.210. Chance is one in seven.
 """
 
 from collections.abc import Iterator

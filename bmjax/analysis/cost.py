@@ -34,7 +34,8 @@ def measure(modules: dict[str, nn.Module], shape: tuple[int, int, int, int], n: 
         parameters[name] = sum(leaf.size for leaf in jax.tree.leaves(variables.get("params", {})))
         for kind, fn in (("forward", _forward(module)), ("step", _step(module))):
             compiled = jax.jit(fn).lower(variables, x).compile()
-            counted = (compiled.cost_analysis() or {}).get("flops", float("nan"))
+            analysis = compiled.cost_analysis()
+            counted = float("nan") if analysis is None else analysis.get("flops", 0.0)  # XLA names no count of zero
             programs[name, kind] = compiled, variables, float(counted)
     times: dict[tuple[str, str], list[float]] = {key: [] for key in programs}
     for i in range(n + 1):

@@ -48,6 +48,7 @@ def test_the_table_has_a_row_a_variant(monkeypatch, capsys):
     assert "On float32 features [2, 5, 5, 32]" in out
     rows = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ") for line in out.splitlines() if "|" in line}
     assert rows["none"][1:5] == ["No attention: the baseline that the variants are compared with", "", "places", "0"]
+    assert rows["none"][5] == "0"
     _, text, options, maps, parameters, *costs = rows["cbam"]
     assert text.endswith("(Woo et al. 2018, [link](https://arxiv.org/abs/1807.06521))")
     assert options.startswith("`ratio=16`")
