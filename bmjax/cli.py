@@ -233,12 +233,14 @@ def _print_cost(config: Config, model: Any, plans: list[Any], variables: dict[st
 
 
 def list_names(options: argparse.Namespace) -> int:
-    def attention() -> list[str]:
-        from bmjax.attention import list_attention
-        from bmjax.registry import modules
+    if options.cost:
+        if options.kind != "attention":
+            raise ValueError(f"--cost is for `bmjax list attention`; the kind is {options.kind!r}")
+        cli_attention.print_table()
+        return 0
 
-        docs = {name: (m.__doc__ or "").strip().split("\n")[0] for name, m in modules("bmjax.attention").items()}
-        return [f"{name:20} {docs[name]}" for name in list_attention()]
+    def attention() -> list[str]:
+        return [f"{name:20} {text}" for name, text in cli_attention.first_lines().items()]
 
     def backbones() -> list[str]:
         from bmjax.backbones import list_backbones
@@ -261,11 +263,6 @@ def list_names(options: argparse.Namespace) -> int:
         "optimizers": optimizers,
         "weights": cli_weights.record_lines,
     }
-    if options.cost:
-        if options.kind != "attention":
-            raise ValueError(f"--cost is for `bmjax list attention`; the kind is {options.kind!r}")
-        cli_attention.print_table()
-        return 0
     for kind in [options.kind] if options.kind else kinds:
         print(f"{kind}:")
         print(*(f"  {line}" for line in kinds[kind]()), sep="\n")

@@ -11,6 +11,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+_COST_NOTE = "A step is forward and all gradients, in training mode; FLOPs are those that XLA counts."
+
 _TEMPLATE = '''"""{title}: say in one line what it attends to, and where it is from (authors, year, link)."""
 
 from __future__ import annotations
@@ -140,7 +142,16 @@ def _print_costs(variant: str, shape: tuple[int, int, int, int]) -> None:
         row = (f"{c.parameters:,}", f"{c.forward_flops / 1e6:,.4g}", f"{c.forward_ms:.3f}",
                f"{c.step_flops / 1e6:,.4g}", f"{c.step_ms:.3f}")  # fmt: skip
         print(name.ljust(width) + "".join(v.rjust(15) for v in row))
-    print("A step is forward and all gradients, in training mode; FLOPs are those that XLA counts.")
+    print(_COST_NOTE)
+
+
+def first_lines() -> dict[str, str]:
+    """Variant -> the first line of its file: what it is, and its paper."""
+    from bmjax.attention import list_attention
+    from bmjax.registry import modules
+
+    files = modules("bmjax.attention")
+    return {name: (files[name].__doc__ or "").strip().split("\n")[0] for name in list_attention()}
 
 
 def print_table(shape: tuple[int, int, int, int] = (8, 7, 7, 1024)) -> None:
@@ -151,13 +162,12 @@ def print_table(shape: tuple[int, int, int, int] = (8, 7, 7, 1024)) -> None:
     import numpy as np
 
     from bmjax.analysis.cost import measure
-    from bmjax.attention import create_attention, list_attention
-    from bmjax.registry import modules
+    from bmjax.attention import create_attention
 
-    docs = {name: (m.__doc__ or "").strip().split("\n")[0] for name, m in modules("bmjax.attention").items()}
-    variants = {name: create_attention(name) for name in list_attention()}
+    texts = first_lines()
+    variants = {name: create_attention(name) for name in texts}
     costs = measure(variants, shape)
-    n = costs["none"].n
+    n = next(iter(costs.values())).n
     print(f"On float32 features {list(shape)}, {jax.devices()[0].device_kind}; ms are medians of n = {n} calls.\n")
     print("| variant | what it is | options | map over | parameters | MFLOP forward | ms forward | ms step |")
     print("|---|---|---|---|---|---|---|---|")
@@ -165,14 +175,12 @@ def print_table(shape: tuple[int, int, int, int] = (8, 7, 7, 1024)) -> None:
     for name, module in variants.items():
         fields = [f for f in dataclasses.fields(module) if f.name not in ("parent", "name", "dtype")]
         options = ", ".join(f"`{f.name}={getattr(module, f.name)!r}`" for f in fields)
-        sown = jax.eval_shape(functools.partial(module.init, mutable=True), jax.random.key(0), x).get(
-            "intermediates", {}
-        )
-        ranks = sorted({leaf.ndim for leaf in jax.tree.leaves(sown)})
+        variables = jax.eval_shape(functools.partial(module.init, mutable=True), jax.random.key(0), x)
+        ranks = sorted({leaf.ndim for leaf in jax.tree.leaves(variables.get("intermediates", {}))})
         maps = " and ".join({2: "channels", 3: "places"}[rank] for rank in ranks)
-        text = re.sub(r", (https://\S+)\)\.$", r", [link](\1))", docs[name]).rstrip(".")
+        text = re.sub(r", (https://\S+)\)\.$", r", [link](\1))", texts[name]).rstrip(".")
         c = costs[name]
         row = (name, text, options, maps, f"{c.parameters:,}", f"{c.forward_flops / 1e6:,.4g}",
                f"{c.forward_ms:.3f}", f"{c.step_ms:.3f}")  # fmt: skip
         print("| " + " | ".join(row) + " |")
-    print("\nA step is forward and all gradients, in training mode; FLOPs are those that XLA counts.")
+    print(f"\n{_COST_NOTE}")

@@ -141,15 +141,13 @@ def _cells(found: Run, options: argparse.Namespace) -> tuple[np.ndarray, np.ndar
 
 
 def _verdict(score: Score) -> str:
-    from bmjax.analysis.faithfulness import LEVEL
-
     if score.passes:
         return "passes"
     return "fails: " + " and ".join(
         why
         for fails, why in (
-            (score.p_random >= LEVEL, "not above\na random map"),
-            (score.p_centre >= LEVEL, "not above\nthe centre map"),
+            (not score.above_random, "not above\na random map"),
+            (not score.above_centre, "not above\nthe centre map"),
             (not score.sane, "same map with a\nrandom network"),
         )
         if fails

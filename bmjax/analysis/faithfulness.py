@@ -130,8 +130,16 @@ class Score:
         return self.insertion - self.deletion
 
     @property
+    def above_random(self) -> bool:
+        return self.p_random < LEVEL
+
+    @property
+    def above_centre(self) -> bool:
+        return self.p_centre < LEVEL
+
+    @property
     def faithful(self) -> bool:
-        return max(self.p_random, self.p_centre) < LEVEL
+        return self.above_random and self.above_centre
 
     @property
     def sane(self) -> bool:
