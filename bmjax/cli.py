@@ -348,7 +348,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 options.parser.print_help()
                 return 0
             options.parser.error(f"expected an experiment, as in: bmjax {options.verb} experiments/quickstart.py")
-    elif rest:
+    elif rest and (options.verb, getattr(options, "action", "")) != ("data", "audit"):
         parser.error(f"{options.verb}: unrecognized arguments: {' '.join(rest)}")
     try:
         if options.verb in ("train", "show", "compare"):
@@ -359,7 +359,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "new": cli_attention.run,
             "check": cli_attention.run,
             "explain": cli_explain.run,
-            "data": cli_data.run,
+            "data": lambda options: cli_data.run(options, rest),
         }
         return by_verb[options.verb](options)
     except (ValueError, OSError, FloatingPointError) as e:

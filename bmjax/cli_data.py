@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 
 def add_parser(verbs: Any) -> None:
     """Adds `data` and its own verbs to a parser's."""
-    parser = verbs.add_parser("data", help="build published data sets")
+    parser = verbs.add_parser("data", help="build published data sets, or examine your own")
     inner = parser.add_subparsers(dest="action", required=True)
     p = inner.add_parser("build", help="write a published data set as array_record, for --data.source tfds")
     p.add_argument("name", choices=("bm_cytomorphology", "bloodmnist"))
@@ -25,11 +26,48 @@ def add_parser(verbs: Any) -> None:
     p.add_argument("--partial", action="store_true", help="bm_cytomorphology: take what is there of the collection")
     p.add_argument("--out", help="folder to write into; by default tfds in the user's cache folder")
     p.add_argument("--downloads", help="bloodmnist: folder of downloads; by default downloads in --out")
+    p = inner.add_parser(
+        "audit",
+        help="examine images, labels and split before training on them",
+        usage="bmjax data audit EXPERIMENT [options] [--FIELD VALUE ...]",
+        description="Examines the images that an experiment would train on, their labels and their split: unreadable "
+        "and odd files, copies and near duplicates, conflicting labels, shortcuts. Exits with 1 if a finding breaks a "
+        "claim.",
+        epilog="Any field of the configuration follows by its dotted name, as in --data.root FOLDER.",
+        allow_abbrev=False,
+    )
+    p.add_argument("experiment", help="a Python file with config(), a config.json, or a run's folder")
+    p.add_argument("--out", default="audit", help="folder of audit.html, audit.json, ... (default: %(default)s)")
+    p.add_argument(
+        "--features",
+        action="store_true",
+        help="look for wrong labels too, with the features of the experiment's backbone (needs bmjax[audit])",
+    )
 
 
-def run(options: argparse.Namespace) -> int:
-    actions: dict[str, Callable[[argparse.Namespace], int]] = {"build": build}
-    return actions[options.action](options)
+def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    if options.action == "audit":
+        return audit(options, rest)
+    return build(options)
+
+
+def audit(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Writes the audit of what an experiment would train on; 1 if a claim is broken."""
+    from bmjax.experiment import load_experiment, override
+
+    config, _ = load_experiment(options.experiment)
+    config = override(config, rest, f"bmjax data audit {options.experiment}")
+
+    from bmjax.analysis.audit import audit as examine
+    from bmjax.analysis.audit_page import write_audit
+    from bmjax.features import pooled_features
+
+    found = examine(config.data, (lambda dataset: pooled_features(config, dataset)) if options.features else None)
+    for finding in found.findings:
+        print(f"{finding.level:7} {finding.subject}: {finding.text}")
+    path = write_audit(found, options.out)
+    print(f"{len(found.dataset)} images in {len(found.dataset.classes)} classes; report: {path}")
+    return int(found.broken)
 
 
 def parse_mapping(words: Sequence[str]) -> dict[str, str]:
@@ -48,8 +86,6 @@ def parse_mapping(words: Sequence[str]) -> dict[str, str]:
 
 
 def _marrow_config(options: argparse.Namespace) -> Any:
-    import dataclasses
-
     from bmjax.data.builders.bm_cytomorphology import BmCytomorphology, CytomorphologyConfig
     from bmjax.registry import unknown
 

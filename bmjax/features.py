@@ -30,7 +30,7 @@ from bmjax.data.pipeline import eval_batches
 from bmjax.environment import cache_folder
 from bmjax.files import remove_leftovers
 from bmjax.layers import at_least_float32
-from bmjax.model import create
+from bmjax.model import create, resolve
 from bmjax.run import image_dtype, new_variables
 from bmjax.state import Tree
 
@@ -149,6 +149,13 @@ class FeatureMaps:
                 out[done : done + real] = np.asarray(extract(self.backbone, batch["image"], batch["index"]))[:real]
                 done += real
                 bar.update(real)
+
+
+def pooled_features(config: Config, dataset: Dataset) -> np.ndarray:
+    """The means over places of every image's feature maps, float32 [n, c], by the configuration's backbone."""
+    config = dataclasses.replace(config, model=resolve(config.model))
+    maps = FeatureMaps(config, dataset).maps(np.arange(len(dataset)))
+    return np.stack([one.mean((0, 1)) for one in maps]).astype(np.float32)
 
 
 def _read(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray | None:

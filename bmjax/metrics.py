@@ -46,6 +46,13 @@ def macro_f1(counts: np.ndarray) -> np.ndarray:
     return (2 * hits / np.maximum(total, 1)).sum(-1) / (total > 0).sum(-1)
 
 
+def balanced_accuracy(counts: np.ndarray) -> np.ndarray:
+    """Mean recall of the classes present, of confusion matrices [..., k, k]."""
+    true = counts.sum(-1)
+    recall = np.diagonal(counts, axis1=-2, axis2=-1) / np.maximum(true, 1)
+    return recall.sum(-1) / np.maximum((true > 0).sum(-1), 1)
+
+
 def expected_calibration_error(labels: np.ndarray, probs: np.ndarray, bins: int = 15) -> float:
     """Mean gap between confidence and accuracy over equal-width bins of the confidence (Guo et al. 2017)."""
     confidence, hit = probs.max(-1), probs.argmax(-1) == labels
@@ -87,7 +94,7 @@ def classification_metrics(labels: np.ndarray, probs: np.ndarray) -> dict[str, A
         "macro_f1": float(macro_f1(counts)),
         "macro_f1_low": f1_low,
         "macro_f1_high": f1_high,
-        "balanced_accuracy": float(recall[true > 0].mean()),
+        "balanced_accuracy": float(balanced_accuracy(counts)),
         "loss": float(-np.log(likelihood).mean()),
         "ece": expected_calibration_error(labels, probs),
         "per_class": [

@@ -120,22 +120,28 @@ def draw_cell(axis: Axes, image: np.ndarray, title: str, color: str) -> None:
         spine.set(color=color, linewidth=1.5)
 
 
-def mistakes(predictions: Predictions, images: np.ndarray, limit: int = 24, columns: int = 8) -> Figure | None:
-    """The most confident mistakes; `images` are the dataset's, uint8 [n, h, w, 3]. None where there is no mistake."""
-    places = most_wrong(predictions, limit)
-    if not len(places):
-        return None
-    columns = min(columns, len(places))
-    rows = math.ceil(len(places) / columns)
-    figure = _figure(1.4 * columns, 1.8 * rows)
+def cells(shown: Sequence[tuple[np.ndarray, str, str]], columns: int = 8) -> Figure:
+    """A grid of cells, each (image uint8 [h, w, 3], title, colour)."""
+    columns = min(columns, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    lines = max(title.count("\n") for _, title, _ in shown) + 1
+    figure = _figure(1.4 * columns, (1.4 + 0.2 * lines) * rows)
     axes = figure.subplots(rows, columns, squeeze=False)
-    for axis in axes.flat[len(places) :]:
+    for axis in axes.flat[len(shown) :]:
         axis.axis("off")
-    for axis, i in zip(axes.flat, places, strict=False):
+    for axis, cell in zip(axes.flat, shown, strict=False):
+        draw_cell(axis, *cell)
+    return figure
+
+
+def mistakes(predictions: Predictions, images: np.ndarray, limit: int = 24) -> Figure | None:
+    """The most confident mistakes; `images` are the dataset's, uint8 [n, h, w, 3]. None where there is no mistake."""
+    shown = []
+    for i in most_wrong(predictions, limit):
         true, top = predictions.classes[predictions.labels[i]], predictions.classes[predictions.predicted[i]]
         title = f"{true}, taken for\n{top} ({predictions.confidence[i]:.2f})"
-        draw_cell(axis, images[predictions.index[i]], title, WRONG)
-    return figure
+        shown.append((images[predictions.index[i]], title, WRONG))
+    return cells(shown) if shown else None
 
 
 def result(predictions: Predictions, metrics: dict[str, Any], images: np.ndarray, columns: int = 6) -> Figure:

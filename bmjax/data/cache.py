@@ -5,7 +5,6 @@ Written under another name and renamed when complete, so a kill never leaves hal
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -13,7 +12,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +19,7 @@ from tqdm import tqdm
 
 from bmjax.data.dataset import Dataset
 from bmjax.data.decode import decode_images
-from bmjax.data.sources import Listing
+from bmjax.data.sources import Listing, read_each
 from bmjax.files import remove_leftovers
 
 log = logging.getLogger(__name__)
@@ -36,16 +34,7 @@ def fingerprint(entries: Sequence[tuple[str, str, int]], image_size: int) -> str
 
 def hash_images(listing: Listing) -> list[str]:
     """sha256 of each file's bytes, by threads; "" where they can't be read, which decoding will name."""
-    digests = [""] * len(listing)
-
-    def stretch(start: int) -> None:  # singly, 171,374 tiny files would spend their time in the pool's queue
-        for i in range(start, min(start + 256, len(listing))):
-            with contextlib.suppress(ValueError, OSError):
-                digests[i] = hashlib.sha256(listing.read(i)).hexdigest()
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(stretch, range(0, len(listing), 256)))
-    return digests
+    return read_each(listing, lambda data: hashlib.sha256(data).hexdigest(), "")
 
 
 def listed_dataset(

@@ -100,6 +100,16 @@ def decode_image(source: str | Path | bytes, size: int) -> np.ndarray:
     return np.asarray(open_rgb(source).resize((size, size), Image.Resampling.BILINEAR), np.uint8)
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Pillow's warnings off, but for its warning of a bomb, which is an error."""
+    # Filters of warnings belong to the process: set around threads, and not in them.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
+        yield
+
+
 def decode_images(read: Callable[[int], bytes], n: int, size: int) -> Iterator[np.ndarray | str]:
     """Images 0 to n - 1, each uint8 RGB [size, size, 3] or the reason why it can't be read; by threads, in order.
 
@@ -112,11 +122,7 @@ def decode_images(read: Callable[[int], bytes], n: int, size: int) -> Iterator[n
         except (ValueError, OSError) as e:
             return str(e)
 
-    # Filters of warnings belong to the process, so they're set here and not in each thread.
-    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
-        warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
-        warnings.filterwarnings("ignore", category=UserWarning, module="PIL")
-        pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count()))
+    with quiet(), ThreadPoolExecutor(os.cpu_count()) as pool:
         # Asked for in stretches: the executor's own map would hold every decoded image at once.
         for start in range(0, n, 256):
             yield from pool.map(one, range(start, min(start + 256, n)))

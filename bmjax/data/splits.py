@@ -156,6 +156,15 @@ def _units(dataset: Dataset, config: DataConfig) -> _Units:
     return _Units(of_row, [least[unit] for unit in range(len(given))], given, given_rows)
 
 
+def kept_together(dataset: Dataset, config: DataConfig) -> np.ndarray:
+    """The number of the unit of each row, int [n]: rows of one unit stand on one side of every split under `config`.
+
+    Raises:
+      ValueError: as `split_dataset`.
+    """
+    return _units(dataset, config).of_row
+
+
 def _sides(places: np.ndarray, shares: np.ndarray, config: DataConfig) -> np.ndarray:
     """The side of each place in 0..1; shares [..., 3] sum to 1."""
     if not config.folds:
