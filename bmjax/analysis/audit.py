@@ -70,6 +70,11 @@ class Audit:
         return any(finding.level == "error" for finding in self.findings)
 
 
+def _count(n: int, one: str, several: str = "") -> str:
+    """`1 image`, `2 images`."""
+    return f"{n} {one if n == 1 else several or one + 's'}"
+
+
 def _some(names: Sequence[str], limit: int = 3) -> str:
     return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
 
@@ -80,13 +85,13 @@ def check_files(dataset: Dataset, facts: Sequence[FileFacts], strict: bool = Fal
     if dataset.skipped:
         names = tuple(path for path, _ in dataset.skipped)
         reasons = _some([f"{path} ({why})" for path, why in dataset.skipped])
-        text = f"{len(names)} files can't be read and are left out: {reasons}"
+        text = f"{_count(len(names), 'file')} can't be read and left out: {reasons}"
         found.append(Finding("error" if strict else "warning", "files", text, names))
 
-    def add(chosen: Sequence[bool], text: str) -> None:
+    def add(chosen: Sequence[bool], noun: str, text: str) -> None:
         names = tuple(name for name, bad in zip(dataset.ids, chosen, strict=True) if bad)
         if names:
-            found.append(Finding("warning", "files", f"{len(names)} {text}: {_some(names)}", names))
+            found.append(Finding("warning", "files", f"{_count(len(names), noun)} {text}: {_some(names)}", names))
 
     size = dataset.images.shape[1]
     ended = [name.lower().endswith(tuple(e for ends in ENDINGS.values() for e in ends)) for name in dataset.ids]
@@ -94,11 +99,11 @@ def check_files(dataset: Dataset, facts: Sequence[FileFacts], strict: bool = Fal
         has and not name.lower().endswith(ENDINGS[f.format])
         for has, name, f in zip(ended, dataset.ids, facts, strict=True)
     ]
-    add(wrong, "files are not the kind of image that their names say")
-    add([f.frames > 1 for f in facts], "files have several frames, of which only the first counts")
+    add(wrong, "file", "of another kind than the name says")
+    add([f.frames > 1 for f in facts], "file", "with several frames, of which only the first counts")
     sides = [(min(f.width, f.height), max(f.width, f.height)) for f in facts]
-    add([b > SQUEEZED * a for a, b in sides], "images are far from square and are squeezed")
-    add([2 * a < size for a, _ in sides], f"images are less than half of {size} pixels and are enlarged")
+    add([b > SQUEEZED * a for a, b in sides], "image", "far from square, to be squeezed")
+    add([2 * a < size for a, _ in sides], "image", f"smaller than half of {size} pixels, to be enlarged")
     for what, values in (
         ("colour mode", [f.mode for f in facts]),
         ("format", [f.format for f in facts]),
@@ -106,7 +111,7 @@ def check_files(dataset: Dataset, facts: Sequence[FileFacts], strict: bool = Fal
     ):
         (usual, n), *others = Counter(values).most_common()
         if others and n >= 0.95 * len(values):  # where most agree, the others stand out
-            add([v != usual for v in values], f"images have another {what} than the others' {usual}")
+            add([v != usual for v in values], "image", f"of another {what} than the others' {usual}")
     return found
 
 
@@ -118,7 +123,9 @@ def check_pictures(dataset: Dataset, grey: np.ndarray) -> list[Finding]:
     blank = contrast < BLANK
     if blank.any():
         names = tuple(dataset.ids[i] for i in np.flatnonzero(blank))
-        found.append(Finding("warning", "images", f"{len(names)} images are all but blank: {_some(names)}", names))
+        found.append(
+            Finding("warning", "images", f"{_count(len(names), 'image')} all but blank: {_some(names)}", names)
+        )
     steps = np.array([np.abs(np.diff(image.astype(np.int16), axis=1)).mean() for image in grey])
     statistics = {"brightness": np.array([image.mean() for image in flat]), "contrast": contrast, "sharpness": steps}
     for name, values in statistics.items():
@@ -127,7 +134,7 @@ def check_pictures(dataset: Dataset, grey: np.ndarray) -> list[Finding]:
         order = np.argsort(-far, kind="stable")
         names = tuple(dataset.ids[i] for i in order if far[i] > ODD and not blank[i])
         if names and spread > 0:
-            text = f"{len(names)} images are of a {name} far from the others' (over {ODD:g} deviations): {_some(names)}"
+            text = f"{_count(len(names), 'image')} of a {name} over {ODD:g} deviations from the others': {_some(names)}"
             found.append(Finding("warning", "images", text, names))
     return found
 
@@ -157,21 +164,22 @@ def check_copies(dataset: Dataset, pairs: Pairs, groups: np.ndarray) -> list[Fin
     copies = len(dataset) - len(set(dataset.hashes))
     if copies:
         times = Counter(dataset.hashes)
-        names = tuple(sorted(n for n, h in zip(dataset.ids, dataset.hashes, strict=True) if times[h] > 1))
-        text = f"{copies} images are byte for byte copies of others; a split keeps them together: {_some(names)}"
+        names = tuple(n for n, h in zip(dataset.ids, dataset.hashes, strict=True) if times[h] > 1)
+        text = f"{_count(copies, 'byte for byte copy', 'byte for byte copies')} of other images: {_some(names)}"
         found.append(Finding("warning", "copies", text, names))
     sizes = np.bincount(groups)
     near = np.flatnonzero(sizes[groups] > 1)
     if len(near):
         names = tuple(dataset.ids[i] for i in near[np.argsort(groups[near], kind="stable")])
-        text = f"{len(near)} images are copies or near duplicates of others, in {int((sizes > 1).sum())} groups: "
+        text = f"{len(near)} images that are copies or near duplicates, "
+        text += f"in {_count(int((sizes > 1).sum()), 'group')}: "
         found.append(Finding("warning", "copies", text + _some(names), names))
     if suspected := len(pairs) - int(pairs.certain.sum()):
-        found.append(Finding("note", "copies", f"{suspected} further pairs are much alike; look at them"))
+        found.append(Finding("note", "copies", f"{_count(suspected, 'further pair')} much alike; look at the pictures"))
     conflicts = _groups_with_several(groups, dataset.labels)
     if len(conflicts):
         names = tuple(dataset.ids[i] for i in conflicts)
-        text = f"{len(names)} images are copies or near duplicates of images of another class: {_some(names)}"
+        text = f"{len(names)} images whose copies or near duplicates are of another class: {_some(names)}"
         found.append(Finding("error", "labels", text, names))
     return found
 
@@ -204,12 +212,12 @@ def check_split(dataset: Dataset, config: DataConfig, groups: np.ndarray) -> tup
         if len(torn):
             names = tuple(dataset.ids[i] for i in torn)
             text = f"{what} stand on several sides of the split that is {known}, {len(torn)} images in "
-            text += f"{len(np.unique(numbers[torn]))} groups: {_some(names)}; {advice}"
+            text += f"{_count(len(np.unique(numbers[torn])), 'group')}: {_some(names)}; {advice}"
             found.append(Finding("error", "split", text, names))
     counts = np.bincount(dataset.labels[splits.test], minlength=len(dataset.classes))
     if few := [f"{name} ({n})" for name, n in zip(dataset.classes, counts, strict=True) if n < FEW]:
-        text = f"{len(few)} classes have fewer than {FEW} test images, so their recall will hardly be known: "
-        text += _some(few, 8)
+        text = f"{_count(len(few), 'class', 'classes')} with fewer than {FEW} test images, whose recall will hardly be "
+        text += f"known: {_some(few, 8)}"
         found.append(Finding("warning", "split", text))
     return splits, found
 
@@ -224,14 +232,17 @@ def check_shortcuts(found: Sequence[Shortcut]) -> list[Finding]:
             f"{s.sees} tell the classes with balanced accuracy {s.balanced_accuracy:.3f} ({s.low:.3f} to {s.high:.3f}, "
         )
         text += f"n {s.n}), where guessing has {s.chance:.3f}"
-        findings.append(Finding("error" if s.excess >= SHORTCUT_ERROR else "warning", "shortcuts", text))
+        if s.told:
+            text += f"; nearly without error {', '.join(s.told)}"
+        level = "error" if s.told or s.excess >= SHORTCUT_ERROR else "warning"
+        findings.append(Finding(level, "shortcuts", text))
     return findings
 
 
 def find_shortcuts(dataset: Dataset, facts: Sequence[FileFacts], units: np.ndarray) -> tuple[list[Shortcut], dict]:
     """(shortcuts, medians by class of the statistics of colour and focus), on a sample of the images."""
     rows = shortcuts.sample(dataset.labels)
-    images, labels, k = dataset.images[rows], dataset.labels[rows], len(dataset.classes)
+    images, labels = dataset.images[rows], dataset.labels[rows]
     some = [facts[i] for i in rows]
     statistics = shortcuts.image_statistics(images)
     inputs = [
@@ -239,7 +250,7 @@ def find_shortcuts(dataset: Dataset, facts: Sequence[FileFacts], units: np.ndarr
         ("metadata", "formats, sizes in pixels and compression of the files alone", metadata_features(some)),
         ("length", "lengths of the files in bytes alone", np.array([[f.bytes] for f in some], np.float32)),
     ]
-    found = [shortcuts.shortcut(name, sees, x, labels, units[rows], k) for name, sees, x in inputs]
+    found = [shortcuts.shortcut(name, sees, x, labels, units[rows], dataset.classes) for name, sees, x in inputs]
     return found, shortcuts.medians_by_class(statistics, labels, dataset.classes)
 
 

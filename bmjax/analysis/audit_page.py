@@ -165,7 +165,10 @@ def _duplicates(audit: Audit) -> str:
     # What harms most comes first: other sides, other labels, then the closest.
     torn = np.array([sides[i] != sides[j] for i, j in zip(first, second, strict=True)])
     conflict = dataset.labels[first] != dataset.labels[second]
-    order = np.lexsort((-correlation, ~conflict, ~torn))[: _SHOWN // 2]
+    order = np.lexsort((-correlation, ~conflict, ~torn))
+    # Of many copies of one image one pair is enough to see; a suspected pair is a group of its own.
+    group = np.where(audit.pairs.certain, audit.groups[first], -1 - np.arange(len(first)))
+    order = order[np.sort(np.unique(group[order], return_index=True)[1])][: _SHOWN // 2]
     cells = []
     for p in order:
         colour = figures.WRONG if audit.pairs.certain[p] else figures.RATE
@@ -173,22 +176,18 @@ def _duplicates(audit: Audit) -> str:
             words = f"{dataset.classes[dataset.labels[i]]}, {sides[i] or 'no split'}"
             cells.append((dataset.images[i], _title(audit, i, words, more), colour))
     certain = int(audit.pairs.certain.sum())
-    text = (
-        f"{certain} certain pairs and {len(audit.pairs) - certain} suspected ones, by the correlation of fine detail "
-    )
-    text += (
-        f"(the figure above each pair). The {len(order)} that harm most, on different sides or of different classes "
-    )
-    text += "first; certain ones in red. All are in audit.json."
+    text = f"{certain} certain pairs (red) and {len(audit.pairs) - certain} suspected ones, by the correlation of fine "
+    text += f"detail, the figure above each pair. Shown: {len(order)}, one of a group, first those on different sides, "
+    text += "then those of different classes. All are in audit.json."
     return f"{title}<p>{page.text(text)}</p>{page.image(figures.cells(cells), 'Pairs of near duplicates')}"
 
 
 def _shortcuts(audit: Audit) -> str:
     rows = [
-        [s.name, s.sees, s.n, f"{s.balanced_accuracy:.3f} ({s.low:.3f} to {s.high:.3f})", f"{s.chance:.3f}"]
+        [s.sees, s.n, f"{s.balanced_accuracy:.3f} ({s.low:.3f} to {s.high:.3f})", f"{s.chance:.3f}"]
         for s in audit.shortcuts
     ]
-    header = ("what is seen", "", "n", "balanced accuracy", "guessing")
+    header = ("what is seen", "n", "balanced accuracy", "guessing")
     text = "Random forests that never see the cell, cross-validated so that what belongs together is not divided; 95 % "
     text += (
         "intervals by the bootstrap over images. What is well above guessing, a network may learn in place of cells."

@@ -13,7 +13,8 @@ PROBE_C = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 PIXELS_C = (1e-3, 1e-2, 1e-1)
 
 
-def _logistic(c: float, seed: int):
+def logistic(c: float, seed: int):
+    """Logistic regression, not fitted yet, on features scaled to unit variance; `c` as in scikit-learn."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
@@ -23,7 +24,7 @@ def _logistic(c: float, seed: int):
 
 def _choose(candidates, features: np.ndarray, labels: np.ndarray, val: np.ndarray, val_labels: np.ndarray, seed: int):
     """(C, model) with the highest accuracy on the validation rows; of equal ones the most regularised."""
-    models = [(c, _logistic(c, seed).fit(features, labels)) for c in candidates]
+    models = [(c, logistic(c, seed).fit(features, labels)) for c in candidates]
     return max(models, key=lambda pair: pair[1].score(val, val_labels))
 
 
@@ -56,7 +57,7 @@ def linear_pixels(
     features = shrink(images)
     rows, held = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=seed)
     c, _ = _choose(PIXELS_C, features[rows], labels[rows], features[held], labels[held], seed)
-    model = _logistic(c, seed).fit(features, labels)
+    model = logistic(c, seed).fit(features, labels)
     return classification_metrics(test_labels, model.predict_proba(shrink(test_images))) | {"C": c}
 
 

@@ -52,10 +52,10 @@ class Pairs:
 
 
 def thumbnails(images: np.ndarray) -> np.ndarray:
-    """Images uint8 [n, h, w, 3] -> grey uint8 [n, 64, 64], by means over areas."""
+    """Images uint8 [n, h, w, 3] -> grey uint8 [n, 64, 64], by Pillow's bilinear filter, an average where it shrinks."""
     out = np.empty((len(images), SIZE, SIZE), np.uint8)
     for i, image in enumerate(images):  # one at a time: the images may be a memory map larger than memory
-        small = Image.fromarray(np.asarray(image)).resize((SIZE, SIZE), Image.Resampling.BOX)
+        small = Image.fromarray(np.asarray(image)).resize((SIZE, SIZE), Image.Resampling.BILINEAR)  # BOX is lopsided
         out[i] = np.asarray(small.convert("L"))
     return out
 
