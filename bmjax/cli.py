@@ -203,6 +203,7 @@ def _print_cost(config: Config, model: Any, plans: list[Any], variables: dict[st
     import numpy as np
 
     from bmjax import loop
+    from bmjax.losses import cross_entropy
     from bmjax.parallel import Parallel
     from bmjax.run import image_dtype
     from bmjax.state import create_state
@@ -221,7 +222,7 @@ def _print_cost(config: Config, model: Any, plans: list[Any], variables: dict[st
         state = jax.eval_shape(
             lambda v, p=plan: create_state(v, p.optimizer.tx, p.is_trainable, seed=0, ema=ema), variables
         )
-        compiled = loop.compile_stage(config, model, plan, parallel, None).lower(state, batch).compile()
+        compiled = loop.compile_stage(config, model, plan, parallel, cross_entropy).lower(state, batch).compile()
         text, cost, memory = f"stage {i}, one step of {b} images:", compiled.cost_analysis(), compiled.memory_analysis()
         if cost and "flops" in cost:
             text += f" {cost['flops'] / 1e9:.1f} GFLOP;"

@@ -252,8 +252,17 @@ class TrainConfig:
     devices: int | None = None
     """Number of devices; none: all."""
     label_smoothing: float = 0.0
-    class_weights: Literal["none", "balanced"] = "none"
-    """`balanced`: each class's loss weighs n / (k * n_class)."""
+    sampling: Literal["uniform", "balanced"] = "uniform"
+    """`balanced`: every class is drawn equally often, each of its images once before one comes again. An epoch has as
+    many steps as ever."""
+    class_weights: Literal["none", "balanced", "effective"] = "none"
+    """`balanced`: each class's loss weighs n / (k * n_class). `effective`: by its effective number of images."""
+    effective_beta: float = 0.999
+    """For class_weights `effective`: 0 weighs classes alike, near 1 as `balanced` does."""
+    logit_adjustment: float = 0.0
+    """tau: adds tau * log(share of the class) to the logits in training; 1 aims at balanced accuracy, 0 is off."""
+    focal_gamma: float = 0.0
+    """Focal loss: each image's loss times (1 - p)^gamma, p the probability of its class; 0 is off."""
     ema_decay: float | None = None
     """Exponential moving average of parameters and statistics together; evaluated and kept if set."""
     checkpoint_epochs: int = 1
@@ -277,6 +286,17 @@ class TrainConfig:
         ok = self.accumulate >= 1 and self.batch_size % self.accumulate == 0
         _check(ok, "train.accumulate", self.accumulate, f"a divisor of batch_size ({self.batch_size})")
         _check(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "in 0..1, 1 excluded")
+        _check(0 <= self.effective_beta < 1, "train.effective_beta", self.effective_beta, "in 0..1, 1 excluded")
+        _check(self.logit_adjustment >= 0, "train.logit_adjustment", self.logit_adjustment, ">= 0")
+        _check(self.focal_gamma >= 0, "train.focal_gamma", self.focal_gamma, ">= 0")
+        corrections = {
+            "sampling": self.sampling != "uniform",
+            "class_weights": self.class_weights != "none",
+            "logit_adjustment": self.logit_adjustment > 0,
+        }
+        several = [name for name, is_set in corrections.items() if is_set]
+        expected = "one correction of class frequencies; two would correct twice"
+        _check(len(several) < 2, "train", " and ".join(several), expected)
         _check(self.ema_decay is None or 0 < self.ema_decay < 1, "train.ema_decay", self.ema_decay, "in 0..1 or none")
         _check(self.checkpoint_epochs >= 1, "train.checkpoint_epochs", self.checkpoint_epochs, ">= 1")
         _check(

@@ -27,7 +27,7 @@ from bmjax.data import Dataset, Splits, load_dataset, split_dataset
 from bmjax.data.pipeline import batch_places, steps_per_epoch
 from bmjax.features import FeatureMaps
 from bmjax.loop import Progress, Result, Signals, SplitName
-from bmjax.losses import balanced_class_weights
+from bmjax.losses import make_loss
 from bmjax.model import at_last, create, resolve
 from bmjax.run import Run, image_dtype, open_run, record_split, recorded_split, run_folder, saved_results
 from bmjax.state import TrainState, Tree, create_state
@@ -89,10 +89,8 @@ class Programs:
         self._config, self._shape = config, shape
         self.model = create(config.model, len(dataset.classes), config.train.dtype)
         self.per_epoch = steps_per_epoch(len(splits.train), config.train.batch_size)
-        self._class_weights = None
-        if config.train.class_weights == "balanced":
-            weights = balanced_class_weights(dataset.labels[splits.train], len(dataset.classes))
-            self._class_weights = jnp.asarray(weights)
+        counts = np.bincount(dataset.labels[splits.train], minlength=len(dataset.classes))
+        self._loss = make_loss(config.train, counts)
         template = jax.eval_shape(self._init, 0)
         self.plans = loop.plan_stages(config, self.per_epoch, self.model, template["batch_stats"])
         self.init = jax.jit(self._init)
@@ -124,7 +122,7 @@ class Programs:
         return self._epochs[stage]
 
     def _make_epoch(self, stage: int) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-        step = loop.stage_step(self._config, self.model, self.plans[stage], self._class_weights)
+        step = loop.stage_step(self._config, self.model, self.plans[stage], self._loss)
 
         def one(state: TrainState, maps: jax.Array, labels: jax.Array, places: jax.Array):
             # Which of its views an image shows is a function of seed and step, as augmentation is end to end.
@@ -230,7 +228,14 @@ def train_on_features(config: Config, *, resume: bool = False, prepared: Prepare
                 progress.stage += 1
                 state = state.replace(opt_state=plans[progress.stage].opt_state(state.params))
             plan = plans[progress.stage]
-            places = batch_places(len(splits.train), config.train.batch_size, config.seed, step, per_epoch)
+            places = batch_places(
+                dataset.labels[splits.train],
+                config.train.batch_size,
+                config.seed,
+                step,
+                per_epoch,
+                config.train.sampling,
+            )
             rates = plan.optimizer.rates_at(state.opt_state)(np.arange(step, step + per_epoch) - plan.start)
             began = time.perf_counter()
             state, metrics = programs.epoch(progress.stage)(state, maps, labels, places)

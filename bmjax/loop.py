@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -24,7 +23,7 @@ from bmjax.checkpoint import Checkpoints
 from bmjax.config import BatchNormConfig, Config, StageConfig
 from bmjax.data import Dataset, Splits
 from bmjax.data.pipeline import TrainBatches, eval_batches, steps_per_epoch
-from bmjax.losses import balanced_class_weights
+from bmjax.losses import Loss, make_loss
 from bmjax.metrics import classification_metrics
 from bmjax.model import Classifier, create, part_of, resolve
 from bmjax.parallel import Parallel
@@ -304,9 +303,8 @@ def train(config: Config, *, resume: bool = False) -> Result:
     open_run(run_dir, config, resume)
     dataset, splits = load_data(run_dir, config)
     batch_size, per_epoch = config.train.batch_size, steps_per_epoch(len(splits.train), config.train.batch_size)
-    class_weights = None
-    if config.train.class_weights == "balanced":
-        class_weights = jnp.asarray(balanced_class_weights(dataset.labels[splits.train], len(dataset.classes)))
+    counts = np.bincount(dataset.labels[splits.train], minlength=len(dataset.classes))
+    loss = make_loss(config.train, counts)
 
     # Model, stages, and the state: new, or the last checkpoint's.
     parallel = Parallel.create(config.train.parallel, config.train.devices, batch_size // config.train.accumulate)
@@ -325,11 +323,12 @@ def train(config: Config, *, resume: bool = False) -> Result:
         state = last.restore(newest, template)
         log.info("%s: resumed at step %d", run_dir, newest)
     step, total = int(state.step), plans[-1].end
-    counts = (len(splits.train), per_epoch, total, parallel.size)
-    log.info("%d images to train on, %d steps an epoch, %d steps, %d device(s)", *counts)
+    sizes = (len(splits.train), per_epoch, total, parallel.size)
+    log.info("%d images to train on, %d steps an epoch, %d steps, %d device(s)", *sizes)
 
-    shard = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    batches = TrainBatches(dataset, splits.train, batch_size, config.seed, workers=config.train.workers, **shard)
+    shard: dict[str, Any] = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    shard |= {"workers": config.train.workers, "sampling": config.train.sampling}
+    batches = TrainBatches(dataset, splits.train, batch_size, config.seed, **shard)
     tracker = make_tracker(config.tracking, run_dir, progress.run_id, dataclasses.asdict(config), jax.process_index())
     bar = tqdm(total=total, initial=step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True)
     step_log = StepLog(progress, tracker, parallel, dataset, bar)
@@ -340,7 +339,7 @@ def train(config: Config, *, resume: bool = False) -> Result:
         def evaluate_split(state: TrainState, split: SplitName) -> dict[str, Any]:
             return predictor.metrics(state.variables(), dataset, getattr(splits, split))
 
-        train_step = compile_stage(config, model, plans[progress.stage], parallel, class_weights)
+        train_step = compile_stage(config, model, plans[progress.stage], parallel, loss)
         try:
             while True:
                 # An epoch ends here, also where a resume starts between its last step and its evaluation.
@@ -358,7 +357,7 @@ def train(config: Config, *, resume: bool = False) -> Result:
                 if step >= plans[progress.stage].end:  # other parameters train now: the optimizer starts anew
                     progress.stage += 1
                     state = state.replace(opt_state=plans[progress.stage].opt_state(state.params))
-                    train_step = compile_stage(config, model, plans[progress.stage], parallel, class_weights)
+                    train_step = compile_stage(config, model, plans[progress.stage], parallel, loss)
                 plan = plans[progress.stage]
                 on_devices, lr_at = parallel.to_devices(state), plan.optimizer.lr_at(state.opt_state)
                 epoch_end = (step // per_epoch + 1) * per_epoch
@@ -399,14 +398,12 @@ def model_check(config: Config) -> None:
     create(config.model, 2, config.train.dtype)
 
 
-def compile_stage(
-    config: Config, model: Classifier, plan: StagePlan, parallel: Parallel, class_weights: Any
-) -> Callable:
+def compile_stage(config: Config, model: Classifier, plan: StagePlan, parallel: Parallel, loss: Loss) -> Callable:
     """The train step of a stage: (state, batch) -> (state, metrics); compiled when first called."""
-    return parallel.compile_step(stage_step(config, model, plan, class_weights))
+    return parallel.compile_step(stage_step(config, model, plan, loss))
 
 
-def stage_step(config: Config, model: Classifier, plan: StagePlan, class_weights: Any) -> Callable:
+def stage_step(config: Config, model: Classifier, plan: StagePlan, loss: Loss) -> Callable:
     """The train step of a stage, not compiled; see `make_train_step`."""
     return make_train_step(
         model,
@@ -414,8 +411,7 @@ def stage_step(config: Config, model: Classifier, plan: StagePlan, class_weights
         plan.is_trainable,
         batch_norm=plan.batch_norm,
         augmentation=config.augment,
-        label_smoothing=config.train.label_smoothing,
-        class_weights=class_weights,
+        loss=loss,
         accumulate=config.train.accumulate,
         ema_decay=config.train.ema_decay,
         image_dtype=image_dtype(config),

@@ -12,7 +12,7 @@ import optax
 from bmjax.config import AugmentConfig, BatchNormConfig
 from bmjax.data.augment import augment
 from bmjax.layers import all_sum
-from bmjax.losses import cross_entropy
+from bmjax.losses import Loss, cross_entropy
 from bmjax.model import Classifier
 from bmjax.state import Path, TrainState, Tree, merge_params, split_params
 
@@ -32,8 +32,7 @@ def make_train_step(
     *,
     batch_norm: BatchNormConfig,
     augmentation: AugmentConfig,
-    label_smoothing: float = 0.0,
-    class_weights: jax.Array | None = None,
+    loss: Loss = cross_entropy,
     accumulate: int = 1,
     ema_decay: float | None = None,
     image_dtype: Any = jnp.float32,
@@ -67,18 +66,18 @@ def make_train_step(
                 rngs={"dropout": dropout_key},
                 mutable=["batch_stats"],
             )
-            losses = cross_entropy(logits, micro["label"], label_smoothing, class_weights)
+            losses = loss(logits, micro["label"])
             correct = (logits.argmax(-1) == micro["label"]).sum(dtype=jnp.int32)
             # Divided by the global count: the sum over devices and micro-batches is then the mean's gradient.
             return losses.sum() / count, (updates.get("batch_stats", batch_stats), correct)
 
         def body(carry: tuple, inputs: tuple[Batch, jax.Array]):
-            grads, batch_stats, loss, correct = carry
+            grads, batch_stats, total, correct = carry
             micro, key = inputs
             (value, (batch_stats, hits)), new = jax.value_and_grad(loss_fn, has_aux=True)(
                 trainable, batch_stats, micro, key
             )
-            return (jax.tree.map(jnp.add, grads, new), batch_stats, loss + value, correct + hits), None
+            return (jax.tree.map(jnp.add, grads, new), batch_stats, total + value, correct + hits), None
 
         zeros = jax.tree.map(jnp.zeros_like, trainable)
         carry = (zeros, state.batch_stats, jnp.zeros((), image_dtype), jnp.zeros((), jnp.int32))
@@ -87,7 +86,7 @@ def make_train_step(
         else:
             keys = jax.random.split(step_key, accumulate)
             carry, _ = jax.lax.scan(body, carry, (micro_batches(batch, accumulate), keys))
-        grads, batch_stats, loss, correct = all_sum(carry[0]), carry[1], all_sum(carry[2]), all_sum(carry[3])
+        grads, batch_stats, total, correct = all_sum(carry[0]), carry[1], all_sum(carry[2]), all_sum(carry[3])
         updates, opt_state = tx.update(grads, state.opt_state, trainable)
         params = merge_params(optax.apply_updates(trainable, updates), frozen)
         ema = state.ema
@@ -96,7 +95,7 @@ def make_train_step(
             new = {"params": params, "batch_stats": batch_stats}
             ema = jax.tree.map(lambda old, x: keep * old + (1 - keep) * x, ema, new)
         state = state.replace(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state, ema=ema)
-        return state, {"loss": loss, "correct": correct, "count": count, "grad_norm": optax.tree.norm(grads)}
+        return state, {"loss": total, "correct": correct, "count": count, "grad_norm": optax.tree.norm(grads)}
 
     return train_step
 

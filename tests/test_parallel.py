@@ -10,6 +10,7 @@ import pytest
 from bmjax import loop
 from bmjax.data import load_dataset, split_dataset
 from bmjax.data.pipeline import TrainBatches
+from bmjax.losses import make_loss
 from bmjax.model import create
 from bmjax.parallel import Parallel, largest_divisor
 from bmjax.run import new_variables
@@ -28,7 +29,8 @@ def run_steps(config, kind, devices):
     state = create_state(variables, plan.optimizer.tx, plan.is_trainable, seed=3, ema=True)
     parallel = Parallel.create(kind, devices, config.train.batch_size)
     assert parallel.size == devices
-    step = loop.compile_stage(config, model, plan, parallel, None)
+    loss = make_loss(config.train, np.bincount(dataset.labels[splits.train]))
+    step = loop.compile_stage(config, model, plan, parallel, loss)
     on_devices, losses = parallel.to_devices(state), []
     batches = TrainBatches(dataset, splits.train, config.train.batch_size, config.seed)
     for k in range(STEPS):

@@ -64,6 +64,7 @@ def bmjax_run(args: argparse.Namespace) -> Run:
     import bmjax  # noqa: F401  (sets the CPU flags before jax is imported)
     from bmjax import loop
     from bmjax.config import AugmentConfig, Config, DataConfig, ModelConfig, OptimConfig, StageConfig
+    from bmjax.losses import cross_entropy
     from bmjax.model import create
     from bmjax.parallel import Parallel
     from bmjax.run import new_variables
@@ -93,7 +94,7 @@ def bmjax_run(args: argparse.Namespace) -> Run:
         return predict
     plan = loop.plan_stages(config, 10, model, variables["batch_stats"])[0]
     state = create_state(variables, plan.optimizer.tx, plan.is_trainable, seed=0, ema=False)
-    step = loop.compile_stage(config, model, plan, parallel, None)
+    step = loop.compile_stage(config, model, plan, parallel, cross_entropy)
     on_device = parallel.to_devices(state)
 
     def update() -> None:

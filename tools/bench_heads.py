@@ -121,7 +121,7 @@ def stacked(args: argparse.Namespace) -> tuple[float, float]:
     programs, splits = prepared.programs, prepared.splits
     plan, epoch, seeds = programs.plans[0], programs.epoch(0), range(args.stack)
     maps, labels = prepared.features.on_device(splits.train), jnp.asarray(prepared.dataset.labels[splits.train])
-    places = [batch_places(args.images, BATCH, seed, 0, programs.per_epoch) for seed in seeds]
+    places = [batch_places(np.zeros(args.images, np.int32), BATCH, seed, 0, programs.per_epoch) for seed in seeds]
     states = [create_state(programs.init(s), plan.optimizer.tx, plan.is_trainable, seed=s, ema=False) for s in seeds]
     together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 

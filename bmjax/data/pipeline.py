@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import grain
 import numpy as np
 
 from bmjax.data.dataset import Dataset
+
+Sampling = Literal["uniform", "balanced"]
 
 
 def steps_per_epoch(n: int, batch_size: int) -> int:
@@ -18,17 +21,60 @@ def steps_per_epoch(n: int, batch_size: int) -> int:
     return max(1, math.ceil(n / batch_size))
 
 
-def _shuffled(rows: np.ndarray, batch_size: int, seed: int) -> grain.MapDataset:
-    """Batches of rows: one reshuffled epoch after another without a gap."""
+def _shuffled(rows: np.ndarray, seed: int) -> grain.MapDataset:
+    """Rows without end: one reshuffled epoch after another without a gap."""
     source = cast(Any, rows)  # Grain asks for len() and [i]; its types ask for a Sequence
-    return grain.MapDataset.source(source).seed(seed).shuffle().repeat().batch(batch_size, drop_remainder=True)
+    return grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+
+
+class _Balanced:
+    """Rows without end, every class once in each stretch of k, in an order drawn for the stretch; of each class one
+    reshuffled epoch after another. A source of Grain's, whose own shuffle is slow where a class has few images."""
+
+    def __init__(self, rows: np.ndarray, labels: np.ndarray, seed: int):
+        self._of_class = [rows[labels == c] for c in np.unique(labels)]
+        self._seed = seed
+        self._order = functools.lru_cache(maxsize=4 * len(self._of_class))(self._draw)
+
+    def _draw(self, n: int, *what: int) -> np.ndarray:
+        return np.random.default_rng((self._seed, *what)).permutation(n)
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> Any:
+        k = len(self._of_class)
+        stretch, i = divmod(index, k)
+        # In a fixed order, a micro-batch, which is every other image or so of a batch, could hold few classes.
+        c = self._order(k, k, stretch)[i]
+        rows = self._of_class[c]
+        epoch, j = divmod(stretch, len(rows))
+        return rows[self._order(len(rows), c, epoch)[j]]
+
+
+def _stream(rows: np.ndarray, labels: np.ndarray, batch_size: int, seed: int, sampling: Sampling) -> grain.MapDataset:
+    """Batches of rows int32 [n], whose labels are int [n]."""
+    if sampling == "uniform":
+        rows_without_end = _shuffled(rows, seed)
+    else:
+        rows_without_end = grain.MapDataset.source(cast(Any, _Balanced(rows, labels, seed)))
+    return rows_without_end.batch(batch_size, drop_remainder=True)
+
+
+def batch_places(
+    labels: np.ndarray, batch_size: int, seed: int, start: int, count: int, sampling: Sampling = "uniform"
+) -> np.ndarray:
+    """Places among training rows of labels int [n] that `TrainBatches` puts into its batches `start` to
+    `start + count`: int32 [count, b]. Kept, since runs of several variants over the same seeds ask for the same ones;
+    not to be written to."""
+    known = labels if sampling == "balanced" else np.zeros(len(labels))  # what the places depend on
+    return _places(known.astype(np.int32).tobytes(), batch_size, seed, start, count, sampling)
 
 
 @functools.lru_cache(maxsize=4096)
-def batch_places(n: int, batch_size: int, seed: int, start: int, count: int) -> np.ndarray:
-    """Places among the n training rows that `TrainBatches` puts into its batches `start` to `start + count`: int32
-    [count, b]. Kept, since runs of several variants over the same seeds ask for the same ones; not to be written to."""
-    stream = _shuffled(np.arange(n, dtype=np.int32), batch_size, seed)
+def _places(labels: bytes, batch_size: int, seed: int, start: int, count: int, sampling: Sampling) -> np.ndarray:
+    of_row = np.frombuffer(labels, np.int32)
+    stream = _stream(np.arange(len(of_row), dtype=np.int32), of_row, batch_size, seed, sampling)
     return np.stack([cast(np.ndarray, stream[k]) for k in range(start, start + count)])
 
 
@@ -36,7 +82,8 @@ class TrainBatches:
     """Shuffled training batches, one process's rows of each.
 
     The stream is one reshuffled epoch after another without a gap: batch k holds places k*b to (k+1)*b of it, so no
-    image is dropped and every batch is full, whatever the sizes. A batch is {"image": uint8 [b, h, w, 3],
+    image is dropped and every batch is full, whatever the sizes. With `sampling` "balanced" each class has a stream of
+    its own, and they take turns. A batch is {"image": uint8 [b, h, w, 3],
     "label": int32 [b], "index": int32 [b] (row of the dataset), "position": int32 [b] (place in the global batch)}.
 
     Raises:
@@ -53,6 +100,7 @@ class TrainBatches:
         process_index: int = 0,
         process_count: int = 1,
         workers: int = 2,
+        sampling: Sampling = "uniform",
     ):
         if len(rows) == 0:
             raise ValueError("there is no image to train on; expected at least one")
@@ -62,7 +110,8 @@ class TrainBatches:
         local = batch_size // process_count
         self._mine = np.arange(process_index * local, (process_index + 1) * local, dtype=np.int32)
         # Rows are gathered a batch at a time: one fancy index into the memory map instead of b Python objects.
-        self._batches = _shuffled(np.asarray(rows, np.int32), batch_size, seed).map(self._gather)
+        stream = _stream(np.asarray(rows, np.int32), dataset.labels[rows], batch_size, seed, sampling)
+        self._batches = stream.map(self._gather)
 
     def _gather(self, rows: Any) -> dict[str, np.ndarray]:
         mine = rows[self._mine]

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from bmjax.data import Dataset
+from bmjax.data.builders.bm_cytomorphology import COUNTS
 from bmjax.data.pipeline import TrainBatches, batch_places, eval_batches, steps_per_epoch
 
 
@@ -50,9 +51,44 @@ def test_batch_k_is_the_same_from_any_start(start, workers):
 def test_places_are_those_of_the_batches():
     rows = np.arange(5, 46)
     batches = TrainBatches(dataset_of(50), rows, 16, 7)
-    places = batch_places(41, 16, 7, 2, 5)
+    places = batch_places(np.zeros(41, np.int32), 16, 7, 2, 5)
     np.testing.assert_array_equal(rows[places], [batches.batch(k)["index"] for k in range(2, 7)])
-    assert (batch_places(41, 16, 8, 2, 5) != places).any()
+    assert (batch_places(np.zeros(41, np.int32), 16, 8, 2, 5) != places).any()
+
+
+def uneven(counts):
+    """A dataset with so many images of each class, and all of its rows but the first two, shuffled."""
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts)).astype(np.int32)
+    n = len(labels)
+    images = np.zeros((n, 2, 2, 3), np.uint8)
+    names = tuple(map(str, range(n)))
+    return Dataset("d", tuple(map(str, range(len(counts)))), images, labels, names, names, "f"), np.arange(2, n)
+
+
+def test_balanced_sampling_draws_each_class_equally_and_each_image_before_one_again():
+    """At the collection's 21 frequencies, a hundredth of them: 2 images to 294."""
+    counts = [max(2, n // 100) for n in COUNTS.values()]
+    dataset, rows = uneven(counts)
+    batches = TrainBatches(dataset, rows, 32, 3, sampling="balanced")
+    drawn = np.concatenate([batches.batch(k)["index"] for k in range(21 * 20)])
+    labels = dataset.labels[drawn]
+    assert set(np.bincount(labels)) == {32 * 20}
+    stretches = labels.reshape(-1, 21)
+    assert (np.sort(stretches, axis=1) == np.arange(21)).all()
+    assert len({tuple(stretch) for stretch in stretches}) == len(stretches)
+    for label in range(21):
+        own, seen = rows[dataset.labels[rows] == label], drawn[labels == label]
+        epochs = seen[: len(seen) // len(own) * len(own)].reshape(-1, len(own))
+        assert (np.sort(epochs, axis=1) == own).all()
+        if len(own) > 8:
+            assert len({tuple(epoch) for epoch in epochs}) == len(epochs)
+
+
+def test_places_of_balanced_batches_are_those_of_the_batches():
+    dataset, rows = uneven([5, 1, 30])
+    batches = TrainBatches(dataset, rows, 16, 7, sampling="balanced")
+    places = batch_places(dataset.labels[rows], 16, 7, 2, 5, "balanced")
+    np.testing.assert_array_equal(rows[places], [batches.batch(k)["index"] for k in range(2, 7)])
 
 
 @pytest.mark.parametrize("process_count", [1, 2, 4])
@@ -76,12 +112,15 @@ def test_a_run_that_is_stopped_anywhere_and_goes_on_with_other_hosts_sees_the_sa
     n, size = int(rng.integers(1, 60)), int(rng.choice([4, 8, 12, 24]))
     dataset, seed = dataset_of(60), int(rng.integers(2**31))
     rows = np.sort(rng.permutation(60)[:n])
-    whole, k, end = TrainBatches(dataset, rows, size, seed), int(rng.integers(1000)), 0
+    sampling = ("uniform", "balanced")[case % 2]
+    whole, k, end = TrainBatches(dataset, rows, size, seed, sampling=sampling), int(rng.integers(1000)), 0
     while end < 12:
         hosts = int(rng.choice([h for h in (1, 2, 3, 4) if size % h == 0]))
         workers = int(rng.integers(1, 4))
         streams = [
-            TrainBatches(dataset, rows, size, seed, process_index=i, process_count=hosts, workers=workers).batches(k)
+            TrainBatches(
+                dataset, rows, size, seed, process_index=i, process_count=hosts, workers=workers, sampling=sampling
+            ).batches(k)
             for i in range(hosts)
         ]
         for _ in range(int(rng.integers(1, 6))):
