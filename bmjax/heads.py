@@ -26,9 +26,10 @@ from bmjax.config import AugmentConfig, Config
 from bmjax.data import Dataset, Splits, load_dataset, split_dataset
 from bmjax.data.pipeline import batch_places, steps_per_epoch
 from bmjax.features import FeatureMaps
-from bmjax.loop import Progress, Result, Signals, SplitName
+from bmjax.loop import Result, Signals, SplitName
 from bmjax.losses import make_loss
 from bmjax.model import at_last, create, resolve
+from bmjax.progress import Progress, log_step
 from bmjax.run import Run, image_dtype, open_run, record_split, recorded_split, run_folder, saved_results
 from bmjax.state import TrainState, Tree, create_state
 from bmjax.tracking import make_tracker, new_run_id
@@ -244,7 +245,7 @@ def train_on_features(config: Config, *, resume: bool = False, prepared: Prepare
             for i, lr in enumerate(rates.tolist()):
                 step += 1
                 values = {name: column[i].item() for name, column in on_host.items()}
-                loop.log_step(step, values, rows[i], lr, speed, progress, tracker, dataset)
+                log_step(step, values, rows[i], lr, speed, progress, tracker, dataset)
             state, is_best = loop.end_epoch(
                 config, state, progress, tracker, evaluate_split, plan.optimizer, is_last=step == plans[-1].end
             )

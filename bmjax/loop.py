@@ -8,7 +8,6 @@ import logging
 import math
 import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +26,7 @@ from bmjax.losses import Loss, make_loss
 from bmjax.metrics import classification_metrics
 from bmjax.model import Classifier, create, part_of, resolve
 from bmjax.parallel import Parallel
+from bmjax.progress import Progress, StepLog
 from bmjax.run import (
     Run,
     Which,
@@ -61,23 +61,6 @@ class Result:
     steps: int
     data: tuple[Dataset, Splits]
     interrupted: str | None = None
-
-
-@dataclasses.dataclass
-class Progress:
-    """What a resume needs beside the arrays; the `meta` item of a checkpoint."""
-
-    run_id: str
-    stage: int = 0
-    epochs_evaluated: int = 0
-    best: float | None = None
-    best_step: int = 0
-    epochs_since_best: int = 0
-    stopped_early: bool = False
-    # Running sums of the epoch under way.
-    loss_sum: float = 0.0
-    correct: int = 0
-    count: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,62 +144,6 @@ def plan_stages(config: Config, per_epoch: int, model: Classifier, batch_stats: 
     return plans
 
 
-def log_step(
-    step: int,
-    values: dict[str, Any],
-    rows: np.ndarray,
-    lr: float,
-    speed: float,
-    progress: Progress,
-    tracker: Tracker,
-    dataset: Dataset,
-) -> None:
-    """Logs what a step returned, and adds it to the epoch's sums; `speed` in images/s.
-
-    Raises:
-      FloatingPointError: the loss or the gradient is not finite; names the step and the images of the batch.
-    """
-    if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
-        ids = ", ".join(dataset.ids[i] for i in rows)
-        raise FloatingPointError(
-            f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; expected finite numbers. "
-            f"Images of the batch: {ids}"
-        )
-    count = int(values["count"])
-    progress.loss_sum += values["loss"] * count
-    progress.correct += values["correct"]
-    progress.count += count
-    record = {"loss": values["loss"], "accuracy": values["correct"] / count, "grad_norm": values["grad_norm"]}
-    tracker.log(step, record | {"lr": lr, "images_per_second": speed}, kind="train")
-
-
-class StepLog:
-    """Logs one step behind the device, so that reading a loss never makes it wait."""
-
-    def __init__(self, progress: Progress, tracker: Tracker, parallel: Parallel, dataset: Dataset, bar: tqdm):
-        self._progress, self._tracker, self._parallel = progress, tracker, parallel
-        self._dataset, self._bar = dataset, bar
-        self._pending: tuple[int, dict[str, jax.Array], np.ndarray, float] | None = None
-        self._last = time.perf_counter()
-
-    def __call__(self, step: int, metrics: dict[str, jax.Array], rows: np.ndarray, lr: float) -> None:
-        self.flush()
-        self._pending = (step, metrics, rows, lr)
-
-    def flush(self) -> None:
-        """Logs what is outstanding; before anything is saved, so that a checkpoint is never ahead of the record."""
-        if self._pending is None:
-            return
-        step, metrics, rows, lr = self._pending
-        self._pending = None
-        values = {name: value.item() for name, value in self._parallel.to_host(metrics).items()}
-        now = time.perf_counter()
-        speed, self._last = values["count"] / (now - self._last), now
-        log_step(step, values, rows, lr, speed, self._progress, self._tracker, self._dataset)
-        self._bar.update(1)
-        self._bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed:.0f} images/s", refresh=False)
-
-
 class Predictor:
     """Probabilities of images in evaluation mode; compiles once."""
 
@@ -259,8 +186,12 @@ def end_epoch(
     optimizer: optim.Optimizer,
     *,
     is_last: bool,
+    input_wait: float | None = None,
 ) -> tuple[TrainState, bool]:
-    """Evaluates, logs, and decides: (state with the plateau's verdict, whether this is the best so far)."""
+    """Evaluates, logs, and decides: (state with the plateau's verdict, whether this is the best so far).
+
+    `input_wait` is logged: the share of the epoch's time that was spent waiting for batches.
+    """
     epoch, every = progress.epochs_evaluated + 1, config.train.train_eval_epochs
     val = evaluate_split(state, "val")
     # "Training success" is ambiguous: the running figure has dropout and augmentation, the other has neither.
@@ -269,6 +200,8 @@ def end_epoch(
     if is_last or (every and epoch % every == 0):
         record["train/accuracy_eval_mode"] = evaluate_split(state, "train")["accuracy"]
     record |= {f"val/{name}": val[name] for name in ("loss", "accuracy", "macro_f1", "balanced_accuracy", "n")}
+    if input_wait is not None:
+        record["input_wait"] = input_wait
     state = state.replace(opt_state=optim.update_plateau(optimizer, state.opt_state, val["loss"]))
     score = -val["loss"] if config.train.monitor == "loss" else val[config.train.monitor]
     is_best = progress.best is None or score > progress.best
@@ -344,10 +277,9 @@ def train(config: Config, *, resume: bool = False) -> Result:
             while True:
                 # An epoch ends here, also where a resume starts between its last step and its evaluation.
                 if step and step % per_epoch == 0 and progress.epochs_evaluated < step // per_epoch:
-                    optimizer = plans[progress.stage].optimizer
-                    state, is_best = end_epoch(
-                        config, state, progress, tracker, evaluate_split, optimizer, is_last=step == total
-                    )
+                    arguments = (config, state, progress, tracker, evaluate_split, plans[progress.stage].optimizer)
+                    wait = step_log.input_wait()
+                    state, is_best = end_epoch(*arguments, is_last=step == total, input_wait=wait)
                     if is_best:
                         best.save(state, dataclasses.asdict(progress))
                     if progress.epochs_evaluated % config.train.checkpoint_epochs == 0:
@@ -361,7 +293,7 @@ def train(config: Config, *, resume: bool = False) -> Result:
                 plan = plans[progress.stage]
                 on_devices, lr_at = parallel.to_devices(state), plan.optimizer.lr_at(state.opt_state)
                 epoch_end = (step // per_epoch + 1) * per_epoch
-                for batch in batches.batches(step):
+                for batch in step_log.timed(batches.batches(step)):
                     moved = parallel.put_batch({name: batch[name] for name in ("image", "label", "position")})
                     on_devices, metrics = train_step(on_devices, moved)
                     step_log(step + 1, metrics, batch["index"], lr_at(step - plan.start))

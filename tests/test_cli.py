@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bmjax.analysis.evaluation import read_records
 from bmjax.cli import main
 from bmjax.config import from_json
 from bmjax.data import load_dataset
@@ -48,6 +49,9 @@ def test_train_leaves_a_whole_run(trained):
     results = json.loads((run / "results.json").read_text())
     assert results.keys() == {"train", "val", "test"}
     assert len((run / "openings.jsonl").read_text().splitlines()) == 1
+    waits = [r["input_wait"] for r in read_records(run, "epoch")]
+    assert len(waits) == 1
+    assert 0 < waits[0] < 1
     page = (run / "report.html").read_text()
     assert page.count("data:image/png;base64,") >= 3
     assert f"{results['test']['accuracy']:.3f}" in page

@@ -21,7 +21,7 @@ FLOORS = [
     ["weights"],
     ["model"],
     ["steps", "parallel", "checkpoint"],
-    ["run"],
+    ["run", "progress"],
     ["loop", "analysis", "doctor", "features"],
     ["heads"],
     ["compare"],

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bmjax import loop
+from bmjax import loop, progress
 from bmjax.checkpoint import Checkpoints
 from bmjax.config import OptimConfig, to_json
 from bmjax.data import Dataset
@@ -50,7 +50,7 @@ def records(run_dir, kind):
 def assert_same_record(a, b, steps):
     for kind in ("train", "epoch"):
         left, right = records(a, kind), records(b, kind)
-        drop = {"time", "images_per_second"}
+        drop = {"time", "images_per_second", "input_wait"}
         assert [{k: v for k, v in r.items() if k not in drop} for r in left] == [
             {k: v for k, v in r.items() if k not in drop} for r in right
         ]
@@ -68,7 +68,7 @@ def test_stopped_by_a_signal_at_any_point_and_resumed_is_bit_for_bit_one_run(tin
     per_epoch = result.steps // 4
     # In the middle of an epoch, at its last step, at the end of the first stage, and in the second.
     stops = [per_epoch // 2, per_epoch, 2 * per_epoch, 3 * per_epoch + 1]
-    original = loop.StepLog.__call__
+    original = progress.StepLog.__call__
 
     def stop_at(self, step, *arguments):
         original(self, step, *arguments)
@@ -76,7 +76,7 @@ def test_stopped_by_a_signal_at_any_point_and_resumed_is_bit_for_bit_one_run(tin
             stops.pop(0)
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(loop.StepLog, "__call__", stop_at)
+    monkeypatch.setattr(progress.StepLog, "__call__", stop_at)
     for expected in list(stops):
         part = loop.train(tiny_config, resume=True)
         assert part.interrupted == "SIGTERM"

@@ -72,6 +72,9 @@ def _training(steps: list[dict[str, Any]], epochs: list[dict[str, Any]], config:
     )
     if steps:
         note += f", {np.median([r['images_per_second'] for r in steps]):.1f} images/s (median)"
+    waits = [r["input_wait"] for r in epochs if "input_wait" in r]
+    if waits:
+        note += f", {100 * np.median(waits):.1f} % of an epoch's time spent waiting for images (median)"
     note += "."
     if config.get("train", {}).get("label_smoothing"):
         note += " The training loss is that of smoothed labels, the validation loss is not."

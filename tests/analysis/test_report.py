@@ -49,7 +49,7 @@ def run(tmp_path):
             f.write(json.dumps({"kind": "train", "step": step, "time": 1e9 + step} | figures) + "\n")
             if step % 10 == 0:
                 record = {"epoch": step // 10, "train/loss": 0.5, "train/accuracy_running": 0.7}
-                record |= {"val/loss": 0.6, "val/accuracy": 0.65}
+                record |= {"val/loss": 0.6, "val/accuracy": 0.65, "input_wait": 0.031}
                 f.write(json.dumps({"kind": "epoch", "step": step, "time": 1e9 + step} | record) + "\n")
         f.write('{"kind": "train", "st')  # a kill
     (tmp_path / "openings.jsonl").write_text("{}\n{}\n")
@@ -97,6 +97,7 @@ def test_report_holds_the_run(run):
         "weights notop.h5",
         "117 images",
         "opened 2 times",
+        "3.1 % of an epoch's time spent waiting",
         "the file is empty",
         "<b>NIF</b>",
         "50.0 images/s",
