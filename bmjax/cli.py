@@ -106,7 +106,7 @@ def predict(options: argparse.Namespace) -> int:
     import pyarrow.csv
     import pyarrow.parquet
 
-    from bmjax.data.decode import decode_files
+    from bmjax.data import read_files
     from bmjax.loop import Predictor, load_run, predict_probs
 
     run = load_run(options.run, options.which)
@@ -121,7 +121,7 @@ def predict(options: argparse.Namespace) -> int:
     for start in range(0, len(paths), _PREDICT_AT_ONCE):
         part = paths[start : start + _PREDICT_AT_ONCE]
         images = []
-        for path, image in zip(part, decode_files(part, run.config.data.image_size), strict=True):
+        for path, image in zip(part, read_files(part, run.config.data), strict=True):
             if isinstance(image, str):
                 errors.append(f"{path}: {image}")
             else:

@@ -43,12 +43,28 @@ def add_parser(verbs: Any) -> None:
         action="store_true",
         help="look for wrong labels too, with the features of the experiment's backbone (needs bmjax[audit])",
     )
+    p = inner.add_parser("stain", help="print what --data.stain is to normalise to, by images of yours")
+    p.add_argument("paths", nargs="+", help="images, or folders of images")
+    p.add_argument("--size", type=int, default=224, help="they are resized to so many pixels (default: %(default)s)")
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if options.action == "audit":
         return audit(options, rest)
-    return build(options)
+    return {"build": build, "stain": stain}[options.action](options)
+
+
+def stain(options: argparse.Namespace) -> int:
+    """Prints the references of each method of normalisation that images amount to, as flags."""
+    from bmjax.data.decode import decode_files
+    from bmjax.data.sources import image_files
+    from bmjax.data.stain import METHODS, statistics
+
+    images = [image for image in decode_files(image_files(options.paths), options.size) if not isinstance(image, str)]
+    print(f"medians over {len(images)} images:")
+    for name in METHODS:
+        print(f"--data.stain {name} --data.stain_reference {' '.join(map(str, statistics(images, name)))}")
+    return 0
 
 
 def audit(options: argparse.Namespace, rest: Sequence[str]) -> int:

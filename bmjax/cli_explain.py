@@ -104,11 +104,11 @@ def _files(found: Run, paths: list[str]) -> tuple[np.ndarray, None, list[str]]:
     """(images, no labels, their paths)."""
     import numpy as np
 
-    from bmjax.data.decode import decode_files
+    from bmjax.data import read_files
     from bmjax.data.sources import image_files
 
     files = image_files(paths)
-    images = list(decode_files(files, found.config.data.image_size))
+    images = list(read_files(files, found.config.data))
     for path, image in zip(files, images, strict=True):
         if isinstance(image, str):
             raise ValueError(f"{path}: {image}")

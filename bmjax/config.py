@@ -54,6 +54,11 @@ class DataConfig:
     """A CSV of path and group: images of one group are near duplicates and stay on one side."""
     manifest: str = ""
     """The split.csv of an earlier run: what it names keeps its side; only other images are assigned."""
+    stain: Literal["none", "reinhard", "macenko"] = "none"
+    """Normalisation of every image's stain, when it is read."""
+    stain_reference: tuple[float, ...] = ()
+    """What to normalise to, 6 numbers for `reinhard` or 8 for `macenko`, as `bmjax data stain FOLDER` prints them;
+    empty: those of the marrow collection."""
     strict: bool = False
     """An unreadable image is an error instead of a line in the summary."""
     cache_dir: str = ""
@@ -70,6 +75,10 @@ class DataConfig:
         _check(self.block_size >= 1, "data.block_size", self.block_size, "at least 1")
         _check(self.folds == 0 or self.folds >= 2, "data.folds", self.folds, "0 or at least 2")
         _check(0 <= self.fold < max(self.folds, 1), "data.fold", self.fold, f"0 to {max(self.folds, 1) - 1}")
+        numbers = {"none": 0, "reinhard": 6, "macenko": 8}[self.stain]
+        expected = f"{numbers} numbers for stain {self.stain!r}, or none"
+        ok = len(self.stain_reference) in (0, numbers)
+        _check(ok, "data.stain_reference", self.stain_reference, expected)
         _check(self.synthetic_per_class >= 2, "data.synthetic_per_class", self.synthetic_per_class, "at least 2")
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from bmjax.config import DataConfig
 from bmjax.data.archives import list_archive
-from bmjax.data.cache import listed_dataset
+from bmjax.data.cache import listed_dataset, stained
 from bmjax.data.dataset import Dataset
+from bmjax.data.decode import decode_files
 from bmjax.data.prepared import list_huggingface, list_tfds
 from bmjax.data.sources import Listing, list_folder, list_table
 from bmjax.data.splits import Splits, dataset_summary, read_split, split_dataset, write_split
@@ -21,6 +24,7 @@ __all__ = [
     "dataset_summary",
     "list_source",
     "load_dataset",
+    "read_files",
     "read_split",
     "split_dataset",
     "write_split",
@@ -54,5 +58,12 @@ def load_dataset(config: DataConfig, *, progress: bool = True) -> Dataset:
     if config.source == "synthetic":
         from bmjax.data.synthetic import synthetic_dataset
 
+        if config.stain != "none":
+            raise ValueError(f"config field 'data.stain' is {config.stain!r}; expected 'none' for rendered cells")
         return synthetic_dataset(config.synthetic_per_class, config.image_size, cache_dir, progress=progress)
-    return listed_dataset(list_source(config), config.image_size, cache_dir, strict=config.strict, progress=progress)
+    return listed_dataset(list_source(config), config, cache_dir, progress=progress)
+
+
+def read_files(paths: Sequence[str | Path], config: DataConfig) -> Iterable[np.ndarray | str]:
+    """Files as `load_dataset` would read them: uint8 RGB [h, w, 3], or the reason why one can't be read."""
+    return stained(decode_files(paths, config.image_size), config)

@@ -17,9 +17,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from bmjax.config import DataConfig
 from bmjax.data.dataset import Dataset
 from bmjax.data.decode import decode_images
 from bmjax.data.sources import Listing, read_each
+from bmjax.data.stain import METHODS, normalised
 from bmjax.files import remove_leftovers
 
 log = logging.getLogger(__name__)
@@ -27,9 +29,10 @@ VERSION = 2  # of decoding, resizing and the cache's layout; a change makes ever
 Errors = dict[int, str]
 
 
-def fingerprint(entries: Sequence[tuple[str, str, int]], image_size: int) -> str:
-    """sha256 over (path, content hash, label) of every image in order, the image size and the version of decoding."""
-    return hashlib.sha256(json.dumps([VERSION, image_size, entries]).encode()).hexdigest()
+def fingerprint(entries: Sequence[tuple[str, str, int]], image_size: int, stain: Sequence[object] = ()) -> str:
+    """sha256 over (path, content hash, label) of every image in order, the image size, the version of decoding, and the
+    stain's normalisation where there is one."""
+    return hashlib.sha256(json.dumps([VERSION, image_size, entries, *stain]).encode()).hexdigest()
 
 
 def hash_images(listing: Listing) -> list[str]:
@@ -37,26 +40,30 @@ def hash_images(listing: Listing) -> list[str]:
     return read_each(listing, lambda data: hashlib.sha256(data).hexdigest(), "")
 
 
-def listed_dataset(
-    listing: Listing, image_size: int, cache_dir: Path, *, strict: bool = False, progress: bool = True
-) -> Dataset:
-    """The images of a listing, from the cache or decoded into it.
+def stained(source: Iterable[np.ndarray | str], config: DataConfig) -> Iterable[np.ndarray | str]:
+    """Images uint8 [h, w, 3], or reasons why there is none, with the stain normalised as configured."""
+    return source if config.stain == "none" else normalised(source, config.stain, config.stain_reference)
+
+
+def listed_dataset(listing: Listing, config: DataConfig, cache_dir: Path, *, progress: bool = True) -> Dataset:
+    """The images of a listing, from the cache or decoded into it, as `config` says.
 
     Unreadable images are left out, and named in one warning and in `skipped`. Files are hashed at every call, so a
     changed file is never taken for its old self.
 
     Raises:
-      ValueError: with `strict`, for unreadable images; always for a class all of whose images are unreadable.
+      ValueError: with `config.strict`, for unreadable images; always for a class all of whose images are unreadable.
     """
     digests = hash_images(listing)
     entries = list(zip(listing.ids, digests, listing.labels.tolist(), strict=True))
-    key = fingerprint(entries, image_size)
-    source = decode_images(listing.read, len(listing), image_size)
-    images, errors = cached(cache_dir, key, len(entries), image_size, source, progress)
+    stain = () if config.stain == "none" else (config.stain, config.stain_reference or METHODS[config.stain].reference)
+    key = fingerprint(entries, config.image_size, stain)
+    source = stained(decode_images(listing.read, len(listing), config.image_size), config)
+    images, errors = cached(cache_dir, key, len(entries), config.image_size, source, progress)
     if errors:
         lines = "\n".join(f"  {os.path.join(listing.origin, listing.ids[i])}: {why}" for i, why in errors.items())
         message = f"{listing.origin}: {len(errors)} of {len(entries)} images can't be read:\n{lines}"
-        if strict:
+        if config.strict:
             raise ValueError(f"{message}\nexpected none, since data.strict is set")
         log.warning("%s\nThey are skipped.", message)
     kept = np.array([i for i in range(len(entries)) if i not in errors], np.int64)
