@@ -102,10 +102,33 @@ class AugmentConfig:
     """Contrast factor about the image mean, uniform in 1 +- this."""
     hue: float = 0.0
     """Hue rotation, uniform in +- this share of the full circle."""
+    hed: float = 0.0
+    """Stain jitter: the amounts of haematoxylin, eosin and DAB times 1 +- this, plus +- this."""
+    policy: Literal["none", "randaugment", "trivialaugment"] = "none"
+    """Random operations, before all others. `randaugment`: `policy_operations` of them at `policy_magnitude`;
+    `trivialaugment`: one, at any strength."""
+    policy_operations: int = 2
+    """randaugment: operations in a row."""
+    policy_magnitude: int = 9
+    """randaugment: strength, 0..30."""
+    erase: float = 0.0
+    """Random erasing: the probability that a rectangle is filled with noise."""
+    mixup: float = 0.0
+    """alpha of mixup: images and labels are mixed with others' of the batch, shares drawn from Beta(alpha, alpha)."""
+    cutmix: float = 0.0
+    """alpha of cutmix, as mixup's; with both, each image is mixed by one of them, half and half."""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed with others of the batch."""
+        return bool(self.mixup or self.cutmix)
 
     def __post_init__(self) -> None:
-        for name in ("rotate", "shift", "zoom", "brightness", "contrast", "hue"):
+        for name in ("rotate", "shift", "zoom", "brightness", "contrast", "hue", "hed", "erase", "mixup", "cutmix"):
             _check(getattr(self, name) >= 0, f"augment.{name}", getattr(self, name), "a number >= 0")
+        _check(self.erase <= 1, "augment.erase", self.erase, "a probability, 0..1")
+        _check(self.policy_operations >= 1, "augment.policy_operations", self.policy_operations, "at least 1")
+        _check(0 <= self.policy_magnitude <= 30, "augment.policy_magnitude", self.policy_magnitude, "0..30")
         _check(self.zoom < 1, "augment.zoom", self.zoom, "a number < 1")
 
 

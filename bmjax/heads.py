@@ -58,6 +58,12 @@ def check(config: Config) -> None:
             f"config field 'augment' is {config.augment!r}, but with 'features.views' 0 training sees images as they "
             "are; expected everything off (--augment.flip false --augment.right_angles false), or views > 0"
         )
+    if config.augment.mixes:
+        field = "mixup" if config.augment.mixup else "cutmix"
+        raise ValueError(
+            f"config field 'augment.{field}' is {getattr(config.augment, field)}; expected 0 for cached features, for "
+            "images are mixed with others of the step's batch"
+        )
     if config.features.views and config.augment == _OFF:
         raise ValueError(
             f"config field 'features.views' is {config.features.views}; expected 0, for nothing is augmented"

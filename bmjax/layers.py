@@ -47,6 +47,15 @@ def all_sum(x: Any) -> Any:
     return jax.lax.psum(x, BATCH_AXIS) if batch_axis_bound() else x
 
 
+def all_reversed(x: jax.Array) -> jax.Array:
+    """x [b, ...] of the global batch in reverse order; where devices share a batch, this device's part of that."""
+    if not batch_axis_bound():
+        return x[::-1]
+    # Device i of d holds the batch's i-th stretch, so the reverse's is that of device d - 1 - i, reversed.
+    everyone = jax.lax.all_gather(x, BATCH_AXIS)
+    return everyone[everyone.shape[0] - 1 - jax.lax.axis_index(BATCH_AXIS)][::-1]
+
+
 def at_least_float32(dtype: Any) -> Any:
     """float32 for a shorter float, else the type itself."""
     return jnp.promote_types(dtype, jnp.float32)

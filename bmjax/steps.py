@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from bmjax.config import AugmentConfig, BatchNormConfig
-from bmjax.data.augment import augment
+from bmjax.data.augment import augment, mix
 from bmjax.layers import all_sum
 from bmjax.losses import Loss, cross_entropy
 from bmjax.model import Classifier
@@ -41,7 +41,8 @@ def make_train_step(
 
     `batch` holds image uint8 [b, h, w, 3], label int32 [b], position int32 [b] (place in the global batch); or label
     and feature_map [b, h, w, c] instead, of a frozen backbone that `state` then lacks: nothing is augmented.
-    Only the trainable part of the parameters is differentiated. The loss is the mean over the global batch.
+    Mixed images count as of the class that there is most of. Only the trainable part of the parameters is
+    differentiated. The loss is the mean over the global batch.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -51,12 +52,15 @@ def make_train_step(
 
         def loss_fn(trainable: Tree, batch_stats: Tree, micro: Batch, key: jax.Array):
             augment_key, dropout_key = jax.random.split(key)
-            cached = "feature_map" in micro
+            labels, cached = micro["label"], "feature_map" in micro
+            mixes = augmentation.mixes and not cached
             if cached:
                 images = micro["feature_map"]
             else:
                 keys = jax.vmap(jax.random.fold_in, (None, 0))(augment_key, micro["position"])
                 images = augment(micro["image"].astype(image_dtype), keys, augmentation)
+            if mixes:
+                images, others, share = mix(images, labels, keys, augmentation)
             logits, updates = model.apply(
                 {"params": merge_params(trainable, frozen), "batch_stats": batch_stats},
                 images,
@@ -66,8 +70,11 @@ def make_train_step(
                 rngs={"dropout": dropout_key},
                 mutable=["batch_stats"],
             )
-            losses = loss(logits, micro["label"])
-            correct = (logits.argmax(-1) == micro["label"]).sum(dtype=jnp.int32)
+            losses = loss(logits, labels)
+            if mixes:
+                losses = share * losses + (1 - share) * loss(logits, others)
+                labels = jnp.where(share >= 0.5, labels, others)  # what is right is what there is most of
+            correct = (logits.argmax(-1) == labels).sum(dtype=jnp.int32)
             # Divided by the global count: the sum over devices and micro-batches is then the mean's gradient.
             return losses.sum() / count, (updates.get("batch_stats", batch_stats), correct)
 

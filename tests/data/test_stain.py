@@ -71,9 +71,9 @@ def test_macenko(golden):
 def test_an_image_in_the_reference_stain_stays(golden):
     image = jnp.asarray(golden["target"])
     assert np.abs(stains.reinhard(image, stains.reinhard_statistics(image)) - image).max() < 0.05
-    # Two stains can't make every colour, but what they have made they make again.
+    # Two stains can't make every colour, but what they have made they make again, within a grey level.
     made = macenko(image, macenko_statistics(image))
-    assert np.abs(np.asarray(macenko(made, macenko_statistics(made)) - made)).mean() < 0.5
+    assert np.abs(np.asarray(macenko(made, macenko_statistics(made)) - made)).mean() < 1
 
 
 @pytest.mark.parametrize("value", [0, 128, 240, 255])
