@@ -103,7 +103,8 @@ class AugmentConfig:
     hue: float = 0.0
     """Hue rotation, uniform in +- this share of the full circle."""
     hed: float = 0.0
-    """Stain jitter: the amounts of haematoxylin, eosin and DAB times 1 +- this, plus +- this."""
+    """Stain jitter: the amounts of haematoxylin, eosin and DAB times 1 +- this, plus +- this optical
+    density."""
     policy: Literal["none", "randaugment", "trivialaugment"] = "none"
     """Random operations, before all others. `randaugment`: `policy_operations` of them at `policy_magnitude`;
     `trivialaugment`: one, at any strength."""

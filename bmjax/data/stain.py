@@ -50,7 +50,8 @@ def hed_to_rgb(hed: jax.Array) -> jax.Array:
 
 
 def hed_jitter(image: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
-    """Each stain's amount times `scale` [3] plus `shift` [3] (Tellez et al. 2018)."""
+    """Each stain's amount times `scale` [3] plus `shift` [3], in natural optical density (after Tellez et al. 2018)."""
+    shift = shift / -np.log(_DARKEST)  # amounts are densities over that of no light
     return hed_to_rgb(rgb_to_hed(image) * scale[None, None] + shift[None, None])
 
 
