@@ -14,6 +14,7 @@ import os
 import platform
 import time
 from pathlib import Path
+from typing import Any
 
 # isort: off
 import bmjax  # noqa: F401  (sets its flags before jax is imported)
@@ -29,8 +30,8 @@ from bmjax.data.augment import augment, mix
 from bmjax.data.decode import decode_image
 from bmjax.data.stain import METHODS, normalise
 
-OFF = {"flip": False, "right_angles": False}
-SETTINGS: dict[str, dict] = {
+OFF: dict[str, Any] = {"flip": False, "right_angles": False}
+SETTINGS: dict[str, dict[str, Any]] = {
     "flip, right_angles": {"flip": True, "right_angles": True},
     "rotate 45": {"rotate": 45.0},
     "shift 0.15": {"shift": 0.15},
