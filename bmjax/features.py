@@ -58,7 +58,8 @@ class FeatureMaps:
     def __init__(self, config: Config, dataset: Dataset):
         self.config, self.dataset = config, dataset
         # Without attention, so that every variant finds the same maps.
-        plain = dataclasses.replace(config.model, attention="none", attention_options={}, attach=("last",))
+        plain = {"attention": "none", "attention_options": {}, "attention_gate": False, "attach": ("last",)}
+        plain = dataclasses.replace(config.model, **plain)
         self._model = create(plain, len(dataset.classes), config.train.dtype)
         variables = new_variables(dataclasses.replace(config, model=plain), self._model)
         self.backbone = {name: {"backbone": tree["backbone"]} for name, tree in variables.items()}
@@ -68,7 +69,7 @@ class FeatureMaps:
         found = jax.eval_shape(lambda v, x: self._model.apply(v, x, method="feature_map"), self.backbone, images)
         self.shape: tuple[int, int, int] = found.shape[1:]
         self._folder = Path(config.data.cache_dir or cache_folder()) / "features"
-        self._on_device: dict[str, jax.Array] = {}
+        self._on_device: dict[tuple, jax.Array] = {}
 
     def fingerprint(self, rows: np.ndarray, view: int | None = None) -> str:
         """sha256 of everything that the maps of these rows depend on; `view` None is the image as it is."""
@@ -94,21 +95,20 @@ class FeatureMaps:
         found = _read(path, shape, self.dtype)
         return self._write(path, rows, view, shape) if found is None else found
 
-    def on_device(self, rows: np.ndarray) -> jax.Array:
-        """The maps of rows [n] as they are, on the device: [n, h, w, c]."""
-        key = self.fingerprint(rows)
-        if key not in self._on_device:
-            self._on_device[key] = jnp.asarray(self.maps(rows))
-        return self._on_device[key]
+    def on_device(self, rows: np.ndarray, pooled: bool = False) -> jax.Array:
+        """The maps of rows [n] as they are, on the device: [n, h, w, c]; or their means over places, [n, 1, 1, c]."""
+        return self._placed(rows, [None], pooled)
 
-    def views_on_device(self, rows: np.ndarray) -> jax.Array:
+    def views_on_device(self, rows: np.ndarray, pooled: bool = False) -> jax.Array:
         """What training sees of rows [n], on the device: [v n, h, w, c], view by view; without views as they are."""
-        views = range(self.config.features.views)
-        if not views:
-            return self.on_device(rows)
-        key = self.fingerprint(rows, len(views))
+        return self._placed(rows, list(range(self.config.features.views)) or [None], pooled)
+
+    def _placed(self, rows: np.ndarray, views: list[int | None], pooled: bool) -> jax.Array:
+        key = (*(self.fingerprint(rows, view) for view in views), pooled)
         if key not in self._on_device:
-            self._on_device[key] = jnp.concatenate([jnp.asarray(self.maps(rows, view)) for view in views])
+            parts = [self.maps(rows, view) for view in views]
+            parts = [pooled_maps(part)[:, None, None] for part in parts] if pooled else parts
+            self._on_device[key] = jnp.concatenate([jnp.asarray(part) for part in parts])
         return self._on_device[key]
 
     def _write(self, path: Path, rows: np.ndarray, view: int | None, shape: tuple[int, ...]) -> np.ndarray:
@@ -154,8 +154,12 @@ class FeatureMaps:
 def pooled_features(config: Config, dataset: Dataset) -> np.ndarray:
     """The means over places of every image's feature maps, float32 [n, c], by the configuration's backbone."""
     config = dataclasses.replace(config, model=resolve(config.model))
-    maps = FeatureMaps(config, dataset).maps(np.arange(len(dataset)))
-    return np.stack([one.mean((0, 1)) for one in maps]).astype(np.float32)
+    return pooled_maps(FeatureMaps(config, dataset).maps(np.arange(len(dataset)))).astype(np.float32)
+
+
+def pooled_maps(maps: np.ndarray) -> np.ndarray:
+    """Maps [n, h, w, c], memory-mapped or not, -> their means over places [n, c]."""
+    return np.stack([one.mean((0, 1)) for one in maps])
 
 
 def _read(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray | None:

@@ -28,7 +28,7 @@ from bmjax.data.pipeline import batch_places, steps_per_epoch
 from bmjax.features import FeatureMaps
 from bmjax.loop import Result, Signals, SplitName
 from bmjax.losses import make_loss
-from bmjax.model import at_last, create, resolve
+from bmjax.model import at_last, create, pools_first, resolve
 from bmjax.progress import Progress, log_step
 from bmjax.run import Run, image_dtype, open_run, record_split, recorded_split, run_folder, saved_results
 from bmjax.state import TrainState, Tree, create_state
@@ -81,20 +81,25 @@ class MapPredictor(loop.Predictor):
     def __call__(self, variables: Tree, dataset: Dataset, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(probabilities float32 [n, k], rows [n])."""
         del dataset
-        logits = np.asarray(self._programs.logits(variables, self._features.on_device(rows)), np.float64)
+        maps = self._features.on_device(rows, self._programs.pooled)
+        logits = np.asarray(self._programs.logits(variables, maps), np.float64)
         return np.exp(logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)).astype(np.float32), rows
 
 
 class Programs:
     """What is compiled for one configuration, whatever its seed: runs over seeds share it.
 
-    `scans` says, of each stage that has begun, whether an epoch is one program; on CPUs some convolutions are too slow
-    in one (see `convolution.slow_in_loop`), and the steps are programs then.
+    `pooled` says whether maps are pooled before attention, which is the same (see `model.pools_first`). `scans` says
+    of each stage that has begun whether an epoch is one program; on CPUs some convolutions are too slow in one (see
+    `convolution.slow_in_loop`), and the steps are programs then.
     """
 
     def __init__(self, config: Config, dataset: Dataset, splits: Splits, shape: tuple[int, int, int]):
-        self._config, self._shape = config, shape
+        self._config = config
         self.model = create(config.model, len(dataset.classes), config.train.dtype)
+        # Many times less to compute, and to read.
+        self.pooled = pools_first(self.model)
+        self._shape = (1, 1, shape[-1]) if self.pooled else shape
         self.per_epoch = steps_per_epoch(len(splits.train), config.train.batch_size)
         counts = np.bincount(dataset.labels[splits.train], minlength=len(dataset.classes))
         self._loss = make_loss(config.train, counts)
@@ -219,7 +224,7 @@ def train_on_features(config: Config, *, resume: bool = False, prepared: Prepare
     ema = config.train.ema_decay is not None
     state = create_state(variables, plans[0].optimizer.tx, plans[0].is_trainable, seed=config.seed, ema=ema)
     best, progress, step = state, Progress(run_id=new_run_id()), 0
-    maps, labels = features.views_on_device(splits.train), jnp.asarray(dataset.labels[splits.train])
+    maps, labels = features.views_on_device(splits.train, programs.pooled), jnp.asarray(dataset.labels[splits.train])
     predictor = MapPredictor(programs, features)
 
     def evaluate_split(state: TrainState, split: SplitName) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from bmjax import registry
-from bmjax.attention import Chain, IdentityGate, create_attention
+from bmjax.attention import Chain, IdentityGate, commutes_with_pooling, create_attention
 from bmjax.backbones import create_backbone, family_of
 from bmjax.config import BatchNormConfig, HeadConfig, ModelConfig
 from bmjax.data.preprocess import preprocess
@@ -120,6 +120,13 @@ def _stages(backbone: nn.Module) -> tuple[str, ...]:
 def at_last(model: Classifier) -> bool:
     """Whether all attention stands after the backbone's last stage, so that its feature map is free of attention."""
     return all(stage == _stages(model.backbone)[-1] for stage, _ in model.attention)
+
+
+def pools_first(model: Classifier) -> bool:
+    """Whether logits are the same for feature maps and for their means over places, [b, 1, 1, c]: all attention stands
+    last and commutes with pooling. In bfloat16 means would be rounded too early."""
+    commutes = all(commutes_with_pooling(module) for _, module in model.attention)
+    return at_last(model) and commutes and model.dtype != jnp.bfloat16
 
 
 def resolve(config: ModelConfig) -> ModelConfig:

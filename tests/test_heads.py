@@ -16,6 +16,7 @@ from bmjax import heads, loop
 from bmjax.config import AugmentConfig, FeaturesConfig, ModelConfig, OptimConfig, ScheduleConfig, StageConfig
 from bmjax.data import load_dataset, split_dataset
 from bmjax.features import FeatureMaps, tree_digest
+from bmjax.model import create, pools_first
 from bmjax.run import load_run, new_variables
 
 OFF = AugmentConfig(flip=False, right_angles=False)
@@ -163,6 +164,42 @@ def test_attention_and_head_start_as_end_to_end(frozen_config, tmp_path):
     assert tail["params"].keys() == {"attention", "head"}
 
 
+@pytest.mark.parametrize("attention", ["none", "se", "ese+eca"])
+def test_maps_pooled_before_attention_train_the_same(frozen_config, tmp_path, monkeypatch, attention):
+    """Where attention only weighs channels by their means: every step's loss, and every probability."""
+    model = dataclasses.replace(frozen_config.model, attention=attention, attention_gate=True)
+    config = dataclasses.replace(cached(frozen_config, tmp_path, "pooled"), model=model)
+    prepared = heads.prepare(config)
+    assert prepared.programs.pooled
+    assert prepared.features.on_device(prepared.splits.val, True).shape[1:3] == (1, 1)
+    ours = heads.train_on_features(config, prepared=prepared)
+    monkeypatch.setattr(heads, "pools_first", lambda model: False)
+    config = dataclasses.replace(config, run_dir=str(tmp_path / "whole"))
+    whole = heads.train(config)
+    for name in ("loss", "grad_norm"):
+        one, other = ([r[name] for r in records(run.run_dir, "train")] for run in (ours, whole))
+        np.testing.assert_allclose(one, other, rtol=1e-4)
+    probs = [np.load(run.run_dir / "predictions_val.npz")["probs"] for run in (ours, whole)]
+    np.testing.assert_allclose(*probs, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"attention": "eca"}, True),
+        ({"attention": "gather_excite"}, True),
+        ({"attention": "gather_excite", "attention_options": {"extent": 2}}, False),
+        ({"attention": "se+simam"}, False),
+        ({"attention": "cbam"}, False),
+        ({"attention": "se", "attach": ("conv3", "last")}, False),
+    ],
+)
+def test_which_models_pool_first(changes, expected):
+    config = ModelConfig("densenet_tiny", None, **changes)
+    assert pools_first(create(config, 3)) == expected
+    assert not pools_first(create(config, 3, "bfloat16"))
+
+
 class PlainConvolution(nn.Module):
     """An attention variant with Flax's own convolution."""
 
@@ -196,6 +233,7 @@ def test_an_epoch_step_by_step_is_the_same(frozen_config, tmp_path):
         ({"augment": AugmentConfig()}, r"'features\.views' 0 training sees images as they are"),
         ({"features": FeaturesConfig(True, views=2)}, r"'features\.views' is 2; expected 0"),
         ({"model": ModelConfig("densenet_tiny", None, attach=("conv3",))}, r"'model\.attach' is \('conv3',\)"),
+        ({"augment": AugmentConfig(mixup=0.2), "features": FeaturesConfig(True, views=2)}, r"'augment\.mixup' is 0\.2"),
     ],
 )
 def test_what_does_not_fit_cached_features_is_said(frozen_config, tmp_path, changes, message):

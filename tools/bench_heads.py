@@ -73,10 +73,11 @@ def bmjax_setting(args: argparse.Namespace) -> tuple[Any, Any]:
 
         shape = maps.shape[1:]
         backbone = {"params": {}, "batch_stats": {}}  # noqa: RUF012
-        parts = {rows[0]: jnp.asarray(maps[rows]) for rows in (splits.train, splits.val, splits.test)}  # noqa: RUF012
+        parts = {(rows[0], False): jnp.asarray(maps[rows]) for rows in (splits.train, splits.val, splits.test)}  # noqa: RUF012
+        parts |= {(first, True): part.mean((1, 2), keepdims=True) for (first, _), part in parts.items()}
 
-        def on_device(self, rows: np.ndarray) -> object:
-            return self.parts[rows[0]]
+        def on_device(self, rows: np.ndarray, pooled: bool = False) -> object:
+            return self.parts[rows[0], pooled]
 
         views_on_device = on_device
 
@@ -120,7 +121,8 @@ def stacked(args: argparse.Namespace) -> tuple[float, float]:
 
     programs, splits = prepared.programs, prepared.splits
     plan, epoch, seeds = programs.plans[0], programs.epoch(0), range(args.stack)
-    maps, labels = prepared.features.on_device(splits.train), jnp.asarray(prepared.dataset.labels[splits.train])
+    maps = prepared.features.on_device(splits.train, programs.pooled)
+    labels = jnp.asarray(prepared.dataset.labels[splits.train])
     places = [batch_places(np.zeros(args.images, np.int32), BATCH, seed, 0, programs.per_epoch) for seed in seeds]
     states = [create_state(programs.init(s), plan.optimizer.tx, plan.is_trainable, seed=s, ema=False) for s in seeds]
     together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bmjax.analysis.subject import BATCH, CHANNELS, MODES, SIZE, SIZES, Subject, Tree, as_dtype, init_keys
+from bmjax.attention import commutes_with_pooling
 from bmjax.parallel import Parallel
 
 CONSTANTS = (0.0, 1.0, -300.0, 1e4)
@@ -253,6 +254,19 @@ def retrace(s: Subject) -> str | None:
     return _say(seen, "one program", "Statistics must come back in the shape and type in which they were given.")
 
 
+def pooling(s: Subject) -> str | None:
+    """Pools as it says: with `commutes_with_pooling`, its result's means are its result for the means, within 1e-5."""
+    if not commutes_with_pooling(s.module):
+        return None
+    means = jnp.mean(s.features(), (1, 2), keepdims=True)
+    for mode, out in s.program(s.variables, means).items():
+        whole = {"result": jnp.mean(s.usual[mode]["y"], (1, 2), keepdims=True)}
+        if differs := _unequal({"result": out["y"]}, whole, 1e-5):
+            hint = "Leave commutes_with_pooling out: only gates over channels that come from the means alone have it."
+            return _say(f"{mode}: pooled before and after it differ in {differs}", "at most 1e-05", hint)
+    return None
+
+
 def devices(s: Subject) -> str | None:
     """Four devices give what one gives, in float64 within 1e-10, under jit and under pmap."""
     try:
@@ -291,7 +305,7 @@ CHECKS: dict[str, Callable[[Subject], str | None]] = {
     f.__name__: f
     for f in (
         made, call, sizes, variables, shape, dtype, sown_map, finite, gradients, deterministic, statistics, leak,
-        eager_is_jit, retrace, devices,
+        eager_is_jit, retrace, pooling, devices,
     )
 }  # fmt: skip
 # What makes no sense where another check fails: the cause is said once.

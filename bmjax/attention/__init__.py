@@ -4,6 +4,10 @@ A file holds one public Flax module, `(x [b, h, w, c], *, train=False) -> [b, h,
 It sows its map: `self.sow("intermediates", "map", m)`, m [b, h, w] over places or [b, c] over channels, 0..1. A field
 `dtype`, where it has one, gets the compute type. Adding a file is all it takes: the contract tests find it.
 
+One that only weighs channels, by what their means over places tell, may say `commutes_with_pooling = True`: pooled, its
+result is then its result for pooled features, and training on cached features, which pools them first, is many times
+faster.
+
 Here are also the ways to place variants: `Chain`, one after another, and `IdentityGate`, from the identity on.
 """
 
@@ -29,6 +33,10 @@ class Chain(nn.Module):
     """Variants one after another, each with its parameters and its map under its name."""
 
     variants: tuple[tuple[str, nn.Module], ...]
+
+    @property
+    def commutes_with_pooling(self) -> bool:
+        return all(commutes_with_pooling(module) for _, module in self.variants)
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
@@ -69,6 +77,11 @@ def _module_class(module: ModuleType) -> type[nn.Module]:
         names = ", ".join(c.__name__ for c in classes) or "none"
         raise ValueError(f"{module.__name__} holds the public Flax modules: {names}; expected exactly one")
     return classes[0]
+
+
+def commutes_with_pooling(module: nn.Module) -> bool:
+    """Whether a variant says that its result's mean over places is its result for the mean over places."""
+    return getattr(module, "commutes_with_pooling", False)
 
 
 def list_attention() -> list[str]:

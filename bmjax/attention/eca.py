@@ -21,6 +21,8 @@ class EfficientChannelAttention(nn.Module):
     kernel_size: int | None = None
     """k itself, odd."""
 
+    commutes_with_pooling = True
+
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """[b, h, w, c] -> [b, h, w, c]; sows the gate [b, c], 0..1."""

@@ -17,6 +17,8 @@ class EffectiveSE(nn.Module):
     gate: Literal["sigmoid", "hard_sigmoid"] = "sigmoid"
     """`hard_sigmoid`, relu6(z + 3) / 6, is that of the authors' code and of timm."""
 
+    commutes_with_pooling = True
+
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """[b, h, w, c] -> [b, h, w, c]; sows the gate [b, c], 0..1.

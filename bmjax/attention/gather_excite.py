@@ -25,6 +25,10 @@ class GatherExcite(nn.Module):
     ratio: int = 16
     """`theta+`: the hidden layer has c / ratio channels, at least one."""
 
+    @property
+    def commutes_with_pooling(self) -> bool:
+        return self.extent == 0
+
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """[b, h, w, c] -> [b, h, w, c]; sows the gate over the whole map [b, c], or with an extent its mean over

@@ -20,6 +20,8 @@ class GaussianContext(nn.Module):
     """c, where it is not learnt."""
     learned: bool = False
 
+    commutes_with_pooling = True
+
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """[b, h, w, c] -> [b, h, w, c]; sows the gate [b, c], 0..1."""

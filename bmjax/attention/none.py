@@ -10,6 +10,8 @@ import jax.numpy as jnp
 class NoAttention(nn.Module):
     """Returns its input; the map is one everywhere."""
 
+    commutes_with_pooling = True
+
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """[b, h, w, c] -> [b, h, w, c]."""

@@ -15,6 +15,8 @@ class SqueezeExcitation(nn.Module):
     ratio: int = 16
     """The hidden layer has c / ratio channels, at least one."""
 
+    commutes_with_pooling = True
+
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
         """[b, h, w, c] -> [b, h, w, c]; sows the gate [b, c], 0..1."""

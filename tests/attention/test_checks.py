@@ -191,6 +191,10 @@ class OtherInTraining(Good):
         return self.finish(x, nn.sigmoid(Conv(1, use_bias=True, name="more")(z) if train else z))
 
 
+class SaysThatItPools(Good):
+    commutes_with_pooling = True
+
+
 EXPECTED = {
     DeadBranch: {"gradients": "no gradient at unused/kernel; expected one at every parameter"},
     StoppedGradient: {"gradients": "no gradient at the input"},
@@ -214,6 +218,7 @@ EXPECTED = {
     NoTrain: {"call": "raised TypeError: "},
     Unhashable: {"made": "hash(module) raised TypeError: Failed to hash Flax Module."},
     OtherInTraining: {"call": "raised ScopeParamNotFoundError: "},
+    SaysThatItPools: {"pooling": "evaluation: pooled before and after it differ in result by up to"},
 }
 # They fail so early, or so differently at each call, that others can't be made.
 STOPS = {"made", "call", "deterministic", "leak", "dtype"}
