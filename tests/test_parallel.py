@@ -50,7 +50,7 @@ def largest_difference(a, b):
 def test_float64_steps_agree_on_any_devices(tiny_config, accumulate):
     train = dataclasses.replace(tiny_config.train, dtype="float64", accumulate=accumulate)
     augment = dataclasses.replace(
-        tiny_config.augment, mixup=0.4, cutmix=1.0, hed=0.05, erase=0.5, policy="trivialaugment"
+        tiny_config.augment, mixup=0.4, cutmix=1.0, hed=0.05, erase=0.5
     )
     config = dataclasses.replace(tiny_config, train=train, augment=augment)
     with jax.enable_x64(True):
