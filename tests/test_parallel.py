@@ -49,9 +49,7 @@ def largest_difference(a, b):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_float64_steps_agree_on_any_devices(tiny_config, accumulate):
     train = dataclasses.replace(tiny_config.train, dtype="float64", accumulate=accumulate)
-    augment = dataclasses.replace(
-        tiny_config.augment, mixup=0.4, cutmix=1.0, hed=0.05, erase=0.5
-    )
+    augment = dataclasses.replace(tiny_config.augment, mixup=0.4, cutmix=1.0, hed=0.05, erase=0.5)
     config = dataclasses.replace(tiny_config, train=train, augment=augment)
     with jax.enable_x64(True):
         one, losses = run_steps(config, "jit", 1)
