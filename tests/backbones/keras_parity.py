@@ -126,7 +126,8 @@ def train_step(model, keras_model, x, keras_input=None):
         labels = np.arange(len(x)) % logits.shape[-1]
         return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1).mean()
 
-    @jax.jit
+    # Unoptimised: it compiles in two thirds of the time, and runs once.
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def keras_step(trainable, rest):
         def loss_fn(trainable):
             logits, new = keras_model.stateless_call(trainable, rest, keras_input, training=True)
