@@ -4,8 +4,8 @@
 
 Contenders are plain Flax, keras.applications on JAX and, where the `bench` extra is installed, PyTorch in channels-last
 and keras.applications on TensorFlow. Each runs in a process of its own; rounds are interleaved, since a machine's speed
-drifts, and only the ratios of one run count. Peak memory is that of the steps after the first; compiling has its own
-column. Prints tables in Markdown.
+drifts, and only the ratios of one run count. A round is three steps, of which the last is timed. Peak memory is that of
+the steps after the first; compiling has its own column. Prints tables in Markdown.
 """
 
 from __future__ import annotations
@@ -308,11 +308,14 @@ def worker(args: argparse.Namespace) -> None:
     if args.worker in QUESTIONS:
         print(QUESTIONS[args.worker](args))
         return
-    serve(lambda: RUNS[args.worker](args))
+    serve(lambda: RUNS[args.worker](args), warm_up=2)
 
 
-def serve(make: Callable[[], Run]) -> None:
-    """Makes a run and runs it once; then answers each line of standard input: another's seconds, or the peak memory."""
+def serve(make: Callable[[], Run], warm_up: int = 0) -> None:
+    """Makes a run and runs it once; then answers each line of standard input: another's seconds, or the peak memory.
+
+    So many runs go before each that is timed: while others had their turn, pages and caches went cold.
+    """
     start = time.perf_counter()
     run = make()
     run()
@@ -323,6 +326,8 @@ def serve(make: Callable[[], Run]) -> None:
         if line.strip() == "memory":
             print(json.dumps({"memory": peak_memory()}), flush=True)
             continue
+        for _ in range(warm_up):
+            run()
         start = time.perf_counter()
         run()
         print(json.dumps({"seconds": time.perf_counter() - start}), flush=True)
