@@ -20,8 +20,8 @@ CPU_FLAGS = (
     "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
 )
 CPU_FLAGS_JAXLIB = ("0.10.2",)
-# Numbers of glibc's malloc.h, and values: hand back nothing, map nothing apart. Not fewer arenas, too: compiling is then
-# slower, and leaves them so fragmented that each later step is.
+# Numbers of glibc's malloc.h, and values: hand back nothing, map nothing apart. Not fewer arenas, too: compiling is
+# slower then, and leaves them so fragmented that each later step is.
 _MALLOC = {"M_TRIM_THRESHOLD": (-1, -1), "M_MMAP_MAX": (-4, 0)}
 _malloc_set: list[bool] = []
 
