@@ -242,11 +242,12 @@ def check_shortcuts(found: Sequence[Shortcut]) -> list[Finding]:
 def find_shortcuts(dataset: Dataset, facts: Sequence[FileFacts], units: np.ndarray) -> tuple[list[Shortcut], dict]:
     """(shortcuts, medians by class of the statistics of colour and focus), on a sample of the images."""
     rows = shortcuts.sample(dataset.labels)
-    images, labels = dataset.images[rows], dataset.labels[rows]
-    some = [facts[i] for i in rows]
-    statistics = shortcuts.image_statistics(images)
+    labels, some = dataset.labels[rows], [facts[i] for i in rows]
+    # One at a time: the sample alone may be larger than memory.
+    statistics = np.stack([shortcuts.image_statistics(dataset.images[i]) for i in rows])
+    border = np.stack([shortcuts.border_features(dataset.images[i]) for i in rows])
     inputs = [
-        ("border", "the outermost twelfth of the images alone", shortcuts.border_features(images)),
+        ("border", "the outermost twelfth of the images alone", border),
         ("metadata", "formats, sizes in pixels and compression of the files alone", metadata_features(some)),
         ("length", "lengths of the files in bytes alone", np.array([[f.bytes] for f in some], np.float32)),
     ]
@@ -279,7 +280,7 @@ def audit(config: DataConfig, features: Any = None) -> Audit:
         raise ValueError("config field 'data.source' is 'synthetic'; expected images to audit, so set it and data.root")
     listing = list_source(config)
     every = dict(zip(listing.ids, inspect_files(listing), strict=True))
-    dataset = load_dataset(config)
+    dataset = load_dataset(dataclasses.replace(config, strict=False))  # what strict refuses is a finding here
     facts = [every[name] for name in dataset.ids]
     known = [f for f in facts if f is not None]
     if len(known) < len(facts):
@@ -292,7 +293,7 @@ def audit(config: DataConfig, features: Any = None) -> Audit:
     splits, found = check_split(dataset, config, copies)
     findings += found
     # What a run keeps together, and near duplicates: no classifier may see one and be asked for the other.
-    units = _joined(kept_together(dataset, config), copies)
+    units = copies if splits is None else _joined(kept_together(dataset, config), copies)
     reached, medians = find_shortcuts(dataset, known, units)
     findings += check_shortcuts(reached)
     label_errors = None

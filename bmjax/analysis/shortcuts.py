@@ -42,37 +42,32 @@ class Shortcut:
         return (self.low - self.chance) / (1 - self.chance)
 
 
-def border_features(images: np.ndarray) -> np.ndarray:
-    """Images uint8 [n, h, w, 3] -> float32 [n, 15]: of the outermost twelfth of each side, by channel the mean, the
-    standard deviation, and the 5 %, 50 % and 95 % quantiles."""
-    h, w = images.shape[1:3]
+def border_features(image: np.ndarray) -> np.ndarray:
+    """Image uint8 [h, w, 3] -> float32 [15]: of the outermost twelfth of each side, by channel the mean, the standard
+    deviation, and the 5 %, 50 % and 95 % quantiles."""
+    h, w, _ = image.shape
     frame = np.ones((h, w), bool)
     frame[h // 12 or 1 : -(h // 12 or 1), w // 12 or 1 : -(w // 12 or 1)] = False
-    out = np.empty((len(images), 15), np.float32)
-    for i, image in enumerate(images):
-        pixels = image[frame].astype(np.float32)
-        quantiles = np.quantile(pixels, (0.05, 0.5, 0.95), axis=0).ravel()
-        out[i] = np.concatenate([pixels.mean(0), pixels.std(0), quantiles])
-    return out
+    pixels = image[frame].astype(np.float32)
+    quantiles = np.quantile(pixels, (0.05, 0.5, 0.95), axis=0).ravel()
+    return np.concatenate([pixels.mean(0), pixels.std(0), quantiles]).astype(np.float32)
 
 
-def image_statistics(images: np.ndarray) -> np.ndarray:
-    """Images uint8 [n, h, w, 3] -> float32 [n, 7], in the order of `STATISTICS`.
+def image_statistics(image: np.ndarray) -> np.ndarray:
+    """Image uint8 [h, w, 3] -> float32 [7], in the order of `STATISTICS`.
 
     Means of the channels and their joint standard deviation, 0..255; mean saturation 0..1 (HSV); focus, the standard
     deviation of the grey image's Laplacian (Pech-Pacheco et al. 2000 take its square); share of pixels at 0 or 255.
     """
     from scipy.ndimage import laplace
 
-    out = np.empty((len(images), len(STATISTICS)), np.float32)
-    for i, image in enumerate(images):
-        values = image.astype(np.float32)
-        high, low = values.max(-1), values.min(-1)
-        saturation = ((high - low) / np.maximum(high, 1)).mean()
-        grey = values.mean(-1)
-        clipped = ((low >= 255) | (high <= 0)).mean()
-        out[i] = (*values.mean((0, 1)), grey.std(), saturation, laplace(grey, mode="nearest").std(), clipped)
-    return out
+    values = image.astype(np.float32)
+    high, low = values.max(-1), values.min(-1)
+    saturation = ((high - low) / np.maximum(high, 1)).mean()
+    grey = values.mean(-1)
+    clipped = ((low >= 255) | (high <= 0)).mean()
+    focus = laplace(grey, mode="nearest").std()
+    return np.array([*values.mean((0, 1)), grey.std(), saturation, focus, clipped], np.float32)
 
 
 def out_of_fold(model, features: np.ndarray, labels: np.ndarray, units: np.ndarray, k: int, seed: int = 0):

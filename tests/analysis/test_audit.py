@@ -106,8 +106,10 @@ def test_everything_planted_is_found(tree, settings, tmp_path):
     assert all(p["certain"] for p in turned)
     with (tmp_path / "out/near_duplicates.csv").open() as f:
         assert f"{third}/turned_4.png" in {row["path"] for row in csv.DictReader(f)}
-    mended = audit(dataclasses.replace(config, duplicates=str(tmp_path / "out/near_duplicates.csv")))
+    config = dataclasses.replace(config, duplicates=str(tmp_path / "out/near_duplicates.csv"), strict=True)
+    mended = audit(config)
     assert not found(mended, "split", "error")
+    assert [f.images for f in found(mended, "files", "error")] == [(f"{first}/cut.png",)]
 
 
 def test_a_given_split_that_tears_copies_and_patients_apart(tree, tmp_path):
@@ -130,10 +132,10 @@ def test_a_given_split_that_tears_copies_and_patients_apart(tree, tmp_path):
 
 
 def test_no_split_at_all_is_a_finding(clean, settings):
-    config = dataclasses.replace(settings, root=str(clean), split=(0.98, 0.01, 0.01))
-    audited = audit(config)
-    assert "has none in the" in found(audited, "split", "error")[0].text
-    assert audited.splits is None
+    for wrong, words in (({"split": (0.98, 0.01, 0.01)}, "has none in the"), ({"split_by": "group"}, "has no group")):
+        audited = audit(dataclasses.replace(settings, root=str(clean), **wrong))
+        assert words in found(audited, "split", "error")[0].text
+        assert audited.splits is None
 
 
 @pytest.mark.parametrize("where", ["border", "metadata"])
