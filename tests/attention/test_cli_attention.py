@@ -65,7 +65,7 @@ def test_a_broken_file_says_what_to_do_and_exits_with_1(written, capsys):
     assert main(["check", str(written)]) == 1
     out = " ".join(capsys.readouterr().out.split())
     assert "FAIL sown_map evaluation: no map was sown; expected one. Add self.sow(" in out
-    assert "1 of 15 checks failed: sown_map" in out
+    assert "1 of 16 checks failed: sown_map" in out
     written.write_text(text.replace("ratio: int = 16", "ratio: int"))
     assert main(["check", str(written)]) == 1
     assert re.search(r"FAIL made raised TypeError: .*'ratio'", " ".join(capsys.readouterr().out.split()))
