@@ -126,10 +126,7 @@ def train_step(model, keras_model, x, keras_input=None):
         labels = np.arange(len(x)) % logits.shape[-1]
         return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1).mean()
 
-    # Unoptimised it compiles in less time, but sums one by one, which float32 can't afford.
-    options = {"xla_backend_optimization_level": 0} if x.dtype == np.float64 else {}
-
-    @functools.partial(jax.jit, compiler_options=options)
+    @jax.jit
     def keras_step(trainable, rest):
         def loss_fn(trainable):
             logits, new = keras_model.stateless_call(trainable, rest, keras_input, training=True)
