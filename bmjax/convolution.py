@@ -25,6 +25,8 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
 
+from bmjax import native
+
 Operation = Literal["forward", "input_gradient", "kernel_gradient"]
 Padding = tuple[tuple[int, int], tuple[int, int]]
 DIMENSIONS = ("NHWC", "HWIO", "NHWC")
@@ -249,6 +251,37 @@ def _kernel_products(x, y_gradient, kernel_shape, strides, padding, groups):
     return rearrange(product, "g (i j c) n -> i j c (g n)", i=size[0], j=size[1])
 
 
+# The kernels of bmjax/native, on CPUs and in float32.
+
+
+def _window(strides: tuple[int, int], padding: Padding) -> tuple[int, int, int, int]:
+    return *strides, padding[0][0], padding[1][0]
+
+
+def _forward_native(x, kernel, strides, padding, groups):
+    reference = functools.partial(plain, strides=strides, padding=padding, groups=groups)
+    return native.call("conv", reference, x, kernel, window=_window(strides, padding), turned=False)
+
+
+def _input_native(y_gradient, kernel, x_shape, strides, padding, groups):
+    if strides != (1, 1):  # 1x1: the gradient of the pixels that it sees
+        small = (*y_gradient.shape[:-1], x_shape[-1])
+        return _spread(
+            _input_native(y_gradient, kernel, small, (1, 1), padding, groups), x_shape, (1, 1), strides, padding
+        )
+    reference = functools.partial(_input_plain, x_shape=x_shape, strides=strides, padding=padding, groups=groups)
+    (top, _), (left, _) = padding
+    around = (kernel.shape[0] - 1 - top, kernel.shape[1] - 1 - left)
+    return native.call("conv", reference, y_gradient, kernel, window=(1, 1, *around), turned=True)
+
+
+def _kernel_native(x, y_gradient, kernel_shape, strides, padding, groups):
+    reference = functools.partial(
+        _kernel_plain, kernel_shape=kernel_shape, strides=strides, padding=padding, groups=groups
+    )
+    return native.call("conv_kernel_gradient", reference, x, y_gradient, window=_window(strides, padding))
+
+
 def _turnable(shape: Shape, padding: Padding) -> bool:
     """Stride 1, and no more padding than the kernel reaches."""
     return shape.strides == (1, 1) and all(p < k for pair, k in zip(padding, shape.size, strict=True) for p in pair)
@@ -266,6 +299,7 @@ def formulations(operation: Operation, shape: Shape, padding: Padding) -> dict[s
             "dot": (pointwise, _forward_dot),
             "patches": (spatial, _forward_patches),
             "taps": (depthwise, _forward_taps),
+            "native": (shape.groups == 1, _forward_native),
         }
     elif operation == "input_gradient":
         candidates = {
@@ -273,6 +307,7 @@ def formulations(operation: Operation, shape: Shape, padding: Padding) -> dict[s
             "dot": (pointwise, _input_dot),
             "patches": (spatial and _turnable(shape, padding), _input_patches),
             "taps": (depthwise, _input_taps),
+            "native": (pointwise or (shape.groups == 1 and _turnable(shape, padding)), _input_native),
         }
     else:
         candidates = {
@@ -282,6 +317,7 @@ def formulations(operation: Operation, shape: Shape, padding: Padding) -> dict[s
             "gradient_patches": (spatial and _turnable(shape, padding), _kernel_gradient_patches),
             "taps": (depthwise, _kernel_taps),
             "products": (shape.kind == "grouped", _kernel_products),
+            "native": (shape.groups == 1, _kernel_native),
         }
     return {name: fn for name, (valid, fn) in candidates.items() if valid}
 
@@ -303,21 +339,25 @@ def shape_of_row(row: dict[str, Any]) -> Shape:
 
 
 @functools.cache
-def choose(operation: Operation, shape: Shape, padding: Padding) -> str:
+def choose(operation: Operation, shape: Shape, padding: Padding, with_native: bool = False) -> str:
     """The name of the formulation for CPUs: the fastest at the nearest measured shape of its kind, else "plain"."""
     rows = [row for row in table()["rows"] if row["operation"] == operation and shape_of_row(row).kind == shape.kind]
     if not rows:
         return "plain"
     nearest = min(rows, key=lambda row: _distance(shape_of_row(row), shape))
-    valid = formulations(operation, shape, padding)
+    valid = {name for name in formulations(operation, shape, padding) if with_native or name != "native"}
     return min((name for name in nearest["ms"] if name in valid), key=nearest["ms"].__getitem__)
 
 
-def _chosen(operation: Operation, shape: Shape, padding: Padding) -> Callable[..., jax.Array]:
-    name = choose(operation, shape, padding) if platform() == "cpu" else "plain"
+def _chosen(operation: Operation, shape: Shape, padding: Padding, dtype: Any) -> Callable[..., jax.Array]:
     valid = formulations(operation, shape, padding)
-    if name == "plain" and _in_loop and operation != "forward" and platform() == "cpu":
-        name = list(valid)[min(1, len(valid) - 1)]
+    if platform() != "cpu":
+        return valid["plain"]
+    with_native = native.usable(dtype)
+    name = choose(operation, shape, padding, with_native)
+    if name == "plain" and _in_loop and operation != "forward":
+        others = [other for other in valid if other not in ("plain", "native")]
+        name = "native" if with_native and "native" in valid else next(iter(others), "plain")
     return valid[name]
 
 
@@ -330,7 +370,7 @@ def forward(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: 
     """As `plain`, in the formulation chosen for this platform; see `conv` for derivatives."""
     y = jax.eval_shape(lambda x, k: plain(x, k, strides, padding, groups), x, kernel)
     shape = _shape(y.shape, kernel.shape, strides, groups)
-    return _chosen("forward", shape, padding)(x, kernel, strides, padding, groups)
+    return _chosen("forward", shape, padding, x.dtype)(x, kernel, strides, padding, groups)
 
 
 def input_gradient(
@@ -343,7 +383,9 @@ def input_gradient(
 ) -> jax.Array:
     """The gradient [b, h, w, c] of `plain` with respect to x, from that with respect to its result."""
     shape = _shape(y_gradient.shape, kernel.shape, strides, groups)
-    return _chosen("input_gradient", shape, padding)(y_gradient, kernel, x_shape, strides, padding, groups)
+    return _chosen("input_gradient", shape, padding, y_gradient.dtype)(
+        y_gradient, kernel, x_shape, strides, padding, groups
+    )
 
 
 def kernel_gradient(
@@ -356,7 +398,7 @@ def kernel_gradient(
 ) -> jax.Array:
     """The gradient [kh, kw, c/groups, n] of `plain` with respect to the kernel, from that of its result."""
     shape = _shape(y_gradient.shape, kernel_shape, strides, groups)
-    return _chosen("kernel_gradient", shape, padding)(x, y_gradient, kernel_shape, strides, padding, groups)
+    return _chosen("kernel_gradient", shape, padding, x.dtype)(x, y_gradient, kernel_shape, strides, padding, groups)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))

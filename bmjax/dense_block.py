@@ -18,6 +18,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from bmjax import convolution
+from bmjax.dense_layer import (
+    Statistics,
+    norm_conv,
+    norm_conv_backward,
+    norm_conv_into,
+    norm_product_backward,
+    norm_relu,
+    write,
+)
 from bmjax.layers import (
     BatchNormVariables,
     Kernel,
@@ -27,11 +36,8 @@ from bmjax.layers import (
     batch_count,
     batch_statistics,
     norm_affine,
-    over_channels,
 )
 
-Statistics = tuple[jax.Array, jax.Array]
-"""Mean and biased variance, each [c]."""
 SAME_3X3 = ((1, 1), (1, 1))
 
 
@@ -97,10 +103,6 @@ def dense_block(
     return x, statistics
 
 
-def _norm_relu(x: jax.Array, factor: jax.Array, offset: jax.Array) -> jax.Array:
-    return jnp.maximum(apply_affine(x, factor, offset), 0).astype(x.dtype)
-
-
 def _plain(
     epsilon: float, x: jax.Array, statistics: Statistics | None, params: tuple[Layer, ...], running: Any
 ) -> tuple[jax.Array, Statistics | None, list[Statistics]]:
@@ -108,10 +110,10 @@ def _plain(
     bottlenecks = []
     for i, p in enumerate(params):
         before = running[i][0] if statistics is None else statistics
-        y = _norm_relu(x, *norm_affine((p.scale0, p.bias0, *before), epsilon, x.dtype))
+        y = norm_relu(x, *norm_affine((p.scale0, p.bias0, *before), epsilon, x.dtype))
         y = convolution.conv(y, p.kernel1, (1, 1), convolution.NO_PADDING)
         inner = running[i][1] if statistics is None else batch_statistics(y)
-        y = _norm_relu(y, *norm_affine((p.scale1, p.bias1, *inner), epsilon, x.dtype))
+        y = norm_relu(y, *norm_affine((p.scale1, p.bias1, *inner), epsilon, x.dtype))
         y = convolution.conv(y, p.kernel2, (1, 1), SAME_3X3)
         x = jnp.concatenate([x, y], axis=-1)
         if statistics is not None:
@@ -127,27 +129,21 @@ def _in_place(epsilon, x, statistics, params, running):
     return _in_place_forward(epsilon, x, statistics, params, running)[0]
 
 
-def _write(buffer: jax.Array, y: jax.Array, channel: int) -> jax.Array:
-    return lax.dynamic_update_slice(buffer, y, (0, 0, 0, channel))
-
-
 def _in_place_forward(epsilon, x, statistics, params, running):
     channels, growth = x.shape[-1], params[0].kernel2.shape[-1]
-    buffer = _write(jnp.zeros((*x.shape[:-1], channels + len(params) * growth), x.dtype), x, 0)
+    buffer = write(jnp.zeros((*x.shape[:-1], channels + len(params) * growth), x.dtype), x, 0)
     means, variances = ([], []) if statistics is None else ([statistics[0]], [statistics[1]])
     kept, bottlenecks = [], []
     for i, p in enumerate(params):
         c = channels + i * growth
         before = running[i][0] if statistics is None else (jnp.concatenate(means), jnp.concatenate(variances))
-        y = _norm_relu(buffer[..., :c], *norm_affine((p.scale0, p.bias0, *before), epsilon, x.dtype))
-        y = convolution.forward(y, p.kernel1, (1, 1), convolution.NO_PADDING)
-        inner = running[i][1] if statistics is None else batch_statistics(y)
+        y, inner = norm_conv(buffer, norm_affine((p.scale0, p.bias0, *before), epsilon, x.dtype), p.kernel1)
         kept.append(y)
-        y = _norm_relu(y, *norm_affine((p.scale1, p.bias1, *inner), epsilon, x.dtype))
-        y = convolution.forward(y, p.kernel2, (1, 1), SAME_3X3)
-        buffer = _write(buffer, y, c)
+        if statistics is None:
+            inner = running[i][1]
+        affine = norm_affine((p.scale1, p.bias1, *inner), epsilon, x.dtype)
+        buffer, (mean, var) = norm_conv_into(y, affine, p.kernel2, buffer, c)
         if statistics is not None:
-            mean, var = batch_statistics(y)
             means.append(mean)
             variances.append(var)
             bottlenecks.append(inner)
@@ -156,19 +152,13 @@ def _in_place_forward(epsilon, x, statistics, params, running):
     return (buffer, statistics, bottlenecks), (buffer, statistics, bottlenecks, kept, params, running)
 
 
-def _through_norm_relu(x, y_gradient, affine, vjp):
-    """Gradients of relu(factor * x + offset): with respect to x by the map alone, and to what the map is made of."""
-    dz = jnp.where(apply_affine(x, *affine) > 0, y_gradient, 0)
-    over = tuple(range(x.ndim - 1))
-    return dz * over_channels(affine[0], 4), vjp(((dz * x).sum(over), dz.sum(over)))
-
-
-def _through_statistics(x, statistics, gradients, count):
-    """The gradient with respect to x [b, h, w, c] that comes through its mean and variance over the batch."""
+def _through_statistics(statistics, gradients, count):
+    """(shift, slope): the gradient with respect to x through its statistics over the batch is shift + slope * x."""
     mean, _ = statistics
     # Every device's loss depends on statistics of the whole batch.
     dmean, dvar = all_sum(gradients)
-    return over_channels(dmean / count, 4) + over_channels(2 * dvar / count, 4) * (x - over_channels(mean, 4))
+    slope = 2 * dvar / count
+    return dmean / count - slope * mean, slope
 
 
 def _in_place_backward(epsilon, residuals, gradients):
@@ -183,27 +173,23 @@ def _in_place_backward(epsilon, residuals, gradients):
         # Nothing after this layer's output is left to come: its gradient is whole but for the statistics' share.
         dy = into[..., c : c + growth]
         if statistics is not None:
-            mean, var = (s[c : c + growth] for s in statistics)
-            share = tuple(g[c : c + growth] for g in into_statistics)
-            dy = dy + _through_statistics(buffer[..., c : c + growth], (mean, var), share, count)
+            of_layer = tuple(s[c : c + growth] for s in statistics)
+            shift, slope = _through_statistics(of_layer, tuple(g[c : c + growth] for g in into_statistics), count)
+            dy = dy + apply_affine(buffer[..., c : c + growth], slope, shift)
         y = kept[i]
         inner = running[i][1] if statistics is None else bottlenecks[i]
         affine, vjp = jax.vjp(lambda *a: norm_affine(a, epsilon, y.dtype), p.scale1, p.bias1, *inner)  # noqa: B023
-        dkernel2 = convolution.kernel_gradient(_norm_relu(y, *affine), dy, p.kernel2.shape, (1, 1), SAME_3X3)
-        dy = convolution.input_gradient(dy, p.kernel2, y.shape, (1, 1), SAME_3X3)
-        dy, (dscale1, dbias1, *dinner) = _through_norm_relu(y, dy, affine, vjp)
+        dz, dkernel2, sums = norm_conv_backward(y, affine, p.kernel2, dy)
+        dscale1, dbias1, *dinner = vjp(sums)
+        shift = slope = jnp.zeros_like(affine[0])
         if statistics is not None:
             share = jax.tree.map(jnp.add, tuple(dinner), tuple(into_bottlenecks[i]))
-            dy = dy + _through_statistics(y, inner, share, count)
-        x = buffer[..., :c]
+            shift, slope = _through_statistics(inner, share, count)
+        combine = (affine[0], shift, slope)
         before = running[i][0] if statistics is None else tuple(s[:c] for s in statistics)
         affine, vjp = jax.vjp(lambda *a: norm_affine(a, epsilon, y.dtype), p.scale0, p.bias0, *before)  # noqa: B023
-        dkernel1 = convolution.kernel_gradient(
-            _norm_relu(x, *affine), dy, p.kernel1.shape, (1, 1), convolution.NO_PADDING
-        )
-        dx = convolution.input_gradient(dy, p.kernel1, x.shape, (1, 1), convolution.NO_PADDING)
-        dx, (dscale0, dbias0, *dbefore) = _through_norm_relu(x, dx, affine, vjp)
-        into = _write(into, into[..., :c] + dx, 0)
+        into, dkernel1, sums = norm_product_backward(buffer, affine, p.kernel1, dz, y, combine, into)
+        dscale0, dbias0, *dbefore = vjp(sums)
         if statistics is None:
             into_running.insert(0, (tuple(dbefore), tuple(dinner)))
         else:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from bmjax import native
 from bmjax.layers import BATCH_AXIS
 
 Tree = Any
@@ -66,6 +67,8 @@ class Parallel:
         donated = (0,) if donate else ()
         if self.kind == "pmap":
             return jax.pmap(step, axis_name=BATCH_AXIS, devices=self.devices, donate_argnums=donated)
+        if self.size > 1:
+            step = native.off()(step)  # XLA divides its own operations over devices, but no kernels
         shardings = (self._sharding(), self._sharding(BATCH_AXIS))
         # Outputs, per-image ones too, end on every device: each host can then read all of them.
         return jax.jit(step, in_shardings=shardings, out_shardings=self._sharding(), donate_argnums=donated)

@@ -14,8 +14,11 @@ PACKAGE = ROOT / "bmjax"
 
 # Lowest first. A package's name stands for every module in it; they may import each other without a circle.
 FLOORS = [
-    ["config", "registry", "environment", "files", "convolution"],
+    ["config", "registry", "environment", "files"],
+    ["native"],
+    ["convolution"],
     ["layers", "losses", "metrics", "optim", "tracking", "experiment", "download"],
+    ["dense_layer"],
     ["dense_block"],
     ["state", "attention", "backbones", "data"],
     ["weights"],
