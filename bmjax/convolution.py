@@ -258,18 +258,29 @@ def _window(strides: tuple[int, int], padding: Padding) -> tuple[int, int, int, 
     return *strides, padding[0][0], padding[1][0]
 
 
+def _depthwise(kernel_shape: tuple[int, ...], groups: int) -> bool:
+    """Whether each channel is convolved by itself."""
+    return groups > 1 and kernel_shape[2] == 1 and kernel_shape[3] == groups
+
+
 def _forward_native(x, kernel, strides, padding, groups):
     reference = functools.partial(plain, strides=strides, padding=padding, groups=groups)
-    return native.call("conv", reference, x, kernel, window=_window(strides, padding), turned=False)
+    window = _window(strides, padding)
+    if _depthwise(kernel.shape, groups):
+        return native.call("depthwise_conv", reference, x, kernel, window=window, back=False)
+    return native.call("conv", reference, x, kernel, window=window, turned=False)
 
 
 def _input_native(y_gradient, kernel, x_shape, strides, padding, groups):
+    reference = functools.partial(_input_plain, x_shape=x_shape, strides=strides, padding=padding, groups=groups)
+    if _depthwise(kernel.shape, groups):
+        window = _window(strides, padding)
+        return native.call("depthwise_conv", reference, y_gradient, kernel, window=window, back=True)
     if strides != (1, 1):  # 1x1: the gradient of the pixels that it sees
         small = (*y_gradient.shape[:-1], x_shape[-1])
         return _spread(
             _input_native(y_gradient, kernel, small, (1, 1), padding, groups), x_shape, (1, 1), strides, padding
         )
-    reference = functools.partial(_input_plain, x_shape=x_shape, strides=strides, padding=padding, groups=groups)
     (top, _), (left, _) = padding
     around = (kernel.shape[0] - 1 - top, kernel.shape[1] - 1 - left)
     return native.call("conv", reference, y_gradient, kernel, window=(1, 1, *around), turned=True)
@@ -279,7 +290,8 @@ def _kernel_native(x, y_gradient, kernel_shape, strides, padding, groups):
     reference = functools.partial(
         _kernel_plain, kernel_shape=kernel_shape, strides=strides, padding=padding, groups=groups
     )
-    return native.call("conv_kernel_gradient", reference, x, y_gradient, window=_window(strides, padding))
+    name = "depthwise_conv_kernel_gradient" if _depthwise(kernel_shape, groups) else "conv_kernel_gradient"
+    return native.call(name, reference, x, y_gradient, window=_window(strides, padding))
 
 
 def _turnable(shape: Shape, padding: Padding) -> bool:
@@ -299,7 +311,7 @@ def formulations(operation: Operation, shape: Shape, padding: Padding) -> dict[s
             "dot": (pointwise, _forward_dot),
             "patches": (spatial, _forward_patches),
             "taps": (depthwise, _forward_taps),
-            "native": (shape.groups == 1, _forward_native),
+            "native": (shape.groups == 1 or depthwise, _forward_native),
         }
     elif operation == "input_gradient":
         candidates = {
@@ -307,7 +319,7 @@ def formulations(operation: Operation, shape: Shape, padding: Padding) -> dict[s
             "dot": (pointwise, _input_dot),
             "patches": (spatial and _turnable(shape, padding), _input_patches),
             "taps": (depthwise, _input_taps),
-            "native": (pointwise or (shape.groups == 1 and _turnable(shape, padding)), _input_native),
+            "native": (pointwise or depthwise or (spatial and _turnable(shape, padding)), _input_native),
         }
     else:
         candidates = {
@@ -317,7 +329,7 @@ def formulations(operation: Operation, shape: Shape, padding: Padding) -> dict[s
             "gradient_patches": (spatial and _turnable(shape, padding), _kernel_gradient_patches),
             "taps": (depthwise, _kernel_taps),
             "products": (shape.kind == "grouped", _kernel_products),
-            "native": (shape.groups == 1, _kernel_native),
+            "native": (shape.groups == 1 or depthwise, _kernel_native),
         }
     return {name: fn for name, (valid, fn) in candidates.items() if valid}
 

@@ -31,11 +31,11 @@ from bmjax.layers import (
     BatchNormVariables,
     Kernel,
     NormMode,
-    all_sum,
     apply_affine,
     batch_count,
     batch_statistics,
     norm_affine,
+    through_statistics,
 )
 
 SAME_3X3 = ((1, 1), (1, 1))
@@ -152,15 +152,6 @@ def _in_place_forward(epsilon, x, statistics, params, running):
     return (buffer, statistics, bottlenecks), (buffer, statistics, bottlenecks, kept, params, running)
 
 
-def _through_statistics(statistics, gradients, count):
-    """(shift, slope): the gradient with respect to x through its statistics over the batch is shift + slope * x."""
-    mean, _ = statistics
-    # Every device's loss depends on statistics of the whole batch.
-    dmean, dvar = all_sum(gradients)
-    slope = 2 * dvar / count
-    return dmean / count - slope * mean, slope
-
-
 def _in_place_backward(epsilon, residuals, gradients):
     buffer, statistics, bottlenecks, kept, params, running = residuals
     into, into_statistics, into_bottlenecks = gradients
@@ -173,8 +164,8 @@ def _in_place_backward(epsilon, residuals, gradients):
         # Nothing after this layer's output is left to come: its gradient is whole but for the statistics' share.
         dy = into[..., c : c + growth]
         if statistics is not None:
-            of_layer = tuple(s[c : c + growth] for s in statistics)
-            shift, slope = _through_statistics(of_layer, tuple(g[c : c + growth] for g in into_statistics), count)
+            mean = statistics[0][c : c + growth]
+            shift, slope = through_statistics(mean, tuple(g[c : c + growth] for g in into_statistics), count)
             dy = dy + apply_affine(buffer[..., c : c + growth], slope, shift)
         y = kept[i]
         inner = running[i][1] if statistics is None else bottlenecks[i]
@@ -184,7 +175,7 @@ def _in_place_backward(epsilon, residuals, gradients):
         shift = slope = jnp.zeros_like(affine[0])
         if statistics is not None:
             share = jax.tree.map(jnp.add, tuple(dinner), tuple(into_bottlenecks[i]))
-            shift, slope = _through_statistics(inner, share, count)
+            shift, slope = through_statistics(inner[0], share, count)
         combine = (affine[0], shift, slope)
         before = running[i][0] if statistics is None else tuple(s[:c] for s in statistics)
         affine, vjp = jax.vjp(lambda *a: norm_affine(a, epsilon, y.dtype), p.scale0, p.bias0, *before)  # noqa: B023

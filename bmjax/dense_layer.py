@@ -18,7 +18,7 @@ from jax import lax
 
 from bmjax import convolution, native
 from bmjax.convolution import Padding
-from bmjax.layers import all_sum, apply_affine, batch_axis_bound, over_channels
+from bmjax.layers import apply_affine, moments, over_channels, over_devices
 
 Affine = tuple[jax.Array, jax.Array]
 Statistics = tuple[jax.Array, jax.Array]
@@ -46,31 +46,16 @@ def write(buffer: jax.Array, y: jax.Array, channel: int) -> jax.Array:
     return lax.dynamic_update_slice(buffer, y, (0, 0, 0, channel))
 
 
-def _moments(x: jax.Array) -> Statistics:
-    """Mean and variance of this device's part of the batch."""
-    mean = x.mean((0, 1, 2))
-    return mean, jnp.square(x - over_channels(mean, x.ndim)).mean((0, 1, 2))
-
-
-def _over_devices(mean: jax.Array, var: jax.Array) -> Statistics:
-    """Statistics of the whole batch from those of its parts, one a device and of equal size."""
-    if not batch_axis_bound():
-        return mean, var
-    devices = all_sum(jnp.ones((), mean.dtype))
-    whole = all_sum(mean) / devices
-    return whole, all_sum(var + jnp.square(mean - whole)) / devices
-
-
 def norm_conv(x: jax.Array, affine: Affine, kernel: jax.Array) -> tuple[jax.Array, Statistics]:
     """(conv(relu(norm(x))) [b, h, w, m], its statistics): stride 1, padding "SAME", kernel [i, j, c, m]."""
 
     def reference(x, factor, offset, kernel):
         y = norm_relu(x[..., : kernel.shape[2]], factor, offset)
         y = convolution.forward(y, kernel, (1, 1), _padding(kernel))
-        return y, *_moments(y)
+        return y, *moments(y)
 
     y, mean, var = _compute("norm_conv", reference, x, *affine, kernel, channel=0)
-    return y, _over_devices(mean, var)
+    return y, over_devices(mean, var)
 
 
 def norm_conv_into(
@@ -80,11 +65,11 @@ def norm_conv_into(
 
     def reference(x, factor, offset, kernel, buffer):
         y = convolution.forward(norm_relu(x, factor, offset), kernel, (1, 1), _padding(kernel))
-        return write(buffer, y, channel), *_moments(y)
+        return write(buffer, y, channel), *moments(y)
 
     into = {"aliases": {4: 0}, "channel": channel}
     buffer, mean, var = _compute("norm_conv_into", reference, x, *affine, kernel, buffer, **into)
-    return buffer, _over_devices(mean, var)
+    return buffer, over_devices(mean, var)
 
 
 def _through_relu(x, gradient, factor, offset):

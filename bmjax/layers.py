@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bmjax import convolution
+from bmjax import convolution, native
 
 BATCH_AXIS = "data"
 """Name of the device axis over which a batch is split, where it is bound."""
@@ -126,17 +126,69 @@ def batch_count(x: jax.Array) -> int:
     return x.size // x.shape[-1] * (_axis_size() or 1)
 
 
+def over_devices(mean: jax.Array, var: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and variance of the whole batch from those of its parts, one a device and of equal size."""
+    if not batch_axis_bound():
+        return mean, var
+    devices = _axis_size()
+    whole = all_sum(mean) / devices
+    return whole, all_sum(var + jnp.square(mean - whole)) / devices
+
+
+def moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and biased variance [c] of [..., c] over every axis but the last, on this device, in x's type.
+
+    In two passes: E[x^2] - E[x]^2 cancels where the mean is large.
+    """
+    axes = tuple(range(x.ndim - 1))
+    mean = x.mean(axes)
+    return mean, jnp.square(x - over_channels(mean, x.ndim)).mean(axes)
+
+
+def through_statistics(
+    mean: jax.Array, gradients: tuple[jax.Array, jax.Array], count: int
+) -> tuple[jax.Array, jax.Array]:
+    """(shift, slope): the gradient of x that comes through its statistics over the batch is shift + slope * x.
+
+    `gradients`: those of mean and variance on this device, each [c]; `count` as `batch_count` gives it.
+    """
+    # Every device's loss depends on statistics of the whole batch.
+    dmean, dvar = all_sum(gradients)
+    slope = 2 * dvar / count
+    return dmean / count - slope * mean, slope
+
+
+@jax.custom_vjp
+def _statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return over_devices(*native.call("moments", moments, x))
+
+
+def _statistics_forward(x):
+    mean, var = _statistics(x)
+    return (mean, var), (x, mean)
+
+
+def _statistics_backward(residuals, gradients):
+    x, mean = residuals
+    shift, slope = through_statistics(mean, gradients, batch_count(x))
+    return (over_channels(shift, x.ndim) + over_channels(slope, x.ndim) * x,)
+
+
+_statistics.defvjp(_statistics_forward, _statistics_backward)
+
+
+def _is_map_on_cpu(x: jax.Array) -> bool:
+    return x.ndim == 4 and convolution.platform() == "cpu" and native.usable(x.dtype)
+
+
 def batch_statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Mean and biased variance [c] of [..., c] over every axis but the last, and over the devices.
 
-    Computed in at least float32 and in two passes: E[x^2] - E[x]^2 cancels where the mean is large.
+    Computed in at least float32.
     """
-    x = x.astype(at_least_float32(x.dtype))
-    axes = tuple(range(x.ndim - 1))
-    count = batch_count(x)
-    mean = all_sum(x.sum(axes)) / count
-    var = all_sum(jnp.square(x - over_channels(mean, x.ndim)).sum(axes)) / count
-    return mean, var
+    if _is_map_on_cpu(x):
+        return _statistics(x)
+    return over_devices(*moments(x.astype(at_least_float32(x.dtype))))
 
 
 def norm_affine(values: tuple[jax.Array, ...], epsilon: float, dtype: Any) -> tuple[jax.Array, jax.Array]:
@@ -152,6 +204,30 @@ def norm_affine(values: tuple[jax.Array, ...], epsilon: float, dtype: Any) -> tu
 def apply_affine(x: jax.Array, factor: jax.Array, offset: jax.Array) -> jax.Array:
     """factor * x + offset per channel of x [..., c], in the type of the factor."""
     return x.astype(factor.dtype) * over_channels(factor, x.ndim) + over_channels(offset, x.ndim)
+
+
+def _channel_sums(gradient: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sums of the gradient and of gradient * x over all but the channels."""
+    axes = tuple(range(x.ndim - 1))
+    return gradient.sum(axes), (gradient * x).sum(axes)
+
+
+@jax.custom_vjp
+def _affine(x: jax.Array, factor: jax.Array, offset: jax.Array) -> jax.Array:
+    return apply_affine(x, factor, offset)
+
+
+def _affine_forward(x, factor, offset):
+    return _affine(x, factor, offset), (x, factor)
+
+
+def _affine_backward(residuals, gradient):
+    x, factor = residuals
+    total, total_x = native.call("channel_sums", _channel_sums, gradient, x)
+    return gradient * over_channels(factor, x.ndim), total_x, total
+
+
+_affine.defvjp(_affine_forward, _affine_backward)
 
 
 class NormVariables(NamedTuple):
@@ -235,7 +311,8 @@ class BatchNorm(nn.Module):
         if mode == "frozen":
             scale, bias = jax.lax.stop_gradient((scale, bias))
         # One affine map over x: a fused pass that keeps only x for the backward one.
-        y = apply_affine(x, *norm_affine((scale, bias, mean, var), self.epsilon, x.dtype))
+        affine = norm_affine((scale, bias, mean, var), self.epsilon, x.dtype)
+        y = (_affine if _is_map_on_cpu(x) else apply_affine)(x, *affine)
         return y.astype(self.dtype or x.dtype)
 
 

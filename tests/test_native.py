@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bmjax import convolution, dense_layer, native
+from bmjax import convolution, dense_layer, layers, native
 
 if not native.available():
     pytest.skip(f"the kernels are {native.build().said}", allow_module_level=True)
@@ -77,6 +77,58 @@ def test_convolutions(name):
         equal(ours, expected)
         calls += found
     assert calls == (2 if name in ("stem", "3x3, stride 2") else 3)
+
+
+# batch, height and width, kernel, stride, padding per axis, channels
+DEPTHWISE = {
+    "3x3": (2, (9, 11), 3, 1, ((1, 1), (1, 1)), 48),
+    "3x3, stride 2, uneven padding": (3, (9, 8), 3, 2, ((0, 1), (0, 1)), 21),
+    "3x3, stride 2, even side": (2, (8, 8), 3, 2, ((0, 1), (1, 1)), 16),
+    "5x5": (2, (7, 6), 5, 1, ((2, 2), (2, 2)), 300),
+    "5x5, stride 2": (1, (11, 10), 5, 2, ((1, 2), (2, 2)), 7),
+    "2x7, valid, stride 3": (2, (8, 20), (2, 7), 3, ((0, 0), (0, 0)), 33),
+    "more padding than kernel": (1, (4, 5), 3, 1, ((3, 3), (4, 2)), 8),
+}
+
+
+@pytest.mark.parametrize("name", DEPTHWISE)
+def test_depthwise_convolutions(name):
+    batch, spatial, size, stride, padding, channels = DEPTHWISE[name]
+    size = (size, size) if isinstance(size, int) else size
+    how = ((stride, stride), padding, channels)
+    x, kernel = normal(0, batch, *spatial, channels), normal(1, *size, 1, channels)
+    y = convolution.plain(x, kernel, *how)
+    shape = convolution.Shape(y[..., 0].size, size, how[0], channels, channels, channels)
+    arguments = {"forward": (x, kernel), "kernel_gradient": (x, y, kernel.shape), "input_gradient": (y, kernel, x.shape)}
+    for operation, (a, b, *result) in arguments.items():
+        fn = convolution.formulations(operation, shape, padding)["native"]
+        ours, expected, calls = with_and_without(lambda a, b, fn=fn, r=result: fn(a, b, *r, *how), a, b)
+        equal(ours, expected)
+        assert calls == 1
+
+
+@pytest.mark.parametrize("shape", [(3, 17, 18, 96), (2, 3, 1, 5), (5, 1, 1, 40), (64, 30, 30, 24)])
+def test_a_norm_by_the_batch_and_its_gradients(shape):
+    norm = layers.BatchNorm()
+    x, into = 3 + 2 * normal(0, *shape), normal(1, *shape)
+    variables = norm.init(jax.random.key(0), x)
+    variables["params"]["scale"] += normal(2, shape[-1])
+
+    def run(x, params):
+        y, new = norm.apply({**variables, "params": params}, x, train=True, mutable=["batch_stats"])
+        return (y * into).sum(), new
+
+    def both(x, params):
+        return jax.value_and_grad(run, (0, 1), has_aux=True)(x, params)
+
+    ((ours, new), grads), ((expected, new_expected), expected_grads), calls = with_and_without(
+        both, x, variables["params"]
+    )
+    assert calls == 2
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5 * into.size**0.5)
+    equal(new, new_expected)
+    equal(grads[1], expected_grads[1])
+    np.testing.assert_allclose(grads[0], expected_grads[0], atol=3e-5 * float(jnp.abs(into).max()))
 
 
 # batch, height and width, channels before, of the bottleneck, new, of the buffer

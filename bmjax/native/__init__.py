@@ -38,6 +38,10 @@ TARGETS = (
     "norm_conv_into",
     "norm_conv_backward",
     "norm_product_backward",
+    "depthwise_conv",
+    "depthwise_conv_kernel_gradient",
+    "moments",
+    "channel_sums",
 )
 _off: list[bool] = []
 

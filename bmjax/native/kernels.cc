@@ -358,35 +358,17 @@ struct Moments {
 
   // Of y [pixels, n], in two passes over what is still in the cache.
   void part(Index i, const float* y, Index pixels, Index pitch) {
-    float *sum = sums.data() + i * n, *square = squares.data() + i * n;
+    float *__restrict sum = sums.data() + i * n, *__restrict square = squares.data() + i * n;
+    float* __restrict mean = scratch(3, n);
     counts[i] = pixels;
-    for (Index first = 0; first < n; first += PANEL) {
-      const Index count = std::min<Index>(PANEL, n - first);
-      float total[PANEL] = {}, around[PANEL] = {};
-      if (count == PANEL) {
-        Lanes t0 = {}, t1 = {}, s0 = {}, s1 = {};
-        for (Index p = 0; p < pixels; p++) {
-          t0 += load(y + p * pitch + first);
-          t1 += load(y + p * pitch + first + LANES);
-        }
-        const Lanes m0 = t0 / (float)pixels, m1 = t1 / (float)pixels;
-        for (Index p = 0; p < pixels; p++) {
-          const Lanes d0 = load(y + p * pitch + first) - m0, d1 = load(y + p * pitch + first + LANES) - m1;
-          s0 += d0 * d0;
-          s1 += d1 * d1;
-        }
-        store(total, t0), store(total + LANES, t1), store(around, s0), store(around + LANES, s1);
-      } else {
-        for (Index p = 0; p < pixels; p++)
-          for (Index k = 0; k < count; k++) total[k] += y[p * pitch + first + k];
-        for (Index p = 0; p < pixels; p++)
-          for (Index k = 0; k < count; k++) {
-            const float d = y[p * pitch + first + k] - total[k] / pixels;
-            around[k] += d * d;
-          }
+    for (Index p = 0; p < pixels; p++)
+      for (Index k = 0; k < n; k++) sum[k] += y[p * pitch + k];
+    for (Index k = 0; k < n; k++) mean[k] = sum[k] / pixels;
+    for (Index p = 0; p < pixels; p++) {
+      for (Index k = 0; k < n; k++) {
+        const float d = y[p * pitch + k] - mean[k];
+        square[k] += d * d;
       }
-      std::copy(total, total + count, sum + first);
-      std::copy(around, around + count, square + first);
     }
   }
 
@@ -691,6 +673,157 @@ void pointwise_backward(ffi::ThreadPool& pool, Index pixels, Index c, Index pitc
   sums.finish(sum, sum_x);
 }
 
+// ------------------------------------------------------------------------------- depthwise convolutions, norms
+
+// out[k] = sum over the N places of x[i][k] * w[i][k] for channels k; N = 0: `count` places.
+template <int N>
+void weigh(const float* const* x, const float* const* w, int count, Index channels, float* out) {
+  if constexpr (N > 0) count = N;
+  Index k = 0;
+  for (; k + LANES <= channels; k += LANES) {
+    Lanes sum = {};
+    for (int i = 0; i < count; i++) sum += load(x[i] + k) * load(w[i] + k);
+    store(out + k, sum);
+  }
+  for (; k < channels; k++) {
+    float sum = 0;
+    for (int i = 0; i < count; i++) sum += x[i][k] * w[i][k];
+    out[k] = sum;
+  }
+}
+
+// The row (or column) of the input that place i of a kernel sees from row o of the output, or, `back`, the row of the
+// output that saw row o of the input through place i; -1 where there is none.
+inline Index seen(Index o, Index i, Index stride, Index before, Index size, bool back) {
+  const Index r = back ? o + before - i : o * stride + i - before;
+  if (!back) return r >= 0 && r < size ? r : -1;
+  return r >= 0 && r % stride == 0 && r / stride < size ? r / stride : -1;
+}
+
+// A convolution of each channel by itself, or its gradient with respect to the input: x [b, h, w, c] -> [b, oh, ow, c].
+void depthwise(ffi::ThreadPool& pool, const Conv& g, const float* x, const float* w, float* y, bool back) {
+  const Index rows = g.rows(), chunks = std::min<Index>(rows, 8 * std::max<Index>(1, pool.num_threads()));
+  parallel(pool, chunks, [&](Index chunk) {
+    std::vector<const float*> xs(g.kh * g.kw), ws(g.kh * g.kw);
+    for (Index o = rows * chunk / chunks; o < rows * (chunk + 1) / chunks; o++) {
+      const float* image = x + o / g.oh * g.h * g.w * g.c;
+      for (Index column = 0; column < g.ow; column++) {
+        int count = 0;
+        for (Index i = 0; i < g.kh; i++) {
+          const Index r = seen(o % g.oh, i, g.sh, g.top, g.h, back);
+          if (r < 0) continue;
+          for (Index j = 0; j < g.kw; j++) {
+            const Index z = seen(column, j, g.sw, g.left, g.w, back);
+            if (z < 0) continue;
+            xs[count] = image + (r * g.w + z) * g.c;
+            ws[count++] = w + (i * g.kw + j) * g.c;
+          }
+        }
+        float* out = y + (o * g.ow + column) * g.c;
+        if (count == 9)
+          weigh<9>(xs.data(), ws.data(), count, g.c, out);
+        else if (count == 25)
+          weigh<25>(xs.data(), ws.data(), count, g.c, out);
+        else
+          weigh<0>(xs.data(), ws.data(), count, g.c, out);
+      }
+    }
+  });
+}
+
+// sums[t] += x[taps[t] + column * step] * y[column * pitch] over columns, for N places and LANES channels.
+template <int N>
+void weigh_back(const float* x, const Index* taps, Index step, const float* y, Index pitch, Index columns, float* sums,
+                Index wide) {
+  Lanes total[N];
+  for (int t = 0; t < N; t++) total[t] = load(sums + t * wide);
+  for (Index j = 0; j < columns; j++, x += step, y += pitch) {
+    const Lanes d = load(y);
+#pragma GCC unroll 32
+    for (int t = 0; t < N; t++) total[t] += load(x + taps[t]) * d;
+  }
+  for (int t = 0; t < N; t++) store(sums + t * wide, total[t]);
+}
+
+// The gradient [kh, kw, 1, c] of a depthwise convolution with respect to its kernel.
+void depthwise_kernel_gradient(ffi::ThreadPool& pool, const Conv& g, const float* x, const float* y, float* out) {
+  const Index threads = std::max<Index>(1, pool.num_threads()), taps = g.kh * g.kw, wide = round_up(g.c, LANES);
+  const Index chunk = std::min<Index>(wide, 16 * LANES);  // channels at once: so many that their rows stay in the cache
+  const auto strips = strips_of(g, g.sh * g.row_p() * pitch(chunk), threads, std::max<Index>(0, g.kh - g.sh));
+  const Index count = strips.size();
+  std::vector<float> parts(threads * taps * wide);
+  parallel(pool, threads, [&](Index slot) {
+    float* own = parts.data() + slot * taps * wide;
+    for (Index i = count * slot / threads; i < count * (slot + 1) / threads; i++) {
+      const Strip s = strips[i];
+      for (Index first = 0; first < g.c; first += chunk) {
+        Conv part = g;
+        part.c = std::min(chunk, g.c - first);
+        const auto offsets = tap_offsets(part);
+        const Packed packed = pack(part, s, x + first, scratch(0, packed_floats(part, s.end - s.first)), Same());
+        const Index ld = part.pitch_p(), whole = part.c / LANES * LANES;
+        float* rest = scratch(1, g.ow * LANES);
+        for (Index o = s.first; o < s.end; o++) {
+          const float *px = packed.data + packed.row[o - s.first], *py = y + o * g.ow * g.c + first;
+          for (Index k = 0; k < part.c; k += LANES) {
+            const float* d = py + k;
+            Index pitch_d = g.c;
+            if (k == whole) {  // the last channels, filled up to whole lanes
+              for (Index p = 0; p < g.ow; p++) {
+                std::memset(rest + p * LANES, 0, 4 * LANES);
+                std::memcpy(rest + p * LANES, d + p * g.c, 4 * (part.c - whole));
+              }
+              d = rest, pitch_d = LANES;
+            }
+            float* to = own + first + k;
+            if (taps == 9)
+              weigh_back<9>(px + k, offsets.data(), g.sw * ld, d, pitch_d, g.ow, to, wide);
+            else if (taps == 25)
+              weigh_back<25>(px + k, offsets.data(), g.sw * ld, d, pitch_d, g.ow, to, wide);
+            else
+              for (Index t = 0; t < taps; t++)
+                weigh_back<1>(px + k, offsets.data() + t, g.sw * ld, d, pitch_d, g.ow, to + t * wide, wide);
+          }
+        }
+      }
+    }
+  });
+  for (Index t = 0; t < taps; t++) {
+    for (Index k = 0; k < g.c; k++) {
+      float total = 0;
+      for (Index slot = 0; slot < threads; slot++) total += parts[(slot * taps + t) * wide + k];
+      out[t * g.c + k] = total;
+    }
+  }
+}
+
+// In how many parts so many pixels are looked at, each small enough for the cache; whatever the number of threads.
+Index parts_of(Index pixels, Index c) { return std::min(pixels, round_up(1 + pixels * c / (CACHE / 2), 8)); }
+
+void moments_of(ffi::ThreadPool& pool, const float* x, Index pixels, Index c, float* mean, float* variance) {
+  const Index parts = parts_of(pixels, c);
+  Moments moments(c, parts);
+  parallel(pool, parts, [&](Index i) {
+    const Index from = pixels * i / parts;
+    moments.part(i, x + from * c, pixels * (i + 1) / parts - from, c);
+  });
+  moments.finish(mean, variance);
+}
+
+// Sums over pixels of dy and of dy * x, by channel.
+void channel_sums_of(ffi::ThreadPool& pool, const float* dy, const float* x, Index pixels, Index c, float* sum, float* sum_x) {
+  const Index parts = parts_of(pixels, 2 * c);
+  ChannelSums sums(c, parts);
+  parallel(pool, parts, [&](Index i) {
+    float *__restrict first = sums.first.data() + i * c, *__restrict second = sums.second.data() + i * c;
+    for (Index p = pixels * i / parts; p < pixels * (i + 1) / parts; p++) {
+      const float *d = dy + p * c, *v = x + p * c;
+      for (Index k = 0; k < c; k++) first[k] += d[k], second[k] += d[k] * v[k];
+    }
+  });
+  sums.finish(sum, sum_x);
+}
+
 }  // namespace
 
 // --------------------------------------------------------------------------------------------------- handlers
@@ -699,10 +832,14 @@ namespace {
 
 using Window = ffi::Span<const int64_t>;  // strides and padding before: rows, columns
 
-Conv geometry(const Map& x, Index kh, Index kw, Window window, const Map& y) {
+Conv unsimplified(const Map& x, Index kh, Index kw, Window window, const Map& y) {
   const auto in = x.dimensions(), out = y.dimensions();
-  Conv g{in[0], in[1], in[2], in[3], in[3], kh, kw, window[0], window[1], window[2], window[3],
-         out[1], out[2], out[3], out[3]};
+  return {in[0], in[1], in[2], in[3], in[3], kh, kw, window[0], window[1], window[2], window[3],
+          out[1], out[2], out[3], out[3]};
+}
+
+Conv geometry(const Map& x, Index kh, Index kw, Window window, const Map& y) {
+  Conv g = unsimplified(x, kh, kw, window, y);
   g.simplify();
   return g;
 }
@@ -776,6 +913,33 @@ ffi::Error norm_product_backward(ffi::ThreadPool pool, Map x, Vector factor, Vec
   return ffi::Error::Success();
 }
 
+// `back`: the gradient with respect to the input, of the shape of y, from that of the result.
+ffi::Error depthwise_conv(ffi::ThreadPool pool, Map x, Map w, MapResult y, Window window, bool back) {
+  const auto k = w.dimensions();
+  const Conv g = unsimplified(x, k[0], k[1], window, *y);
+  depthwise(pool, g, x.typed_data(), w.typed_data(), y->typed_data(), back);
+  return ffi::Error::Success();
+}
+
+ffi::Error depthwise_conv_kernel_gradient(ffi::ThreadPool pool, Map x, Map y, MapResult w, Window window) {
+  const auto k = w->dimensions();
+  const Conv g = unsimplified(x, k[0], k[1], window, y);
+  depthwise_kernel_gradient(pool, g, x.typed_data(), y.typed_data(), w->typed_data());
+  return ffi::Error::Success();
+}
+
+ffi::Error moments(ffi::ThreadPool pool, Map x, VectorResult mean, VectorResult variance) {
+  const Index c = x.dimensions()[3];
+  moments_of(pool, x.typed_data(), x.element_count() / c, c, mean->typed_data(), variance->typed_data());
+  return ffi::Error::Success();
+}
+
+ffi::Error channel_sums(ffi::ThreadPool pool, Map dy, Map x, VectorResult sum, VectorResult sum_x) {
+  const Index c = x.dimensions()[3];
+  channel_sums_of(pool, dy.typed_data(), x.typed_data(), x.element_count() / c, c, sum->typed_data(), sum_x->typed_data());
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 #define MAP Arg<Map>()
@@ -792,3 +956,7 @@ HANDLER(norm_conv_into, MAP.VECTOR.VECTOR.MAP.MAP.MAP_OUT.VECTOR_OUT.VECTOR_OUT.
 HANDLER(norm_conv_backward, MAP.VECTOR.VECTOR.MAP.MAP.MAP_OUT.MAP_OUT.VECTOR_OUT.VECTOR_OUT);
 HANDLER(norm_product_backward,
         MAP.VECTOR.VECTOR.MAP.MAP.MAP.VECTOR.VECTOR.VECTOR.MAP.MAP_OUT.MAP_OUT.VECTOR_OUT.VECTOR_OUT);
+HANDLER(depthwise_conv, MAP.MAP.MAP_OUT.Attr<Window>("window").Attr<bool>("back"));
+HANDLER(depthwise_conv_kernel_gradient, MAP.MAP.MAP_OUT.Attr<Window>("window"));
+HANDLER(moments, MAP.VECTOR_OUT.VECTOR_OUT);
+HANDLER(channel_sums, MAP.MAP.VECTOR_OUT.VECTOR_OUT);
