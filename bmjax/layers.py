@@ -380,7 +380,8 @@ def _plain_max_pool(x: jax.Array, window: int, stride: int, pads: convolution.Pa
     return lax.reduce_window(x, -jnp.inf, lax.max, (1, window, window, 1), (1, stride, stride, 1), sides)
 
 
-# XLA's CPU backend scatters a pool's gradient one value at a time. Here each place of the window is one strided view.
+# XLA's CPU backend scatters a pool's gradient one value at a time. Here a kernel gathers them, or, where there is none,
+# each place of the window is one strided view.
 
 
 def _pool_views(x: jax.Array, window: int, stride: int, pads: convolution.Padding) -> list[jax.Array]:
@@ -404,21 +405,25 @@ def _max_pool_forward(x, window, stride, pads):
 
 def _max_pool_backward(window, stride, pads, residuals, gradient):
     place, (_, height, width, _) = residuals
-    zero = jnp.zeros((), gradient.dtype)
-
-    def spread(n: int) -> jax.Array:
-        """The gradients of the windows whose maximum was at place n, where they came from."""
-        sides = [
-            (start, size + before + after - start - (count - 1) * stride - 1, stride - 1)
-            for start, size, (before, after), count in zip(
-                divmod(n, window), (height, width), pads, place.shape[1:3], strict=True
-            )
-        ]
-        return lax.pad(jnp.where(place == n, gradient, zero), zero, ((0, 0, 0), *sides, (0, 0, 0)))
-
-    total = functools.reduce(jnp.add, [spread(n) for n in range(window * window)])
     (top, _), (left, _) = pads
-    return (total[:, top : top + height, left : left + width],)
+
+    def reference(gradient: jax.Array, place: jax.Array) -> jax.Array:
+        zero = jnp.zeros((), gradient.dtype)
+
+        def spread(n: int) -> jax.Array:
+            """The gradients of the windows whose maximum was at place n, where they came from."""
+            sides = [
+                (start, size + before + after - start - (count - 1) * stride - 1, stride - 1)
+                for start, size, (before, after), count in zip(
+                    divmod(n, window), (height, width), pads, place.shape[1:3], strict=True
+                )
+            ]
+            return lax.pad(jnp.where(place == n, gradient, zero), zero, ((0, 0, 0), *sides, (0, 0, 0)))
+
+        total = functools.reduce(jnp.add, [spread(n) for n in range(window * window)])
+        return total[:, top : top + height, left : left + width]
+
+    return (native.call("max_pool_backward", reference, gradient, place, window=(window, stride, top, left)),)
 
 
 _max_pool.defvjp(_max_pool_forward, _max_pool_backward)

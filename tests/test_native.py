@@ -99,7 +99,11 @@ def test_depthwise_convolutions(name):
     x, kernel = normal(0, batch, *spatial, channels), normal(1, *size, 1, channels)
     y = convolution.plain(x, kernel, *how)
     shape = convolution.Shape(y[..., 0].size, size, how[0], channels, channels, channels)
-    arguments = {"forward": (x, kernel), "kernel_gradient": (x, y, kernel.shape), "input_gradient": (y, kernel, x.shape)}
+    arguments = {
+        "forward": (x, kernel),
+        "kernel_gradient": (x, y, kernel.shape),
+        "input_gradient": (y, kernel, x.shape),
+    }
     for operation, (a, b, *result) in arguments.items():
         fn = convolution.formulations(operation, shape, padding)["native"]
         ours, expected, calls = with_and_without(lambda a, b, fn=fn, r=result: fn(a, b, *r, *how), a, b)

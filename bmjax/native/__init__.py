@@ -31,6 +31,7 @@ from bmjax.environment import cache_folder
 
 log = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("kernels.cc")
+"""It includes the headers that lie beside it."""
 TARGETS = (
     "conv",
     "conv_kernel_gradient",
@@ -40,6 +41,7 @@ TARGETS = (
     "norm_product_backward",
     "depthwise_conv",
     "depthwise_conv_kernel_gradient",
+    "max_pool_backward",
     "moments",
     "channel_sums",
 )
@@ -77,7 +79,8 @@ def build() -> Build:
     tune = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
     command = [compiler, "-std=c++17", "-O3", tune, "-fPIC", "-shared", "-w", f"-I{jax.ffi.include_dir()}", str(SOURCE)]
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    parts = (SOURCE.read_text(), version, _processor(), metadata.version("jaxlib"), tune)
+    sources = (path.read_text() for path in [*sorted(SOURCE.parent.glob("*.h")), SOURCE])
+    parts = (*sources, version, _processor(), metadata.version("jaxlib"), tune)
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     path = cache_folder() / "native" / f"kernels-{key}.so"
     said = f"compiled by {version.splitlines()[0] if version else compiler}"
@@ -147,7 +150,7 @@ def call(
 
     Where no kernel can be used, it is the reference's. `aliases`: which argument's memory takes which result.
     """
-    if not all(usable(a.dtype) for a in args):
+    if not all(usable(a.dtype) for a in args if jnp.issubdtype(a.dtype, jnp.floating)):
         return reference(*args)
 
     def computed(*args: jax.Array) -> Any:
