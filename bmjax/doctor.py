@@ -23,7 +23,7 @@ def examine() -> list[Finding]:
     found: list[Finding] = [
         ("OK" if python[0] else "FAIL", "python", python[1] + ("" if python[0] else "; 3.11 needed"))
     ]
-    found += [*_packages(), _importlib_resources(), _tensorflow(), *_jax(), _cpu_flags(), _malloc()]
+    found += [*_packages(), _importlib_resources(), _tensorflow(), *_jax(), _kernels(), _cpu_flags(), _malloc()]
     found += [_cache(), _compilation_cache(), *_weights(), _wandb()]
     return found
 
@@ -113,6 +113,17 @@ def _gpu() -> list[Finding]:
         advice = "off: a resumed run is not the same bit for bit; XLA_FLAGS=--xla_gpu_deterministic_ops=true (slower)"
         found.append(("WARN", "GPU determinism", advice))
     return found
+
+
+def _kernels() -> Finding:
+    if not environment.cpu_only():
+        return ("OK", "kernels for CPUs", "not needed: jax is to use an accelerator")
+    from bmjax import native
+
+    said = native.build().said
+    if native.available():
+        return ("OK", "kernels for CPUs", said)
+    return ("WARN", "kernels for CPUs", f"{said}; training on this CPU takes about twice as long")
 
 
 def _cpu_flags() -> Finding:

@@ -227,6 +227,10 @@ def train_on_features(config: Config, *, resume: bool = False, prepared: Prepare
     maps, labels = features.views_on_device(splits.train, programs.pooled), jnp.asarray(dataset.labels[splits.train])
     predictor = MapPredictor(programs, features)
 
+    def draw(step: int) -> np.ndarray:
+        of = dataset.labels[splits.train]
+        return batch_places(of, config.train.batch_size, config.seed, step, per_epoch, config.train.sampling)
+
     def evaluate_split(state: TrainState, split: SplitName) -> dict[str, Any]:
         return predictor.metrics(state.variables(), dataset, getattr(splits, split))
 
@@ -240,17 +244,12 @@ def train_on_features(config: Config, *, resume: bool = False, prepared: Prepare
                 progress.stage += 1
                 state = state.replace(opt_state=plans[progress.stage].opt_state(state.params))
             plan = plans[progress.stage]
-            places = batch_places(
-                dataset.labels[splits.train],
-                config.train.batch_size,
-                config.seed,
-                step,
-                per_epoch,
-                config.train.sampling,
-            )
+            places = draw(step)
             rates = plan.optimizer.rates_at(state.opt_state)(np.arange(step, step + per_epoch) - plan.start)
             began = time.perf_counter()
             state, metrics = programs.epoch(progress.stage)(state, maps, labels, places)
+            if step + per_epoch < plans[-1].end:
+                draw(step + per_epoch)  # the next epoch's, kept there, while the device is busy with this one
             on_host = {name: np.asarray(values) for name, values in metrics.items()}
             rows, speed = splits.train[places], places.size / (time.perf_counter() - began)
             for i, lr in enumerate(rates.tolist()):

@@ -26,7 +26,7 @@ from bmjax.losses import Loss, make_loss
 from bmjax.metrics import classification_metrics
 from bmjax.model import Classifier, create, part_of, resolve
 from bmjax.parallel import Parallel
-from bmjax.progress import Progress, StepLog
+from bmjax.progress import Progress, StepLog, announced
 from bmjax.run import (
     Run,
     Which,
@@ -145,7 +145,10 @@ def plan_stages(config: Config, per_epoch: int, model: Classifier, batch_stats: 
 
 
 class Predictor:
-    """Probabilities of images in evaluation mode; compiles once."""
+    """Probabilities of images in evaluation mode.
+
+    Compiles once for whole batches, and once for each smaller size that `bucket` finds.
+    """
 
     def __init__(self, config: Config, model: Classifier, signals: Signals | None = None):
         self._parallel = Parallel.create(config.train.parallel, config.train.devices)
@@ -162,7 +165,7 @@ class Predictor:
         """
         on_devices = self._parallel.to_devices(variables)
         probs, done = [], []
-        for batch in eval_batches(dataset, rows, self.batch_size):
+        for batch in eval_batches(dataset, rows, self.bucket(len(rows))):
             if self._signals is not None and self._signals.stop is not None:
                 raise Interrupted
             outputs = self._step(on_devices, self._parallel.put_batch({"image": batch["image"]}))
@@ -171,6 +174,13 @@ class Predictor:
             probs.append(np.exp(logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)))
             done.append(batch["index"][real])
         return np.concatenate(probs).astype(np.float32), np.concatenate(done)
+
+    def bucket(self, n: int) -> int:
+        """Images in a batch where n are asked for. Where whole batches would be padding for the most part, it is the
+        power of two (times devices) that holds n."""
+        if 4 * n > self.batch_size:
+            return self.batch_size
+        return self._parallel.size * 2 ** (math.ceil(n / self._parallel.size) - 1).bit_length()
 
     def metrics(self, variables: Tree, dataset: Dataset, rows: np.ndarray) -> dict[str, Any]:
         probs, done = self(variables, dataset, rows)
@@ -272,7 +282,11 @@ def train(config: Config, *, resume: bool = False) -> Result:
         def evaluate_split(state: TrainState, split: SplitName) -> dict[str, Any]:
             return predictor.metrics(state.variables(), dataset, getattr(splits, split))
 
-        train_step = compile_stage(config, model, plans[progress.stage], parallel, loss)
+        def next_step() -> Callable:
+            step = compile_stage(config, model, plans[progress.stage], parallel, loss)
+            return announced(step, progress.stage)
+
+        train_step = next_step()
         try:
             while True:
                 # An epoch ends here, also where a resume starts between its last step and its evaluation.
@@ -289,7 +303,7 @@ def train(config: Config, *, resume: bool = False) -> Result:
                 if step >= plans[progress.stage].end:  # other parameters train now: the optimizer starts anew
                     progress.stage += 1
                     state = state.replace(opt_state=plans[progress.stage].opt_state(state.params))
-                    train_step = compile_stage(config, model, plans[progress.stage], parallel, loss)
+                    train_step = next_step()
                 plan = plans[progress.stage]
                 on_devices, lr_at = parallel.to_devices(state), plan.optimizer.lr_at(state.opt_state)
                 epoch_end = (step // per_epoch + 1) * per_epoch

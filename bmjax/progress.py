@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from bmjax.data import Dataset
 from bmjax.parallel import Parallel
 from bmjax.tracking import Tracker
 
+log = logging.getLogger(__name__)
 Batch = dict[str, np.ndarray]
 
 
@@ -63,6 +65,24 @@ def log_step(
     progress.count += count
     record = {"loss": values["loss"], "accuracy": values["correct"] / count, "grad_norm": values["grad_norm"]}
     tracker.log(step, record | {"lr": lr, "images_per_second": speed}, kind="train")
+
+
+def announced(step: Callable[..., Any], stage: int) -> Callable[..., Any]:
+    """A stage's step; logs the seconds of its first call, which compiles it or reads the program from the cache."""
+    called = False
+
+    def first_announced(*args: Any) -> Any:
+        nonlocal called
+        began = time.perf_counter()
+        result = step(*args)
+        if not called:
+            called = True
+            log.info(
+                "stage %d: its step compiled, or was read from the cache, in %.1f s", stage, time.perf_counter() - began
+            )
+        return result
+
+    return first_announced
 
 
 class StepLog:

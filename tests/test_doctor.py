@@ -10,7 +10,7 @@ from importlib import metadata
 import jax
 import pytest
 
-from bmjax import doctor, environment
+from bmjax import doctor, environment, native
 from bmjax.weights.catalog import RECORDS
 
 
@@ -143,3 +143,10 @@ def test_what_is_freed_is_kept_for_the_next_array():
     assert page_faults() > kept + 50
     assert page_faults("bmjax", JAX_PLATFORMS="cpu", MALLOC_TOP_PAD_="131072") > kept + 50
     assert page_faults("bmjax", JAX_PLATFORMS="cuda,cpu") > kept + 50
+
+
+def test_kernels_that_can_not_be_built_are_a_warning(monkeypatch):
+    assert level("kernels for CPUs") == "OK"
+    monkeypatch.setattr(native, "build", lambda: native.Build(None, "not used: no C++ compiler found"))
+    monkeypatch.setattr(native, "available", lambda: False)
+    assert level("kernels for CPUs") == "WARN"

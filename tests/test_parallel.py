@@ -1,13 +1,15 @@
 """The same numbers on one device, on four under jit and on four under pmap; batches of any size."""
 
 import dataclasses
+import logging
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bmjax import loop
+from bmjax import loop, progress
 from bmjax.data import load_dataset, split_dataset
 from bmjax.data.pipeline import TrainBatches
 from bmjax.losses import make_loss
@@ -109,3 +111,20 @@ def test_every_image_is_evaluated_once_whatever_the_sizes(tiny_config, batch_siz
     np.testing.assert_array_equal(done, rows)
     logits = model.apply(variables, dataset.images[rows].astype(np.float32), train=False)
     np.testing.assert_allclose(probs, jax.nn.softmax(logits), atol=1e-5)
+
+
+def test_few_images_are_not_padded_to_a_whole_batch(tiny_config):
+    config = dataclasses.replace(tiny_config, train=dataclasses.replace(tiny_config.train, eval_batch_size=64))
+    on_four = loop.Predictor(config, create(config.model, 2))
+    assert [on_four.bucket(n) for n in (1, 4, 5, 9, 16, 17, 64, 1000)] == [4, 4, 8, 16, 16, 64, 64, 64]
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, devices=1))
+    on_one = loop.Predictor(config, create(config.model, 2))
+    assert [on_one.bucket(n) for n in (1, 2, 3, 16, 17)] == [1, 2, 4, 16, 64]
+
+
+def test_the_first_call_of_a_step_says_how_long_it_took(caplog):
+    step = progress.announced(lambda state, batch: state + batch, stage=2)
+    with caplog.at_level(logging.INFO):
+        assert [step(1, 2), step(3, 4)] == [3, 7]
+    assert len(caplog.messages) == 1
+    assert re.fullmatch(r"stage 2: its step compiled, or was read from the cache, in \d+\.\d s", caplog.messages[0])
