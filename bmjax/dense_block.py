@@ -27,6 +27,7 @@ from bmjax.dense_layer import (
     norm_relu,
     write,
 )
+from bmjax.formulations import NO_PADDING
 from bmjax.layers import (
     BatchNormVariables,
     Kernel,
@@ -111,7 +112,7 @@ def _plain(
     for i, p in enumerate(params):
         before = running[i][0] if statistics is None else statistics
         y = norm_relu(x, *norm_affine((p.scale0, p.bias0, *before), epsilon, x.dtype))
-        y = convolution.conv(y, p.kernel1, (1, 1), convolution.NO_PADDING)
+        y = convolution.conv(y, p.kernel1, (1, 1), NO_PADDING)
         inner = running[i][1] if statistics is None else batch_statistics(y)
         y = norm_relu(y, *norm_affine((p.scale1, p.bias1, *inner), epsilon, x.dtype))
         y = convolution.conv(y, p.kernel2, (1, 1), SAME_3X3)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bmjax import convolution, native
-from bmjax.convolution import Padding
+from bmjax.formulations import NO_PADDING, Padding
 from bmjax.layers import apply_affine, moments, over_channels, over_devices
 
 Affine = tuple[jax.Array, jax.Array]
@@ -119,7 +119,7 @@ def norm_product_backward(
     def reference(x, factor, offset, kernel, dz, y, scale, shift, slope, into):
         x = x[..., : kernel.shape[2]]
         dy = apply_affine(dz, scale, shift) + over_channels(slope, 4) * y
-        padding = convolution.NO_PADDING
+        padding = NO_PADDING
         dkernel = convolution.kernel_gradient(norm_relu(x, factor, offset), dy, kernel.shape, (1, 1), padding)
         dx = convolution.input_gradient(dy, kernel, x.shape, (1, 1), padding)
         dx, total, total_x = _through_relu(x, dx, factor, offset)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bmjax import convolution, native
+from bmjax import convolution, formulations, native
 
 BATCH_AXIS = "data"
 """Name of the device axis over which a batch is split, where it is bound."""
@@ -115,10 +115,12 @@ class Conv(nn.Module):
 
 def _pixels(
     padding: Padding, spatial: tuple[int, int], size: tuple[int, int], strides: tuple[int, int]
-) -> convolution.Padding:
+) -> formulations.Padding:
     if isinstance(padding, int):
         return (padding, padding), (padding, padding)
-    return convolution.explicit_padding(padding if isinstance(padding, str) else tuple(padding), spatial, size, strides)
+    return formulations.explicit_padding(
+        padding if isinstance(padding, str) else tuple(padding), spatial, size, strides
+    )
 
 
 def batch_count(x: jax.Array) -> int:
@@ -375,7 +377,7 @@ def max_pool(x: jax.Array, window: int, stride: int, padding: Padding) -> jax.Ar
     return _plain_max_pool(x, window, stride, pads)
 
 
-def _plain_max_pool(x: jax.Array, window: int, stride: int, pads: convolution.Padding) -> jax.Array:
+def _plain_max_pool(x: jax.Array, window: int, stride: int, pads: formulations.Padding) -> jax.Array:
     sides = ((0, 0), *pads, (0, 0))
     return lax.reduce_window(x, -jnp.inf, lax.max, (1, window, window, 1), (1, stride, stride, 1), sides)
 
@@ -384,9 +386,9 @@ def _plain_max_pool(x: jax.Array, window: int, stride: int, pads: convolution.Pa
 # each place of the window is one strided view.
 
 
-def _pool_views(x: jax.Array, window: int, stride: int, pads: convolution.Padding) -> list[jax.Array]:
+def _pool_views(x: jax.Array, window: int, stride: int, pads: formulations.Padding) -> list[jax.Array]:
     x = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=-jnp.inf)
-    return convolution.views(x, (window, window), (stride, stride), convolution.NO_PADDING)
+    return formulations.views(x, (window, window), (stride, stride), formulations.NO_PADDING)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))

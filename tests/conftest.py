@@ -18,6 +18,9 @@ import jax
 import pytest
 # isort: on
 
+from bmjax import native
+
+native.available()  # built before a test moves the cache
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bmjax import convolution
-from bmjax.convolution import Shape
+from bmjax import convolution, formulations
+from bmjax.formulations import Shape
 
 # size, stride, padding per side (before, after), inputs, outputs, groups, height and width
 CASES = {
@@ -38,7 +38,7 @@ def case(name, dtype=np.float64):
 
 def shape_of(name):
     x, kernel, how = case(name, np.float32)
-    y = convolution.plain(x, kernel, *how)
+    y = formulations.plain(x, kernel, *how)
     return Shape(y[..., 0].size, kernel.shape[:2], how[0], x.shape[-1], kernel.shape[-1], how[2]), y.shape
 
 
@@ -48,7 +48,7 @@ def test_every_formulation_is_plain_convolution(name):
     with jax.enable_x64(True):
         x, kernel, how = case(name)
         y_gradient = jnp.asarray(np.random.default_rng(1).standard_normal(y_shape))
-        y, vjp = jax.vjp(lambda x, k: convolution.plain(x, k, *how), x, kernel)
+        y, vjp = jax.vjp(lambda x, k: formulations.plain(x, k, *how), x, kernel)
         x_gradient, kernel_gradient = vjp(y_gradient)
         wanted = {
             "forward": ((x, kernel), y),
@@ -56,7 +56,7 @@ def test_every_formulation_is_plain_convolution(name):
             "kernel_gradient": ((x, y_gradient, kernel.shape), kernel_gradient),
         }
         for operation, (arguments, expected) in wanted.items():
-            found = convolution.formulations(operation, shape, how[1])
+            found = formulations.formulations(operation, shape, how[1])
             assert next(iter(found)) == "plain"
             for formulation, fn in found.items():
                 message = f"{operation}, {formulation}"
@@ -65,7 +65,7 @@ def test_every_formulation_is_plain_convolution(name):
 
 def test_the_formulations_that_shapes_have():
     def names(operation, name):
-        return set(convolution.formulations(operation, shape_of(name)[0], case(name)[2][1]))
+        return set(formulations.formulations(operation, shape_of(name)[0], case(name)[2][1]))
 
     assert names("forward", "pointwise") == {"plain", "dot", "native"}
     assert names("input_gradient", "3x3") == {"plain", "patches", "native"}
@@ -73,7 +73,7 @@ def test_the_formulations_that_shapes_have():
     assert names("input_gradient", "more padding than kernel") == {"plain"}
     assert names("kernel_gradient", "3x3") == {"plain", "patches", "gradient_patches", "native"}
     assert names("kernel_gradient", "stem") == {"plain", "patches", "native"}
-    assert names("kernel_gradient", "depthwise, stride 2") == {"plain", "taps"}
+    assert names("kernel_gradient", "depthwise, stride 2") == {"plain", "taps", "native"}
     assert names("forward", "grouped") == {"plain"}
     assert names("kernel_gradient", "grouped") == {"plain", "products"}
 
@@ -92,7 +92,7 @@ def test_conv_and_its_first_and_second_derivatives(name):
     with jax.enable_x64(True):
         x, kernel, how = case(name)
         ours = derivatives(lambda x, k: convolution.conv(x, k, *how), x, kernel)
-        plain = derivatives(lambda x, k: convolution.plain(x, k, *how), x, kernel)
+        plain = derivatives(lambda x, k: formulations.plain(x, k, *how), x, kernel)
         for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
 
@@ -101,7 +101,7 @@ def test_conv_and_its_first_and_second_derivatives(name):
 def test_named_padding(padding):
     x, kernel, (strides, _, groups) = case("stem", np.float32)
     expected = jax.lax.conv_general_dilated(
-        x, kernel, strides, padding, dimension_numbers=convolution.DIMENSIONS, feature_group_count=groups
+        x, kernel, strides, padding, dimension_numbers=formulations.DIMENSIONS, feature_group_count=groups
     )
     np.testing.assert_allclose(convolution.conv(x, kernel, strides, padding, groups), expected, rtol=1e-5, atol=1e-5)
 
@@ -120,7 +120,7 @@ def test_on_accelerators_it_is_xlas_convolution_and_nothing_else(name):
 
     with convolution.traced_for("gpu"):
         ours = program(lambda x, k, *how: convolution.conv(x, k, *how))
-    assert ours == program(lambda x, k, *how: convolution.plain(x, k, *how))
+    assert ours == program(lambda x, k, *how: formulations.plain(x, k, *how))
     assert ours.count("stablehlo.convolution") == 3
 
 
@@ -169,7 +169,7 @@ def test_the_table_names_formulations_that_exist():
     for row in rows:
         shape = convolution.shape_of_row(row)
         pad = (shape.size[0] - 1) // 2
-        valid = convolution.formulations(row["operation"], shape, ((pad, pad), (pad, pad)))
+        valid = formulations.formulations(row["operation"], shape, ((pad, pad), (pad, pad)))
         assert set(row["ms"]) <= set(valid), row
         assert set(row["ms"]) | {"native"} >= set(valid), row
         assert min(row["ms"].values()) > 0
@@ -195,7 +195,7 @@ def test_gradients_inside_a_loop_leave_xlas_own_convolution(size, groups):
 
         return jax.make_jaxpr(scanned)(x, kernel)
 
-    plain = functools.partial(convolution.plain, strides=(1, 1), padding=((1, 1), (1, 1)), groups=groups)
+    plain = functools.partial(formulations.plain, strides=(1, 1), padding=((1, 1), (1, 1)), groups=groups)
     ours = functools.partial(convolution.conv, padding=((size // 2,) * 2,) * 2, groups=groups)
     assert convolution.slow_in_loop(gradients(plain))
     with convolution.inside_loop():

@@ -16,6 +16,7 @@ PACKAGE = ROOT / "bmjax"
 FLOORS = [
     ["config", "registry", "environment", "files"],
     ["native"],
+    ["formulations"],
     ["convolution"],
     ["layers", "losses", "metrics", "optim", "tracking", "experiment", "download"],
     ["dense_layer"],

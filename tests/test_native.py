@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bmjax import convolution, dense_layer, layers, native
+from bmjax import dense_layer, formulations, layers, native
 
 if not native.available():
     pytest.skip(f"the kernels are {native.build().said}", allow_module_level=True)
@@ -59,8 +59,8 @@ def test_convolutions(name):
     size = (size, size) if isinstance(size, int) else size
     how = ((stride, stride), padding, 1)
     x, kernel = normal(0, batch, *spatial, inputs), normal(1, *size, inputs, outputs)
-    y = convolution.plain(x, kernel, *how)
-    shape = convolution.Shape(y[..., 0].size, size, how[0], inputs, outputs, 1)
+    y = formulations.plain(x, kernel, *how)
+    shape = formulations.Shape(y[..., 0].size, size, how[0], inputs, outputs, 1)
     arguments = {
         "forward": (x, kernel),
         "kernel_gradient": (x, y, kernel.shape),
@@ -68,7 +68,7 @@ def test_convolutions(name):
     }
     calls = 0
     for operation, given in arguments.items():
-        fn = convolution.formulations(operation, shape, padding).get("native")
+        fn = formulations.formulations(operation, shape, padding).get("native")
         if fn is None:
             assert operation == "input_gradient"
             continue
@@ -97,15 +97,15 @@ def test_depthwise_convolutions(name):
     size = (size, size) if isinstance(size, int) else size
     how = ((stride, stride), padding, channels)
     x, kernel = normal(0, batch, *spatial, channels), normal(1, *size, 1, channels)
-    y = convolution.plain(x, kernel, *how)
-    shape = convolution.Shape(y[..., 0].size, size, how[0], channels, channels, channels)
+    y = formulations.plain(x, kernel, *how)
+    shape = formulations.Shape(y[..., 0].size, size, how[0], channels, channels, channels)
     arguments = {
         "forward": (x, kernel),
         "kernel_gradient": (x, y, kernel.shape),
         "input_gradient": (y, kernel, x.shape),
     }
     for operation, (a, b, *result) in arguments.items():
-        fn = convolution.formulations(operation, shape, padding)["native"]
+        fn = formulations.formulations(operation, shape, padding)["native"]
         ours, expected, calls = with_and_without(lambda a, b, fn=fn, r=result: fn(a, b, *r, *how), a, b)
         equal(ours, expected)
         assert calls == 1
@@ -198,8 +198,8 @@ def test_the_same_bits_every_time_and_when_many_run_at_once():
 
     @jax.jit
     def many(x, kernel):
-        y = [convolution._forward_native(x + i, kernel, **how) for i in range(8)]
-        return y, [convolution._kernel_native(x, y, kernel.shape, **how) for y in y]
+        y = [formulations.forward_native(x + i, kernel, **how) for i in range(8)]
+        return y, [formulations.kernel_native(x, y, kernel.shape, **how) for y in y]
 
     first = many(x, kernel)
     for _ in range(10):
@@ -209,8 +209,8 @@ def test_the_same_bits_every_time_and_when_many_run_at_once():
 
 def test_vmap():
     x, kernel = normal(0, 3, 2, 6, 5, 8), normal(1, 1, 1, 8, 40)
-    how = {"strides": (1, 1), "padding": convolution.NO_PADDING, "groups": 1}
-    run = jax.vmap(lambda x: convolution._forward_native(x, kernel, **how))
+    how = {"strides": (1, 1), "padding": formulations.NO_PADDING, "groups": 1}
+    run = jax.vmap(lambda x: formulations.forward_native(x, kernel, **how))
     equal(run(x), jnp.einsum("sbhwc,cn->sbhwn", x, kernel[0, 0]))
 
 
@@ -221,11 +221,11 @@ def test_programs_that_xla_divides_over_devices_have_none():
 
     def calls(kind, count):
         parallel = Parallel.create(kind, count)
-        step = parallel.compile_step(lambda k, b: convolution._forward_native(b["x"], k, **how, groups=1), donate=False)
+        step = parallel.compile_step(lambda k, b: formulations.forward_native(b["x"], k, **how, groups=1), donate=False)
         batch = parallel.put_batch({"x": np.asarray(x)})
         placed = parallel.to_devices(kernel)
         y = np.asarray(step(placed, batch)).reshape(4, 6, 5, 32)
-        equal(y, convolution.plain(x, kernel, **how))
+        equal(y, formulations.plain(x, kernel, **how))
         return step.lower(placed, batch).as_text().count("@bmjax_conv")
 
     assert calls("jit", 1) == 1
@@ -235,7 +235,7 @@ def test_programs_that_xla_divides_over_devices_have_none():
 
 @pytest.fixture
 def fresh_build(monkeypatch, tmp_path):
-    monkeypatch.setenv("BMJAX_CACHE", str(tmp_path))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
     return native.build.__wrapped__
 
 
@@ -257,6 +257,16 @@ def test_what_can_not_be_compiled_is_said_and_leaves_nothing(fresh_build, monkey
     assert f"{source} can't be compiled by" in caplog.text
     assert "error" in caplog.text
     assert list((tmp_path / "native").iterdir()) == []
+
+
+def test_a_folder_that_can_not_be_written_is_said(fresh_build, monkeypatch, tmp_path, caplog):
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "file"))
+    with caplog.at_level(logging.WARNING):
+        path, said = fresh_build()
+    assert path is None
+    assert said == f"not used: {tmp_path / 'file' / 'native'} can't be written"
+    assert "the kernels can't be kept in" in caplog.text
 
 
 def test_a_build_is_found_again_and_depends_on_the_source(fresh_build, monkeypatch, tmp_path):

@@ -1,6 +1,6 @@
 """Speed and memory of training and inference against other frameworks, and of the input pipeline.
 
-    python tools/bench.py [--backbone densenet121] [--size 224] [--batch 16 32] [--rounds 5] [--plot speed.png]
+    python tools/bench.py [--backbone densenet121 resnet50] [--size 224] [--batch 16 32] [--rounds 5] [--plot speed.png]
 
 Contenders are plain Flax, keras.applications on JAX and, where the `bench` extra is installed, PyTorch in channels-last
 and keras.applications on TensorFlow. Each runs in a process of its own; rounds are interleaved, since a machine's speed
@@ -393,32 +393,32 @@ def question(args: argparse.Namespace, name: str) -> float:
     return float(out.split()[-1])
 
 
-def plot(results: dict[tuple[str, int], dict[str, dict]], path: str, title: str) -> None:
-    """Bars of images a second, a panel for each mode and batch size."""
+def plot(results: dict[tuple[str, str, int], dict[str, dict]], path: str, title: str) -> None:
+    """Bars of images a second, a panel for each network, mode and batch size."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.6 * len(results), 3.2), layout="constrained")
-    for number, ((mode, batch), found) in enumerate(results.items(), start=1):
-        axes = figure.add_subplot(1, len(results), number)
+    columns = min(3, len(results))
+    rows = -(-len(results) // columns)
+    figure = Figure(figsize=(4.2 * columns, 2.2 * rows + 0.5), layout="constrained")
+    for number, ((backbone, mode, batch), found) in enumerate(results.items(), start=1):
+        axes = figure.add_subplot(rows, columns, number)
         speeds = [batch / statistics.median(f["seconds"]) for f in found.values()]
         bars = axes.barh([LABELS[n] for n in found], speeds, color=["C1" if n == "bmjax" else "C0" for n in found])
         axes.bar_label(bars, fmt="%.1f", padding=2)
         axes.invert_yaxis()
-        axes.set_xlim(0, 1.18 * max(speeds))
-        axes.set_title(f"{mode}, batch {batch}")
+        axes.set_xlim(0, 1.22 * max(speeds))
+        axes.set_title(f"{backbone}, {mode}, batch {batch}", fontsize=10)
         axes.set_xlabel("images/s")
-        if number > 1:
-            axes.set_yticklabels([])
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--backbone", default="densenet121", choices=BACKBONES)
+    parser.add_argument("--backbone", nargs="+", default=["densenet121"], choices=BACKBONES)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch", type=int, nargs="+", default=[16])
     parser.add_argument("--rounds", type=int, default=5)
@@ -428,12 +428,22 @@ def main() -> None:
     parser.add_argument("--worker", choices=(*RUNS, *QUESTIONS), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        args.batch, args.mode = args.batch[0], args.mode[0]
+        args.backbone, args.batch, args.mode = args.backbone[0], args.batch[0], args.mode[0]
         worker(args)
         return
-    names = [name for name in args.contenders if importlib.util.find_spec(NEEDS[name])]
-    if not args.backbone.startswith("densenet") and "torch" in names:
-        names.remove("torch")
+    installed = [name for name in args.contenders if importlib.util.find_spec(NEEDS[name])]
+    results = {}
+    for backbone in args.backbone:
+        args.backbone = backbone
+        # Beside the DenseNets, PyTorch would need networks that are not written here.
+        names = [name for name in installed if name != "torch" or backbone.startswith("densenet")]
+        results |= compare_backbone(args, names)
+    if args.plot:
+        plot(results, args.plot, f"{args.size}x{args.size}, float32, {os.cpu_count()} CPUs")
+
+
+def compare_backbone(args: argparse.Namespace, names: list[str]) -> dict[tuple[str, str, int], dict[str, dict]]:
+    """Prints a table for each mode and batch size: {(backbone, mode, batch): what `compare` found}."""
     peak, flops = question(args, "peak"), question(args, "flops")
     print(f"{args.backbone}, {args.size}x{args.size}, float32, medians of {args.rounds} interleaved rounds")
     print(f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()};", end=" ")
@@ -441,9 +451,9 @@ def main() -> None:
     results = {}
     for mode in args.mode:
         for batch in args.batch:
-            found = results[mode, batch] = compare(args, names, mode, batch)
+            found = results[args.backbone, mode, batch] = compare(args, names, mode, batch)
             work = 3 * flops if mode == "train" else flops
-            print(f"{mode}, batch {batch}:\n")
+            print(f"{args.backbone}, {mode}, batch {batch}:\n")
             print(
                 "| | images/s | bmjax is faster by | peak memory, GB | compiling, GB | first step done, s | of peak |"
             )
@@ -459,10 +469,10 @@ def main() -> None:
             print()
     if "bmjax" in names and "train" in args.mode:
         pipeline = question(args, "pipeline")
-        trained = args.batch[0] / statistics.median(results["train", args.batch[0]]["bmjax"]["seconds"])
-        print(f"cached input pipeline: {pipeline:.0f} images/s, {pipeline / trained:.0f} times the train step")
-    if args.plot:
-        plot(results, args.plot, f"{args.backbone}, {args.size}x{args.size}, {os.cpu_count()} CPUs")
+        seconds = results[args.backbone, "train", args.batch[0]]["bmjax"]["seconds"]
+        trained = args.batch[0] / statistics.median(seconds)
+        print(f"cached input pipeline: {pipeline:.0f} images/s, {pipeline / trained:.0f} times the train step\n")
+    return results
 
 
 if __name__ == "__main__":

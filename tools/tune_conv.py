@@ -22,7 +22,7 @@ import jax
 import numpy as np
 
 # isort: on
-from bmjax import convolution, native
+from bmjax import convolution, formulations, native
 
 TABLE = Path(convolution.__file__).with_name("convolution_table.json")
 BATCH = 16
@@ -55,7 +55,7 @@ def arrays(side: int, size: int, stride: int, inputs: int, outputs: int, groups:
     strides, padding = (stride, stride), ((pad, pad), (pad, pad))
     if stride == 1 or size > 1:
         assert (
-            jax.eval_shape(lambda x, k: convolution.plain(x, k, strides, padding, groups), x, kernel).shape[1] == side
+            jax.eval_shape(lambda x, k: formulations.plain(x, k, strides, padding, groups), x, kernel).shape[1] == side
         )
     return jax.device_put((x, kernel, y_gradient)), strides, padding
 
@@ -80,9 +80,9 @@ def seconds(run) -> float:
     return time.perf_counter() - start
 
 
-def shape_of(spec: tuple[int, int, int, int, int, int]) -> convolution.Shape:
+def shape_of(spec: tuple[int, int, int, int, int, int]) -> formulations.Shape:
     side, size, stride, inputs, outputs, groups = spec
-    return convolution.Shape(BATCH * side * side, (size, size), (stride, stride), inputs, outputs, groups)
+    return formulations.Shape(BATCH * side * side, (size, size), (stride, stride), inputs, outputs, groups)
 
 
 def rows_of(spec: tuple[int, int, int, int, int, int], rounds: int) -> list[dict]:
@@ -97,7 +97,7 @@ def rows_of(spec: tuple[int, int, int, int, int, int], rounds: int) -> list[dict
     }
     for operation, (a, b, result) in operations.items():
         runs = {}
-        for name, fn in convolution.formulations(operation, shape, padding).items():
+        for name, fn in formulations.formulations(operation, shape, padding).items():
             if name == "native" and not native.available():
                 continue
             compiled = jax.jit(lambda a, b, fn=fn, result=result: fn(a, b, *result, strides, padding, groups))

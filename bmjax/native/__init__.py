@@ -68,6 +68,12 @@ def _processor() -> str:
     return f"{platform.system()} {platform.machine()} {platform.processor()} {flags}"
 
 
+def _folder() -> Path:
+    """Where compiled kernels are kept: with XLA's compiled programs, if these are in a folder."""
+    programs = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
+    return (Path(programs) if programs and "://" not in programs else cache_folder()) / "native"
+
+
 @functools.cache
 def build() -> Build:
     """Compiles the kernels, if no earlier process has; about ten seconds."""
@@ -82,21 +88,25 @@ def build() -> Build:
     sources = (path.read_text() for path in [*sorted(SOURCE.parent.glob("*.h")), SOURCE])
     parts = (*sources, version, _processor(), metadata.version("jaxlib"), tune)
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-    path = cache_folder() / "native" / f"kernels-{key}.so"
+    path = _folder() / f"kernels-{key}.so"
     said = f"compiled by {version.splitlines()[0] if version else compiler}"
     if path.exists():
         return Build(path, said)
     started = time.perf_counter()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Under a name of its own first: other processes may build at the same time, or this one may be killed.
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder) / path.name
-        done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
-        if done.returncode:
-            last = "\n".join(done.stderr.strip().splitlines()[-5:])
-            log.warning("%s can't be compiled by %s; slower convolutions are used\n%s", SOURCE, compiler, last)
-            return Build(None, f"not used: {compiler} can't compile them")
-        os.replace(made, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Under a name of its own first: other processes may build at the same time, or this one may be killed.
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            made = Path(folder) / path.name
+            done = subprocess.run([*command, "-o", str(made)], capture_output=True, text=True)
+            if done.returncode:
+                last = "\n".join(done.stderr.strip().splitlines()[-5:])
+                log.warning("%s can't be compiled by %s; slower convolutions are used\n%s", SOURCE, compiler, last)
+                return Build(None, f"not used: {compiler} can't compile them")
+            os.replace(made, path)
+    except OSError as error:
+        log.warning("the kernels can't be kept in %s (%s); slower convolutions are used", path.parent, error)
+        return Build(None, f"not used: {path.parent} can't be written")
     log.info("compiled the kernels for this CPU in %.0f s", time.perf_counter() - started)
     return Build(path, said)
 
