@@ -31,3 +31,10 @@ def test_a_kinds_time_is_the_slower_of_computing_and_moving(tool):
     device = tool.Device("d", compute=100.0, bandwidth=10.0)
     assert tool.Cost(1, flops=200.0, numbers=1.0).seconds(device) == 2.0
     assert tool.Cost(1, flops=200.0, numbers=10.0).seconds(device) == 4.0
+
+
+def test_what_is_fused_costs_nothing(tool):
+    found = {"forward 3x3": tool.Cost(1, 200.0, 1.0), "norms' sums, forward": tool.Cost(1, 1.0, 10.0)}
+    device = tool.Device("d", compute=100.0, bandwidth=10.0)
+    assert device.step_seconds(found) == 6.0
+    assert tool.dataclasses.replace(device, fuses=True).step_seconds(found) == 2.0
