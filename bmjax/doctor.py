@@ -123,7 +123,7 @@ def _kernels() -> Finding:
     said = native.build().said
     if native.available():
         return ("OK", "kernels for CPUs", said)
-    return ("WARN", "kernels for CPUs", f"{said}; training on this CPU takes about twice as long")
+    return ("WARN", "kernels for CPUs", f"{said}; training on this CPU takes nearly twice as long")
 
 
 def _cpu_flags() -> Finding:
