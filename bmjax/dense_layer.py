@@ -18,7 +18,7 @@ from jax import lax
 
 from bmjax import convolution, native
 from bmjax.formulations import NO_PADDING, Padding
-from bmjax.layers import apply_affine, moments, over_channels, over_devices
+from bmjax.layers import apply_affine, channel_sums, moments, over_channels, over_devices
 
 Affine = tuple[jax.Array, jax.Array]
 Statistics = tuple[jax.Array, jax.Array]
@@ -75,7 +75,7 @@ def norm_conv_into(
 def _through_relu(x, gradient, factor, offset):
     """The gradient before the ReLU, and its sums that the norm's parameters need: (dz, sum of dz, sum of dz * x)."""
     dz = jnp.where(apply_affine(x, factor, offset) > 0, gradient, 0)
-    return dz, dz.sum((0, 1, 2)), (dz * x).sum((0, 1, 2))
+    return dz, *channel_sums(dz, x)
 
 
 def norm_conv_backward(
@@ -119,9 +119,8 @@ def norm_product_backward(
     def reference(x, factor, offset, kernel, dz, y, scale, shift, slope, into):
         x = x[..., : kernel.shape[2]]
         dy = apply_affine(dz, scale, shift) + over_channels(slope, 4) * y
-        padding = NO_PADDING
-        dkernel = convolution.kernel_gradient(norm_relu(x, factor, offset), dy, kernel.shape, (1, 1), padding)
-        dx = convolution.input_gradient(dy, kernel, x.shape, (1, 1), padding)
+        dkernel = convolution.kernel_gradient(norm_relu(x, factor, offset), dy, kernel.shape, (1, 1), NO_PADDING)
+        dx = convolution.input_gradient(dy, kernel, x.shape, (1, 1), NO_PADDING)
         dx, total, total_x = _through_relu(x, dx, factor, offset)
         into = write(into, into[..., : x.shape[-1]] + over_channels(factor, 4) * dx, 0)
         return into, dkernel, total, total_x

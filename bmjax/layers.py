@@ -130,9 +130,9 @@ def batch_count(x: jax.Array) -> int:
 
 def over_devices(mean: jax.Array, var: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Mean and variance of the whole batch from those of its parts, one a device and of equal size."""
-    if not batch_axis_bound():
-        return mean, var
     devices = _axis_size()
+    if devices is None:
+        return mean, var
     whole = all_sum(mean) / devices
     return whole, all_sum(var + jnp.square(mean - whole)) / devices
 
@@ -208,7 +208,7 @@ def apply_affine(x: jax.Array, factor: jax.Array, offset: jax.Array) -> jax.Arra
     return x.astype(factor.dtype) * over_channels(factor, x.ndim) + over_channels(offset, x.ndim)
 
 
-def _channel_sums(gradient: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def channel_sums(gradient: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Sums of the gradient and of gradient * x over all but the channels."""
     axes = tuple(range(x.ndim - 1))
     return gradient.sum(axes), (gradient * x).sum(axes)
@@ -225,7 +225,7 @@ def _affine_forward(x, factor, offset):
 
 def _affine_backward(residuals, gradient):
     x, factor = residuals
-    total, total_x = native.call("channel_sums", _channel_sums, gradient, x)
+    total, total_x = native.call("channel_sums", channel_sums, gradient, x)
     return gradient * over_channels(factor, x.ndim), total_x, total
 
 

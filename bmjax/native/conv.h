@@ -29,6 +29,8 @@ struct Conv {
   Index row_p() const { return unfold ? ow : (ow - 1) * sw + kw; }  // packed pixels a row
   Index rows() const { return b * oh; }
   Index pixel_step() const { return unfold ? 1 : sw; }
+  Index row_step() const { return (unfold ? 1 : sh) * row_p() * pitch_p(); }  // floats from one output row to the next
+  Index halo() const { return unfold || !by_images ? 0 : std::max<Index>(0, kh - sh); }
 };
 
 struct Strip {
@@ -36,9 +38,9 @@ struct Strip {
 };
 
 // Strips of so many rows that their packed pixels stay in the cache, and that threads have equally much to do.
-std::vector<Strip> strips_of(const Conv& g, Index floats_a_row, Index threads, Index halo) {
+std::vector<Strip> strips_of(const Conv& g, Index floats_a_row, Index threads) {
   const Index most = std::max<Index>(1, CACHE / std::max<Index>(1, floats_a_row));
-  Index rows = std::max<Index>(1, most - halo);
+  Index rows = std::max<Index>(1, most - g.halo());
   if (g.by_images && g.oh <= rows) rows = rows / g.oh * g.oh;  // whole images have no neighbours to pack twice
   Index count = round_up((g.rows() + rows - 1) / rows, threads);
   count = std::min(count, g.rows());
@@ -53,6 +55,13 @@ struct Packed {
   std::vector<Index> row;  // of each output row, in floats
 };
 
+// How many of its rows, from row o on, follow each other at that distance: the tiles run over them at once.
+Index run_at(const Packed& packed, Index o, Index distance) {
+  Index run = 1;
+  while (o + run < (Index)packed.row.size() && packed.row[o + run] - packed.row[o] == run * distance) run++;
+  return run;
+}
+
 Index packed_floats(const Conv& g, Index rows) {
   // At worst each image of the strip brings a halo of its own.
   const Index images = g.by_images ? (rows + g.oh - 1) / g.oh + 1 : 1;
@@ -66,9 +75,7 @@ inline void pack_pixel(const float* x, float* out, Index c, const F& change) {
   Index k = 0;
   for (; k + LANES <= c; k += LANES) store(out + k, change(load(x + k), k));
   if (k < c) {
-    float rest[LANES] = {};
-    std::memcpy(rest, x + k, 4 * (c - k));
-    store(out + k, change(load(rest), k));
+    store(out + k, change(load_first(x + k, c - k), k));
     std::memset(out + c, 0, 4 * (round_up(c, LANES) - c));
   }
 }
@@ -236,9 +243,8 @@ struct ChannelSums {
 template <typename F>
 void convolve(ffi::ThreadPool& pool, const Conv& g, const float* x, const F& change, const std::vector<float>& w, float* y,
               std::unique_ptr<Moments>* moments = nullptr) {
-  const Index threads = std::max<Index>(1, pool.num_threads()), panels = g.panels();
-  const Index halo = g.unfold || !g.by_images ? 0 : std::max<Index>(0, g.kh - g.sh);
-  const auto strips = strips_of(g, (g.unfold ? 1 : g.sh) * g.row_p() * g.pitch_p(), threads, halo);
+  const Index threads = threads_of(pool), panels = g.panels();
+  const auto strips = strips_of(g, g.row_step(), threads);
   const auto taps = tap_offsets(g);
   if (moments) *moments = std::make_unique<Moments>(g.n, strips.size());
   // A single strip (one small image) is divided by channels instead.
@@ -271,7 +277,7 @@ void convolve(ffi::ThreadPool& pool, const Conv& g, const float* x, const F& cha
 
 // Adds up the parts of a sum [slots][taps][depth][panels * PANEL] into out [taps * depth, n].
 void add_parts(ffi::ThreadPool& pool, const std::vector<float>& parts, Index slots, Index rows, Index n, float* out) {
-  const Index wide = round_up(n, PANEL), chunks = std::min<Index>(rows, 4 * std::max<Index>(1, pool.num_threads()));
+  const Index wide = round_up(n, PANEL), chunks = std::min<Index>(rows, 4 * threads_of(pool));
   parallel(pool, chunks, [&](Index chunk) {
     for (Index r = rows * chunk / chunks; r < rows * (chunk + 1) / chunks; r++) {
       for (Index k = 0; k < n; k++) {
@@ -285,13 +291,12 @@ void add_parts(ffi::ThreadPool& pool, const std::vector<float>& parts, Index slo
 
 // The gradient [kh, kw, c, n] of conv(x, w) with respect to w, from that of its result, y [.., n].
 void kernel_gradient(ffi::ThreadPool& pool, const Conv& g, const float* x, const float* y, float* out) {
-  const Index threads = std::max<Index>(1, pool.num_threads()), wide = round_up(g.n, PANEL), panels = g.panels();
+  const Index threads = threads_of(pool), wide = round_up(g.n, PANEL), panels = g.panels();
   const Index rows = g.taps() * g.depth();
   // Each slot has sums of its own. Where these are large, threads share one set and divide its channels instead.
   const bool by_channels = rows * wide > 512 * 1024 && g.depth() >= 2 * TILE;
   const Index slots = by_channels ? 1 : threads, shares = by_channels ? threads : 1;
-  const Index halo = g.unfold || !g.by_images ? 0 : std::max<Index>(0, g.kh - g.sh);
-  const auto strips = strips_of(g, g.row_p() * g.pitch_p() * (g.unfold ? 1 : g.sh) + g.ow * wide, slots, halo);
+  const auto strips = strips_of(g, g.row_step() + g.ow * wide, slots);
   const auto taps = tap_offsets(g);
   std::vector<float> parts(slots * rows * wide);
   const Index count = strips.size(), step = g.pixel_step() * g.pitch_p();
@@ -312,14 +317,10 @@ void kernel_gradient(ffi::ThreadPool& pool, const Conv& g, const float* x, const
         dy = whole, pitch_d = wide;
       }
       const Index c0 = g.depth() * share / shares, c1 = g.depth() * (share + 1) / shares;
-      // Rows that follow each other at one distance, where all neighbours are packed once, are one run of the tile.
       for (Index o = 0; o < s.end - s.first;) {
-        Index run = g.by_images ? 1 : s.end - s.first;
+        const Index x_row = g.by_images ? g.row_step() : g.pitch_p();
+        const Index run = g.by_images ? run_at(packed, o, x_row) : s.end - s.first;
         const float* px = packed.data + (g.by_images ? packed.row[o] : 0);
-        const Index x_row = g.by_images ? (g.unfold ? 1 : g.sh) * g.row_p() * g.pitch_p() : g.pitch_p();
-        if (g.by_images) {
-          while (o + run < s.end - s.first && packed.row[o + run] - packed.row[o] == run * x_row) run++;
-        }
         const float* py = dy + o * g.ow * pitch_d;
         for (size_t t = 0; t < taps.size(); t++) {
           for (Index panel = 0; panel < panels; panel++) {

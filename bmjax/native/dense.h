@@ -55,11 +55,11 @@ struct AddScaled {
 // convolution of dy with the turned kernel: its input has the layer's new channels, its output those of x.
 void spatial_backward(ffi::ThreadPool& pool, const Conv& g, const float* x, const NormRelu& norm, const float* dy,
                       const std::vector<float>& turned, float* dz, float* dw, float* sum, float* sum_x) {
-  const Index threads = std::max<Index>(1, pool.num_threads()), m = g.n, pitch_n = pitch(m), pitch_d = g.pitch_p();
+  const Index threads = threads_of(pool), m = g.n, pitch_n = pitch(m), pitch_d = g.pitch_p();
   const Index taps = g.taps(), wide = round_up(g.c, PANEL), rows = taps * m, panels = g.panels();
-  const auto strips = strips_of(g, g.row_p() * pitch_d + g.ow * (pitch_n + PANEL), threads, g.kh - 1);
+  const auto strips = strips_of(g, g.row_step() + g.ow * (pitch_n + PANEL), threads);
   const auto offsets = tap_offsets(g);
-  const Index count = strips.size(), d_row = g.row_p() * pitch_d;
+  const Index count = strips.size(), d_row = g.row_step();
   std::vector<float> parts(threads * rows * wide);
   ChannelSums sums(m, count);
   parallel(pool, threads, [&](Index slot) {
@@ -72,8 +72,7 @@ void spatial_backward(ffi::ThreadPool& pool, const Conv& g, const float* x, cons
       const float* xs = x + s.first * g.ow * m;
       for (Index p = 0; p < pixels; p++) pack_pixel(xs + p * m, xn + p * pitch_n, m, norm);
       for (Index o = 0; o < lines;) {
-        Index run = 1;
-        while (o + run < lines && packed.row[o + run] - packed.row[o] == run * d_row) run++;
+        const Index run = run_at(packed, o, d_row);
         for (Index t = 0; t < taps; t++) {
           // What the kernel's tap t sees of x, the turned kernel's tap taps - 1 - t sees of dy.
           const float* d = packed.data + packed.row[o] + offsets[taps - 1 - t];
@@ -111,11 +110,11 @@ void pointwise_backward(ffi::ThreadPool& pool, Index pixels, Index c, Index pitc
                         const NormRelu& norm, const float* dz, const float* y, const float* scale, const float* shift,
                         const float* slope, const std::vector<float>& transposed, float* into, float* dw, float* sum,
                         float* sum_x) {
-  const Index threads = std::max<Index>(1, pool.num_threads()), wide = round_up(m, PANEL), panels = (c + PANEL - 1) / PANEL;
+  const Index threads = threads_of(pool), wide = round_up(m, PANEL), panels = (c + PANEL - 1) / PANEL;
   const Index pitch_n = pitch(c), pitch_d = pitch(wide), tap = 0;
   Conv g{1, pixels, 1, c, pitch_x, 1, 1, 1, 1, 0, 0, pixels, 1, m, m};
   g.simplify();
-  const auto strips = strips_of(g, pitch_n + pitch_d + PANEL, threads, 0);
+  const auto strips = strips_of(g, pitch_n + pitch_d + PANEL, threads);
   const Index count = strips.size();
   std::vector<float> parts(threads * c * wide);
   ChannelSums sums(c, count);
@@ -129,12 +128,7 @@ void pointwise_backward(ffi::ThreadPool& pool, Index pixels, Index c, Index pitc
         pack_pixel(xs + p * pitch_x, xn + p * pitch_n, c, norm);
         const float* at = y + (first + p) * m;
         pack_pixel(dz + (first + p) * m, dy + p * pitch_d, m, [&](Lanes d, Index k) {
-          Lanes v = {};
-          if (k + LANES <= m)
-            v = load(at + k);
-          else
-            std::memcpy(&v, at + k, 4 * (m - k));
-          return load(scale + k) * d + load(shift + k) + load(slope + k) * v;
+          return load(scale + k) * d + load(shift + k) + load(slope + k) * load_first(at + k, m - k);
         });
       }
       for (Index panel = 0; panel < wide / PANEL; panel++) {

@@ -4,8 +4,8 @@
 // reads a map again for each norm, ReLU and sum around one. Here a few rows of pixels are packed (padded, normalised,
 // ReLU applied) into memory that stays in the second-level cache, and all that needs them is computed there, on
 // register tiles of TILE pixels by PANEL channels (Goto and van de Geijn 2008, doi:10.1145/1356052.1356053; the direct
-// convolution of Zhang et al. 2018, arXiv:1809.10170). What each function computes is written down in bmjax/native.py,
-// beside the same in jax.numpy, which the tests hold it to.
+// convolution of Zhang et al. 2018, arXiv:1809.10170). What each function computes is written down in jax.numpy
+// where it is called (the reference of bmjax.native.call), and the tests hold it to that.
 //
 // Work is divided by the sizes alone and partial sums are added in a fixed order: the same input gives the same bits.
 
@@ -73,8 +73,7 @@ ffi::Error norm_conv_backward(ffi::ThreadPool pool, Map x, Vector factor, Vector
                               MapResult dw, VectorResult sum, VectorResult sum_x) {
   const auto k = w.dimensions();
   const int64_t window[] = {1, 1, k[0] / 2, k[1] / 2};
-  Conv g = geometry(dy, k[0], k[1], Window(window, 4), x);
-  g.unfold = false;
+  const Conv g = unsimplified(dy, k[0], k[1], Window(window, 4), x);
   const auto turned = panels_of(pool, w.typed_data(), k[0] * k[1], k[3], k[2], k[2] * k[3], 1, k[3], true);
   const auto f = padded(factor.typed_data(), g.n), o = padded(offset.typed_data(), g.n);
   spatial_backward(pool, g, x.typed_data(), NormRelu{f.data(), o.data()}, dy.typed_data(), turned, dz->typed_data(),

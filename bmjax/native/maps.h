@@ -33,7 +33,7 @@ inline Index seen(Index o, Index i, Index stride, Index before, Index size, bool
 
 // A convolution of each channel by itself, or its gradient with respect to the input: x [b, h, w, c] -> [b, oh, ow, c].
 void depthwise(ffi::ThreadPool& pool, const Conv& g, const float* x, const float* w, float* y, bool back) {
-  const Index rows = g.rows(), chunks = std::min<Index>(rows, 8 * std::max<Index>(1, pool.num_threads()));
+  const Index rows = g.rows(), chunks = std::min<Index>(rows, 8 * threads_of(pool));
   parallel(pool, chunks, [&](Index chunk) {
     std::vector<const float*> xs(g.kh * g.kw), ws(g.kh * g.kw);
     for (Index o = rows * chunk / chunks; o < rows * (chunk + 1) / chunks; o++) {
@@ -78,9 +78,9 @@ void weigh_back(const float* x, const Index* taps, Index step, const float* y, I
 
 // The gradient [kh, kw, 1, c] of a depthwise convolution with respect to its kernel.
 void depthwise_kernel_gradient(ffi::ThreadPool& pool, const Conv& g, const float* x, const float* y, float* out) {
-  const Index threads = std::max<Index>(1, pool.num_threads()), taps = g.kh * g.kw, wide = round_up(g.c, LANES);
-  const Index chunk = std::min<Index>(wide, 16 * LANES);  // channels at once: so many that their rows stay in the cache
-  const auto strips = strips_of(g, g.sh * g.row_p() * pitch(chunk), threads, std::max<Index>(0, g.kh - g.sh));
+  const Index threads = threads_of(pool), taps = g.kh * g.kw, wide = round_up(g.c, PANEL);
+  const Index chunk = std::min<Index>(round_up(g.c, LANES), 16 * LANES);  // channels at once: so many that their rows stay in the cache
+  const auto strips = strips_of(g, g.sh * g.row_p() * pitch(chunk), threads);
   const Index count = strips.size();
   std::vector<float> parts(threads * taps * wide);
   parallel(pool, threads, [&](Index slot) {
@@ -119,20 +119,14 @@ void depthwise_kernel_gradient(ffi::ThreadPool& pool, const Conv& g, const float
       }
     }
   });
-  for (Index t = 0; t < taps; t++) {
-    for (Index k = 0; k < g.c; k++) {
-      float total = 0;
-      for (Index slot = 0; slot < threads; slot++) total += parts[(slot * taps + t) * wide + k];
-      out[t * g.c + k] = total;
-    }
-  }
+  add_parts(pool, parts, threads, taps, g.c, out);
 }
 
 // The gradient of a max-pool with respect to its input [b, h, w, c], from that of its result and from the place in the
 // window, counted row by row, that each maximum came from.
 void max_pool_backward_of(ffi::ThreadPool& pool, const float* dy, const int8_t* place, Index b, Index oh, Index ow, Index c,
                           Index h, Index w, Index size, Index stride, Index top, Index left, float* dx) {
-  const Index rows = b * h, chunks = std::min<Index>(rows, 8 * std::max<Index>(1, pool.num_threads()));
+  const Index rows = b * h, chunks = std::min<Index>(rows, 8 * threads_of(pool));
   parallel(pool, chunks, [&](Index chunk) {
     for (Index o = rows * chunk / chunks; o < rows * (chunk + 1) / chunks; o++) {
       for (Index column = 0; column < w; column++) {

@@ -40,6 +40,13 @@ typedef int32_t Bits __attribute__((vector_size(4 * LANES), aligned(4)));
 
 inline Lanes load(const float* p) { return *reinterpret_cast<const Lanes*>(p); }
 inline void store(float* p, Lanes v) { *reinterpret_cast<Lanes*>(p) = v; }
+// The first n of LANES numbers at p, or all; the rest is 0.
+inline Lanes load_first(const float* p, Index n) {
+  if (n >= LANES) return load(p);
+  float some[LANES] = {};
+  std::memcpy(some, p, 4 * n);
+  return load(some);
+}
 inline Lanes positive(Lanes v) {
   // A comparison is all ones where it holds. NaN is kept, as jax.numpy.maximum keeps it.
   return (Lanes)((Bits)v & ~(Bits)(v <= 0));
@@ -50,6 +57,8 @@ inline Index round_up(Index n, Index to) { return (n + to - 1) / to * to; }
 inline Index pitch(Index channels) { return (round_up(channels, 16) / 16 | 1) * 16; }
 
 // ---------------------------------------------------------------------------------------------------- threads
+
+inline Index threads_of(const ffi::ThreadPool& pool) { return std::max<Index>(1, pool.num_threads()); }
 
 struct Jobs {
   std::atomic<Index> next{0};
