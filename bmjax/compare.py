@@ -6,9 +6,13 @@ again it goes on where it was: finished runs stay as they are, the others are tr
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import logging
+import os
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,8 +37,8 @@ once, for or against, by the number of seeds that were right about it (so n is t
 seeds); corrected by Holm for the number of variants. A difference counts as shown where the corrected test and the
 interval both show it at 95 %. Images are taken as independent: where several come from one slide, the intervals are
 too narrow. Parameters are those of the attention, FLOPs those of the forward pass beyond the backbone, images/s those
-of training. Each run opened the test split once: a variant chosen by this table needs other data for its final
-figure."""
+of one run in training, others beside it where several train at once. Each run opened the test split once: a variant
+chosen by this table needs other data for its final figure."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,40 +101,120 @@ def configurations(config: Config, variants: Sequence[str], seeds: int) -> dict[
     return configs
 
 
-def compare(config: Config, variants: Sequence[str], seeds: int = 5, baseline: str = "none") -> Comparison | None:
+def compare(
+    config: Config, variants: Sequence[str], seeds: int = 5, baseline: str = "none", at_once: int | None = None
+) -> Comparison | None:
     """Trains what is not trained yet and compares on the test split; None where a signal stopped it.
 
-    On cached features where `features.cached` is set. The baseline is trained too where `variants` lack it.
+    On cached features where `features.cached` is set, and then `at_once` runs at a time: by default one a device, on
+    CPUs two, since one leaves cores idle while it evaluates and writes. The baseline is trained too where `variants`
+    lack it.
 
     Raises:
-      ValueError: as `configurations`; or a run's folder holds one of another configuration.
+      ValueError: as `configurations`; `at_once` is not positive, or more than one end to end; or a run's folder holds
+        one of another configuration.
     """
     variants = list(variants) if baseline in variants else [baseline, *variants]
     configs = configurations(config, variants, seeds)
-    count, done, began = sum(map(len, configs.values())), 0, time.perf_counter()
-    shared: heads.Prepared | None = None
-    for variant, runs in configs.items():
-        prepared: heads.Prepared | None = None
-        for run in runs:
-            start = time.perf_counter()
-            if run.features.cached:
-                # Random backbones are the seed's own; pretrained ones are one, and so are their maps.
-                if prepared is None or run.model.weights is None:
-                    prepared = shared = heads.prepare(run, shared if run.model.weights else None)
-                result = heads.train_on_features(run, resume=True, prepared=prepared)
-            else:
-                result = loop.train(run, resume=True)
-            if result.interrupted:
-                return None
-            done += 1
-            accuracy, took = result.metrics["test"]["accuracy"], time.perf_counter() - start
-            log.info("%d of %d: %s, seed %d: %.3f on test, %.1f s", done, count, variant, run.seed, accuracy, took)
-    log.info("%d runs in %.1f min", count, (time.perf_counter() - began) / 60)
+    cached = config.features.cached
+    if at_once is None:
+        cpus = jax.default_backend() == "cpu"
+        at_once = (min(2, os.cpu_count() or 1) if cpus else jax.local_device_count()) if cached else 1
+    if at_once < 1 or (at_once > 1 and not cached):
+        expected = "at least 1" if cached else "1 end to end, where a run has all devices"
+        raise ValueError(f"--at-once is {at_once}; expected {expected}")
+    began = time.perf_counter()
+    if not _Runs(configs).train(at_once):
+        return None
+    log.info("%d runs in %.1f min", sum(map(len, configs.values())), (time.perf_counter() - began) / 60)
     found = collect(config, configs, baseline)
     folder = run_folder(config)
     write_text(folder / "comparison.json", json.dumps(dataclasses.asdict(found), indent=2))
     write_text(folder / "comparison.md", markdown(found))
     return found
+
+
+class _Runs:
+    """The runs of a comparison and what they share, trained by one thread or more."""
+
+    def __init__(self, configs: dict[str, list[Config]]):
+        self._waiting = [(variant, run) for variant, runs in configs.items() for run in runs]
+        self._count, self._done = len(self._waiting), 0
+        self._shared: heads.Prepared | None = None
+        self._prepared: dict[str, heads.Prepared] = {}
+        self._lock, self._signals = threading.Lock(), loop.Signals()
+        self._failure: BaseException | None = None
+
+    def train(self, at_once: int) -> bool:
+        """Trains all, so many at a time; False where a signal stopped it. Raises what a run raised, once others that
+        were under way have ended."""
+        if at_once == 1:
+            while (result := self._next(None)) is not None and not result.interrupted:
+                pass
+            return result is None
+        self._waiting = _interleaved(self._waiting, at_once)  # so that they don't wait for the same to be compiled
+        with self._signals:
+            threads = [threading.Thread(target=self._work, args=(i,), daemon=True) for i in range(at_once)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                while thread.is_alive():
+                    thread.join(0.1)  # a signal is handled between two of them
+        if self._failure is not None:
+            raise self._failure
+        return self._signals.stop is None
+
+    def _work(self, i: int) -> None:
+        devices = jax.local_devices()
+        on_one = jax.default_device(devices[i % len(devices)]) if len(devices) > 1 else contextlib.nullcontext()
+        try:
+            with on_one:
+                while self._signals.stop is None and self._failure is None and self._next(self._signals):
+                    pass
+        except BaseException as e:
+            self._failure = self._failure or e
+
+    def _next(self, signals: loop.Signals | None) -> loop.Result | None:
+        """Trains the next run; None where there is none left."""
+        with self._lock:
+            if not self._waiting:
+                return None
+            variant, run = self._waiting.pop(0)
+        start = time.perf_counter()
+        if run.features.cached:
+            result = heads.train_on_features(run, resume=True, prepared=self._prepare(variant, run), signals=signals)
+        else:
+            result = loop.train(run, resume=True)
+        if not result.interrupted:
+            accuracy, took = result.metrics["test"]["accuracy"], time.perf_counter() - start
+            with self._lock:
+                self._done += 1
+                log.info(
+                    "%d of %d: %s, seed %d: %.3f on test, %.1f s",
+                    self._done,
+                    self._count,
+                    variant,
+                    run.seed,
+                    accuracy,
+                    took,
+                )
+        return result
+
+    def _prepare(self, variant: str, run: Config) -> heads.Prepared:
+        if run.model.weights is None:  # random backbones are the seed's own; pretrained ones are one
+            return heads.prepare(run)
+        with self._lock:
+            if variant not in self._prepared:
+                self._prepared[variant] = self._shared = heads.prepare(run, self._shared)
+            return self._prepared[variant]
+
+
+def _interleaved(runs: list[tuple[str, Config]], width: int) -> list[tuple[str, Config]]:
+    """The runs, `width` variants at a time in turns."""
+    variants = list(dict.fromkeys(variant for variant, _ in runs))
+    groups = [variants[i : i + width] for i in range(0, len(variants), width)]
+    of_group = [[[run for run in runs if run[0] == variant] for variant in group] for group in groups]
+    return [run for group in of_group for turn in itertools.zip_longest(*group) for run in turn if run]
 
 
 def collect(config: Config, configs: dict[str, list[Config]], baseline: str) -> Comparison:

@@ -17,6 +17,7 @@ import functools
 import json
 import math
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from importlib import resources
 from typing import Any
 
@@ -28,13 +29,14 @@ from jax import lax
 from bmjax import native
 from bmjax.formulations import DIMENSIONS, Operation, Padding, Shape, explicit_padding, formulations, plain
 
-_platform: list[str] = []
-_in_loop: list[bool] = []
+# Of this thread: another may trace beside it.
+_platform: ContextVar[str | None] = ContextVar("_platform", default=None)
+_in_loop: ContextVar[bool] = ContextVar("_in_loop", default=False)
 
 
 def platform() -> str:
     """The platform that code is being traced for: "cpu", "gpu", "tpu"."""
-    return _platform[-1] if _platform else jax.default_backend()
+    return _platform.get() or jax.default_backend()
 
 
 @contextlib.contextmanager
@@ -44,11 +46,11 @@ def traced_for(name: str) -> Iterator[None]:
     `traced_for("gpu")` on a CPU gives XLA's own convolution throughout. What jit has traced before it does not trace
     anew.
     """
-    _platform.append(name)
+    token = _platform.set(name)
     try:
         yield
     finally:
-        _platform.pop()
+        _platform.reset(token)
 
 
 @contextlib.contextmanager
@@ -59,11 +61,11 @@ def inside_loop() -> Iterator[None]:
     many times slower in a loop than outside (jaxlib 0.10.2). So here gradients take a formulation other than XLA's own,
     where there is one.
     """
-    _in_loop.append(True)
+    token = _in_loop.set(True)
     try:
         yield
     finally:
-        _in_loop.pop()
+        _in_loop.reset(token)
 
 
 def slow_in_loop(jaxpr: Any) -> bool:
@@ -97,13 +99,17 @@ def shape_of_row(row: dict[str, Any]) -> Shape:
 
 
 @functools.cache
-def choose(operation: Operation, shape: Shape, padding: Padding, with_native: bool = False) -> str:
+def choose(
+    operation: Operation, shape: Shape, padding: Padding, with_native: bool = False, in_loop: bool = False
+) -> str:
     """The name of the formulation for CPUs: the fastest at the nearest measured shape of its kind, else "plain"."""
+    valid = [name for name in formulations(operation, shape, padding) if with_native or name != "native"]
+    if in_loop and operation != "forward" and len(valid) > 1:
+        valid.remove("plain")
     rows = [row for row in table()["rows"] if row["operation"] == operation and shape_of_row(row).kind == shape.kind]
     if not rows:
-        return "plain"
+        return valid[-1] if "plain" not in valid else "plain"
     nearest = min(rows, key=lambda row: _distance(shape_of_row(row), shape))
-    valid = {name for name in formulations(operation, shape, padding) if with_native or name != "native"}
     return min((name for name in nearest["ms"] if name in valid), key=nearest["ms"].__getitem__)
 
 
@@ -111,11 +117,7 @@ def _chosen(operation: Operation, shape: Shape, padding: Padding, dtype: Any) ->
     valid = formulations(operation, shape, padding)
     if platform() != "cpu":
         return valid["plain"]
-    with_native = native.usable(dtype)
-    name = choose(operation, shape, padding, with_native)
-    if name == "plain" and _in_loop and operation != "forward":
-        others = [other for other in valid if other not in ("plain", "native")]
-        name = "native" if with_native and "native" in valid else next(iter(others), "plain")
+    name = choose(operation, shape, padding, native.usable(dtype), _in_loop.get())
     return valid[name]
 
 

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,7 @@ class FeatureMaps:
         self.shape: tuple[int, int, int] = found.shape[1:]
         self._folder = Path(config.data.cache_dir or cache_folder()) / "features"
         self._on_device: dict[tuple, jax.Array] = {}
+        self._lock = threading.Lock()
 
     def fingerprint(self, rows: np.ndarray, view: int | None = None) -> str:
         """sha256 of everything that the maps of these rows depend on; `view` None is the image as it is."""
@@ -104,12 +106,14 @@ class FeatureMaps:
         return self._placed(rows, list(range(self.config.features.views)) or [None], pooled)
 
     def _placed(self, rows: np.ndarray, views: list[int | None], pooled: bool) -> jax.Array:
-        key = (*(self.fingerprint(rows, view) for view in views), pooled)
-        if key not in self._on_device:
-            parts = [self.maps(rows, view) for view in views]
-            parts = [pooled_maps(part)[:, None, None] for part in parts] if pooled else parts
-            self._on_device[key] = jnp.concatenate([jnp.asarray(part) for part in parts])
-        return self._on_device[key]
+        prints = [self.fingerprint(rows, view) for view in views]
+        key = (*prints, pooled, jax.config.jax_default_device)  # type: ignore[attr-defined]
+        with self._lock:
+            if key not in self._on_device:
+                parts = [self.maps(rows, view) for view in views]
+                parts = [pooled_maps(part)[:, None, None] for part in parts] if pooled else parts
+                self._on_device[key] = jnp.concatenate([jnp.asarray(part) for part in parts])
+            return self._on_device[key]
 
     def _write(self, path: Path, rows: np.ndarray, view: int | None, shape: tuple[int, ...]) -> np.ndarray:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -117,7 +121,7 @@ class FeatureMaps:
         need = int(np.prod(shape)) * self.dtype.itemsize
         if (free := shutil.disk_usage(self._folder).free) < need:  # a memory map on a full disk kills the process
             raise OSError(f"{self._folder} has {free / 1e9:.1f} GB free; the feature maps need {need / 1e9:.1f} GB")
-        temporary = path.with_name(f".{path.stem}.{os.getpid()}")
+        temporary = path.with_name(f".{path.stem}.{os.getpid()}-{threading.get_ident()}")
         try:
             out = np.lib.format.open_memmap(temporary, mode="w+", dtype=self.dtype, shape=shape)
             self._fill(out, rows, view)

@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jax import lax
 
@@ -40,9 +41,10 @@ class Shape(NamedTuple):
         if self.groups > 1:
             depthwise = self.groups == self.inputs == self.outputs
             return f"depthwise stride {max(self.strides)}" if depthwise else "grouped"
-        if self.size == (1, 1):
-            return f"1x1 stride {max(self.strides)}"
-        return f"spatial stride {max(self.strides)}"
+        size = "1x1" if self.size == (1, 1) else "spatial"
+        # A kernel of ours fills a register tile of outputs whether they are there or not.
+        alone = " to one" if self.outputs == 1 else ""
+        return f"{size} stride {max(self.strides)}{alone}"
 
 
 def plain(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding, groups: int = 1) -> jax.Array:
@@ -191,6 +193,39 @@ def _kernel_products(x, y_gradient, kernel_shape, strides, padding, groups):
     return rearrange(product, "g (i j c) n -> i j c (g n)", i=size[0], j=size[1])
 
 
+# Of one channel: without the axis of channels, and a row of places last, where vectors go along it.
+
+
+def _planes(x: jax.Array, size: tuple[int, int], strides: tuple[int, int], padding: Padding) -> list[jax.Array]:
+    """As `views`, of x [b, h, w, 1]: each [b, h', w'], or [b, h'] where w is 1."""
+    column = x.shape[2] == 1 and size[1] == 1 and padding[1] == (0, 0)
+    sizes, pads, steps = (size, padding, strides) if not column else (size[:1], padding[:1], strides[:1])
+    x = jnp.pad(x[..., 0, 0] if column else x[..., 0], ((0, 0), *pads))
+    ends = [(n - k) // s * s + 1 for n, k, s in zip(x.shape[1:], sizes, steps, strict=True)]
+    return [
+        lax.slice(x, (0, *at), (len(x), *(i + end for i, end in zip(at, ends, strict=True))), (1, *steps))
+        for at in np.ndindex(*sizes)
+    ]
+
+
+def _forward_planes(x, kernel, strides, padding, groups):
+    del groups
+    seen = _planes(x, kernel.shape[:2], strides, padding)
+    y = functools.reduce(jnp.add, [view * weight for view, weight in zip(seen, kernel.reshape(-1), strict=True)])
+    return y.reshape(*y.shape, *(1,) * (4 - y.ndim))
+
+
+def _input_planes(y_gradient, kernel, x_shape, strides, padding, groups):
+    spread = _spread(y_gradient, x_shape, kernel.shape[:2], strides, padding)
+    return _forward_planes(spread, kernel[::-1, ::-1], (1, 1), NO_PADDING, groups)
+
+
+def _kernel_planes(x, y_gradient, kernel_shape, strides, padding, groups):
+    del groups
+    seen = _planes(x, kernel_shape[:2], strides, padding)
+    return jnp.stack([(view * y_gradient.reshape(view.shape)).sum() for view in seen]).reshape(kernel_shape)
+
+
 # The kernels of bmjax/native, on CPUs and in float32.
 
 
@@ -244,6 +279,7 @@ def formulations(operation: Operation, shape: Shape, padding: Padding) -> dict[s
     pointwise = shape.size == (1, 1) and shape.groups == 1 and padding == NO_PADDING
     depthwise = shape.kind.startswith("depthwise")
     spatial = shape.groups == 1 and not pointwise
+    single = spatial and shape.inputs == shape.outputs == 1
     candidates: dict[str, tuple[bool, Callable[..., jax.Array]]]
     if operation == "forward":
         candidates = {
@@ -251,6 +287,7 @@ def formulations(operation: Operation, shape: Shape, padding: Padding) -> dict[s
             "dot": (pointwise, _forward_dot),
             "patches": (spatial, _forward_patches),
             "taps": (depthwise, _forward_taps),
+            "planes": (single, _forward_planes),
             "native": (shape.groups == 1 or depthwise, forward_native),
         }
     elif operation == "input_gradient":
@@ -259,6 +296,7 @@ def formulations(operation: Operation, shape: Shape, padding: Padding) -> dict[s
             "dot": (pointwise, _input_dot),
             "patches": (spatial and _turnable(shape, padding), _input_patches),
             "taps": (depthwise, _input_taps),
+            "planes": (single and _turnable(shape, padding), _input_planes),
             "native": (pointwise or depthwise or (spatial and _turnable(shape, padding)), input_native),
         }
     else:
@@ -268,6 +306,7 @@ def formulations(operation: Operation, shape: Shape, padding: Padding) -> dict[s
             "patches": (spatial, _kernel_patches),
             "gradient_patches": (spatial and _turnable(shape, padding), _kernel_gradient_patches),
             "taps": (depthwise, _kernel_taps),
+            "planes": (single, _kernel_planes),
             "products": (shape.kind == "grouped", _kernel_products),
             "native": (shape.groups == 1 or depthwise, kernel_native),
         }

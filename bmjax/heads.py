@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import logging
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -109,6 +110,7 @@ class Programs:
         self.logits = jax.jit(self._logits)
         self._epochs: dict[int, Callable[..., tuple[TrainState, dict[str, jax.Array]]]] = {}
         self.scans: dict[int, bool] = {}
+        self._first = threading.Lock()
 
     def _init(self, seed: int) -> dict[str, Tree]:
         """The variables of attention and head that loop.train starts from with this seed."""
@@ -158,8 +160,13 @@ class Programs:
 
         def epoch(state: TrainState, maps: jax.Array, labels: jax.Array, places: np.ndarray):
             if stage not in self.scans:
-                jaxpr = epoch_program.trace(state, maps, labels, places).jaxpr
-                self.scans[stage] = not convolution.slow_in_loop(jaxpr)
+                with self._first:  # a run of another seed beside this one waits instead of compiling the same
+                    if stage not in self.scans:
+                        jaxpr = epoch_program.trace(state, maps, labels, places).jaxpr
+                        scans = not convolution.slow_in_loop(jaxpr)
+                        result = (epoch_program if scans else stepped)(state, maps, labels, places)
+                        self.scans[stage] = scans
+                        return result
             return (epoch_program if self.scans[stage] else stepped)(state, maps, labels, places)
 
         return epoch
@@ -195,11 +202,14 @@ def train(config: Config, *, resume: bool = False) -> Result:
     return train_on_features(config, resume=resume) if config.features.cached else loop.train(config, resume=resume)
 
 
-def train_on_features(config: Config, *, resume: bool = False, prepared: Prepared | None = None) -> Result:
+def train_on_features(
+    config: Config, *, resume: bool = False, prepared: Prepared | None = None, signals: Signals | None = None
+) -> Result:
     """As `loop.train`, of a frozen backbone, on its cached feature maps and one device.
 
     The folder is that of any run; its best checkpoint holds the whole network. With `resume` a finished run is left
-    as it is, and one that was cut off begins anew. `prepared`: see `prepare`.
+    as it is, and one that was cut off begins anew. `prepared`: see `prepare`. `signals`: those of the caller, where
+    several runs train at once; else its own.
     """
     config = dataclasses.replace(config, model=resolve(config.model))
     run_dir = run_folder(config)
@@ -235,7 +245,7 @@ def train_on_features(config: Config, *, resume: bool = False, prepared: Prepare
         return predictor.metrics(state.variables(), dataset, getattr(splits, split))
 
     tracker = make_tracker(config.tracking, run_dir, progress.run_id, dataclasses.asdict(config))
-    with contextlib.closing(tracker), Signals() as signals:
+    with contextlib.closing(tracker), contextlib.nullcontext(signals) if signals else Signals() as signals:
         while step < plans[-1].end and not progress.stopped_early:
             if signals.stop is not None:
                 log.warning("%s: stopped by %s; a resume begins this run anew", run_dir, signals.stop.name)

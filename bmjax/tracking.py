@@ -164,7 +164,8 @@ class WandbTracker:
                 dir=str(run_dir),
                 config=run_config,
                 mode=mode,  # type: ignore[arg-type]
-                settings=wandb.Settings(silent=True),
+                # Other runs may be open: `bmjax compare` trains several at once.
+                settings=wandb.Settings(silent=True, reinit="create_new"),
             )
 
         mode, why = config.wandb, None

@@ -2,8 +2,14 @@
 
 import dataclasses
 import json
+import os
+import signal
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,6 +19,7 @@ from bmjax.compare import configurations
 from bmjax.config import AugmentConfig, BatchNormConfig, FeaturesConfig, StageConfig, from_json, to_json
 
 FLAGS = ["--variants", "se", "none", "--seeds", "2"]
+IN_TURN = ["--at-once", "1"]
 
 
 @pytest.fixture
@@ -43,7 +50,7 @@ def test_a_killed_comparison_goes_on_where_it_was(experiment, tmp_path, monkeypa
         return train_on_features(config, **options)
 
     monkeypatch.setattr(heads, "train_on_features", killed)
-    assert main(["compare", str(experiment), *FLAGS]) == 130
+    assert main(["compare", str(experiment), *FLAGS, *IN_TURN]) == 130
     folder = tmp_path / "lab"
     runs = [folder / variant / f"seed{seed}" for variant in ("se", "none") for seed in (0, 1)]
     assert trained == [str(run) for run in runs[:3]]
@@ -55,7 +62,7 @@ def test_a_killed_comparison_goes_on_where_it_was(experiment, tmp_path, monkeypa
     for run, results in before.items():
         assert (run / "results.json").read_bytes() == results, "a finished run stays as it is"
     out = capsys.readouterr()
-    assert "4 of 4: none, seed 1" in out.err
+    assert "4 of 4: " in out.err
     table = (folder / "comparison.md").read_text()
     assert table in out.out
     saved = json.loads((folder / "comparison.json").read_text())
@@ -78,6 +85,78 @@ def test_a_killed_comparison_goes_on_where_it_was(experiment, tmp_path, monkeypa
     params = {name: cost["parameters"] for name, cost in saved["costs"].items()}
     assert params["none"] == 0 < params["se"]
     assert saved["costs"]["se"]["flops"] > saved["costs"]["none"]["flops"] > 0
+
+
+@pytest.fixture
+def trainer(monkeypatch):
+    """Counts how many runs train at once, and on which device."""
+    train_on_features, now, most, devices, lock = heads.train_on_features, [], [], set(), threading.Lock()
+
+    def counted(config, **options):
+        with lock:
+            now.append(config.run_dir)
+            most.append(len(now))
+        meeting.wait(60)
+        try:
+            devices.update(jnp.zeros(()).devices())
+            return train_on_features(config, **options)
+        finally:
+            now.remove(config.run_dir)
+
+    monkeypatch.setattr(heads, "train_on_features", counted)
+    meeting = threading.Barrier(2)
+    return SimpleNamespace(most=most, devices=devices)
+
+
+def test_two_runs_at_once_are_the_runs_in_turn(experiment, tmp_path, trainer, capsys, monkeypatch):
+    assert main(["compare", str(experiment), *FLAGS, "--at-once", "2", "--tracking.wandb", "offline"]) == 0
+    assert max(trainer.most) == 2
+    assert len(trainer.devices) == 2, "each has a device of its own"
+    at_once = json.loads((tmp_path / "lab/comparison.json").read_text())
+    monkeypatch.undo()
+    other = ["--run_dir", str(tmp_path / "in_turn")]
+    assert main(["compare", str(experiment), *FLAGS, *IN_TURN, *other]) == 0
+    in_turn = json.loads((tmp_path / "in_turn/comparison.json").read_text())
+    assert at_once["accuracies"] == in_turn["accuracies"]
+    for run in ("se/seed0", "none/seed1"):
+        one, two = (
+            [json.loads(line) for line in (tmp_path / folder / run / "metrics.jsonl").read_text().splitlines()]
+            for folder in ("lab", "in_turn")
+        )
+        assert [r.get("loss") for r in one] == [r.get("loss") for r in two]
+        # Each has a W&B run of its own.
+        logs = list((tmp_path / "lab" / run / "wandb").glob("offline-run-*/run-*.wandb"))
+        assert len(logs) == 1
+        assert logs[0].stat().st_size > 1000
+
+
+def test_one_of_two_runs_fails(experiment, tmp_path, monkeypatch, capsys):
+    train_on_features = heads.train_on_features
+
+    def fails(config, **options):
+        if config.seed == 1 and config.model.attention == "se":
+            raise FloatingPointError("step 3: the loss is nan")
+        return train_on_features(config, **options)
+
+    monkeypatch.setattr(heads, "train_on_features", fails)
+    assert main(["compare", str(experiment), *FLAGS, "--at-once", "2"]) != 0
+    assert "the loss is nan" in capsys.readouterr().err
+    assert not (tmp_path / "lab/comparison.md").exists()
+    assert (tmp_path / "lab/se/seed0/results.json").exists(), "what was under way has ended"
+
+
+def test_a_signal_stops_both(experiment, tmp_path, trainer, monkeypatch, capsys):
+    log_step = heads.log_step
+
+    def stopping(*args, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+        return log_step(*args, **options)
+
+    monkeypatch.setattr(heads, "log_step", stopping)
+    assert main(["compare", str(experiment), *FLAGS, "--at-once", "2", "--stages.0.epochs", "2"]) == 130
+    assert len(trainer.most) == 2, "no further run began"
+    assert not (tmp_path / "lab/comparison.md").exists()
 
 
 def test_end_to_end_comparison(experiment, tmp_path, capsys):
@@ -132,6 +211,8 @@ def test_runs_differ_in_attention_and_seed_alone(experiment):
         (["--variants", "simma"], "unknown attention 'simma'; did you mean 'simam'"),
         (["--variants", "se", "se"], "--variants is none se se; expected each once"),
         (["--variants", "se", "--seeds", "0"], "--seeds is 0; expected at least 1"),
+        (["--variants", "se", "--at-once", "0"], "--at-once is 0; expected at least 1"),
+        (["--variants", "se", "--end-to-end", "--at-once", "2"], "--at-once is 2; expected 1 end to end"),
         (["--variants", "se", "--stages.0.train", "backbone", "head"], "cached features need it frozen"),
     ],
 )

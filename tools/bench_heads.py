@@ -1,11 +1,12 @@
 """Speed of training heads on cached feature maps: bmjax against Keras on the JAX backend.
 
-    python tools/bench_heads.py [--variants none se soft] [--rounds 5] [--epochs 15] [--images 1955] [--channels 1664]
+    python tools/bench_heads.py [--variants none se soft] [--seeds 5] [--epochs 15] [--images 1955] [--channels 1664]
 
-A round trains one head, from new weights to predictions of the test split: batches shuffled anew, validation after each
-epoch, the best epoch's weights kept. Keras does it by `compile`, `fit` and `predict`, bmjax by the run that
-`bmjax compare` makes, files included. Maps are random, the same for both. Each contender has a process of its own;
-rounds are interleaved, since a machine's speed drifts, and only ratios of one run count. Prints Markdown.
+A head goes from new weights to predictions of the test split: batches shuffled anew, validation after each epoch, the
+best epoch's weights kept. Keras does it by `compile`, `fit` and `predict`, a new model a head; bmjax by
+`bmjax.compare`, several heads at a time as it does by default, and once more one at a time; files included. Maps are
+random, the same for all. Each contender has a process of its own, one after another, and trains all variants with
+all seeds; its compiling counts, with an empty cache. Prints Markdown.
 
     python tools/bench_heads.py --stack 5
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import logging
 import os
 import platform
@@ -28,11 +30,11 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from bench import CLASSES, ask, environment, serve
+from bench import CLASSES, environment
 
-LABELS = {"bmjax": "bmjax", "keras_jax": "Keras on JAX"}
+VARIANTS = ("none", "se", "eca", "cbam", "scse", "coordinate", "global_context", "soft")
 SIDE, BATCH, WIDTH, DROPOUT, RATE = 7, 32, 256, 0.5, 1e-3
-Run = Callable[[], None]
+Seconds = dict[str, list[float]]  # of each head, by variant
 
 
 def random_maps(args: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
@@ -93,21 +95,35 @@ def bmjax_setting(args: argparse.Namespace) -> tuple[Any, Any]:
     return config, heads.Prepared(dataset, splits, features, heads.Programs(config, dataset, splits, maps.shape[1:]))
 
 
-def bmjax_run(args: argparse.Namespace) -> Run:
+def bmjax_train(args: argparse.Namespace, at_once: int | None) -> tuple[float, Seconds]:
+    args.variant = args.variants[0]
     config, prepared = bmjax_setting(args)
-    from bmjax import heads
+    from bmjax import compare, heads
 
+    def prepare(runs: Any, variant: str, run: Any) -> heads.Prepared:
+        with runs._lock:
+            if variant not in runs._prepared:
+                programs = heads.Programs(run, prepared.dataset, prepared.splits, prepared.features.shape)
+                runs._prepared[variant] = dataclasses.replace(prepared, programs=programs)
+            return runs._prepared[variant]
+
+    compare._Runs._prepare = prepare  # type: ignore[assignment]
+    taken: Seconds = {variant: [] for variant in args.variants}
+    train = heads.train_on_features
+
+    def timed(config: Any, **options: Any) -> Any:
+        start = time.perf_counter()
+        result = train(config, **options)
+        taken[config.model.attention].append(time.perf_counter() - start)
+        return result
+
+    heads.train_on_features = timed
     logging.getLogger("bmjax").setLevel(logging.ERROR)
-    seed = 0
-
-    def train() -> None:
-        nonlocal seed
-        seed += 1
-        with tempfile.TemporaryDirectory() as folder:
-            run = dataclasses.replace(config, seed=seed, run_dir=folder)
-            heads.train_on_features(run, prepared=prepared)
-
-    return train
+    with tempfile.TemporaryDirectory() as folder:
+        config = dataclasses.replace(config, run_dir=folder + "/runs")
+        start = time.perf_counter()
+        compare.compare(config, args.variants, args.seeds, args.variants[0], at_once)
+        return time.perf_counter() - start, taken
 
 
 def stacked(args: argparse.Namespace) -> tuple[float, float]:
@@ -144,7 +160,7 @@ def stacked(args: argparse.Namespace) -> tuple[float, float]:
     return statistics.median(seconds[0]), statistics.median(seconds[1])
 
 
-def keras_run(args: argparse.Namespace) -> Run:
+def keras_train(args: argparse.Namespace) -> tuple[float, Seconds]:
     import keras
     from keras import layers, ops
 
@@ -152,24 +168,61 @@ def keras_run(args: argparse.Namespace) -> Run:
     n, held = args.images, args.images // 5
     train_split, val, test = (slice(a, b) for a, b in ((0, n), (n, n + held), (n + held, None)))
 
-    def attention(x):
+    def attention(x, variant: str):
         c = args.channels
-        if args.variant == "se":
-            z = layers.Dense(c // 16, activation="relu")(layers.GlobalAveragePooling2D()(x))
-            gate = layers.Dense(c, activation="sigmoid")(z)
-            return layers.Multiply()([x, layers.Reshape((1, 1, c))(gate)])
-        if args.variant == "soft":
-            z = x
-            for width in (64, 16):
-                z = layers.Conv2D(width, 1, activation="relu")(z)
-            z = layers.Reshape((SIDE * SIDE,))(layers.Conv2D(1, 1)(z))
-            weights = ops.multiply(ops.softmax(ops.log_sigmoid(z)), SIDE**2)
-            return layers.Multiply()([x, layers.Reshape((SIDE, SIDE, 1))(weights)])
+        sigmoid = keras.activations.sigmoid
+
+        def over_channels(z):
+            return layers.Reshape((1, 1, c))(z)
+
+        def two_layers(ratio):
+            first, second = layers.Dense(c // ratio, activation="relu"), layers.Dense(c)
+            return lambda z: second(first(z))
+
+        match variant:
+            case "se":
+                z = two_layers(16)(layers.GlobalAveragePooling2D()(x))
+                return layers.Multiply()([x, over_channels(sigmoid(z))])
+            case "eca":
+                z = layers.Reshape((c, 1))(layers.GlobalAveragePooling2D()(x))
+                z = layers.Conv1D(1, 5, padding="same", use_bias=False)(z)
+                return layers.Multiply()([x, over_channels(sigmoid(z))])
+            case "cbam":
+                net = two_layers(16)
+                z = net(layers.GlobalAveragePooling2D()(x)) + net(layers.GlobalMaxPooling2D()(x))
+                x = layers.Multiply()([x, over_channels(sigmoid(z))])
+                z = ops.stack([ops.max(x, -1), ops.mean(x, -1)], -1)
+                z = layers.Conv2D(1, 7, padding="same", use_bias=False)(z)
+                return layers.Multiply()([x, sigmoid(layers.BatchNormalization(epsilon=1e-5)(z))])
+            case "scse":
+                channels = over_channels(sigmoid(two_layers(2)(layers.GlobalAveragePooling2D()(x))))
+                places = layers.Conv2D(1, 1, use_bias=False, activation="sigmoid")(x)
+                return layers.Multiply()([x, channels]) + layers.Multiply()([x, places])
+            case "coordinate":
+                z = ops.concatenate([ops.mean(x, 2), ops.mean(x, 1)], 1)
+                z = layers.BatchNormalization(epsilon=1e-5)(layers.Dense(c // 32, use_bias=False)(z))
+                z = layers.Activation("hard_swish")(z)
+                rows = layers.Dense(c, activation="sigmoid")(z[:, :SIDE])
+                columns = layers.Dense(c, activation="sigmoid")(z[:, SIDE:])
+                return x * ops.expand_dims(rows, 2) * ops.expand_dims(columns, 1)
+            case "global_context":
+                scores = layers.Reshape((SIDE * SIDE,))(layers.Conv2D(1, 1, use_bias=False)(x))
+                weights = layers.Reshape((SIDE, SIDE, 1))(ops.softmax(scores))
+                z = layers.Dense(c // 16)(ops.sum(x * weights, (1, 2)))
+                z = layers.Dense(c)(layers.ReLU()(layers.LayerNormalization(epsilon=1e-6)(z)))
+                return x + over_channels(z)
+            case "soft":
+                z = x
+                for width in (64, 16):
+                    z = layers.Conv2D(width, 1, activation="relu")(z)
+                z = layers.Reshape((SIDE * SIDE,))(layers.Conv2D(1, 1)(z))
+                weights = ops.multiply(ops.softmax(ops.log_sigmoid(z)), SIDE**2)
+                return layers.Multiply()([x, layers.Reshape((SIDE, SIDE, 1))(weights)])
         return x
 
-    def train() -> None:
+    def train(variant: str) -> None:
         inputs = keras.Input(maps.shape[1:])
-        x = layers.GlobalAveragePooling2D()(attention(inputs))
+        x = layers.GlobalAveragePooling2D()(attention(inputs, variant))
         x = layers.Dropout(DROPOUT)(layers.BatchNormalization()(x))
         outputs = layers.Dense(CLASSES)(layers.Dense(WIDTH, activation="relu")(x))
         model = keras.Model(inputs, outputs)
@@ -188,48 +241,65 @@ def keras_run(args: argparse.Namespace) -> Run:
         )
         model.predict(maps[test], batch_size=64, verbose=0)  # pyright: ignore[reportArgumentType]
 
-    return train
+    taken: Seconds = {}
+    began = time.perf_counter()
+    for variant in args.variants:
+        for seed in range(args.seeds):
+            keras.utils.set_random_seed(seed)
+            start = time.perf_counter()
+            train(variant)
+            taken.setdefault(variant, []).append(time.perf_counter() - start)
+    return time.perf_counter() - began, taken
 
 
-RUNS = {"bmjax": bmjax_run, "keras_jax": keras_run}
+CONTENDERS: dict[str, tuple[str, Callable[[argparse.Namespace], tuple[float, Seconds]]]] = {
+    "bmjax": ("bmjax", lambda args: bmjax_train(args, None)),
+    "in_turn": ("bmjax, one head at a time", lambda args: bmjax_train(args, 1)),
+    "keras_jax": ("Keras on JAX", keras_train),
+}
 
 
-def compare(args: argparse.Namespace, variant: str) -> dict[str, list[float]]:
-    """Seconds of each head, the first one's set-up and compiling included, by contender."""
-    processes, seconds = {}, {}
-    for name in LABELS:
-        options = {"--variant": variant, "--epochs": args.epochs, "--images": args.images, "--channels": args.channels}
-        words = [str(word) for pair in options.items() for word in pair]
-        processes[name] = subprocess.Popen(
-            [sys.executable, __file__, *words, "--worker", name],
-            env=environment(name),
-            stdin=subprocess.PIPE,
+def measure(name: str, args: argparse.Namespace) -> tuple[float, Seconds]:
+    """Seconds of all heads of a contender, its table included, and of each head by variant."""
+    options = {"--seeds": args.seeds, "--epochs": args.epochs, "--images": args.images, "--channels": args.channels}
+    words = [str(word) for pair in options.items() for word in pair]
+    with tempfile.TemporaryDirectory() as cache:
+        process = subprocess.run(
+            [sys.executable, __file__, *words, "--variants", *args.variants, "--worker", name],
+            env=environment("keras_jax" if name == "keras_jax" else "bmjax") | {"JAX_COMPILATION_CACHE_DIR": cache},
             stdout=subprocess.PIPE,
             text=True,
+            check=True,
         )
-        seconds[name] = [ask(processes[name], "")["first"]]
-    for _ in range(args.rounds - 1):
-        for name, process in processes.items():
-            seconds[name].append(ask(process, "step")["seconds"])
-    for process in processes.values():
-        process.stdin.close()
-        process.wait()
-    return seconds
+    found = json.loads(process.stdout.splitlines()[-1])
+    return found["total"], found["heads"]
+
+
+def work(args: argparse.Namespace) -> None:
+    """Runs one contender and prints its seconds: in the process that `measure` starts."""
+    if args.worker != "keras_jax":
+        import bmjax  # noqa: F401
+        from bmjax import native
+
+        native.available()  # compiled once for a machine, not once for a comparison
+    total, heads = CONTENDERS[args.worker][1](args)
+    print(json.dumps({"total": total, "heads": heads}))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--variants", nargs="+", default=["none", "se", "soft"], choices=("none", "se", "soft"))
-    parser.add_argument("--rounds", type=int, default=5, help="heads a contender and variant")
+    parser.add_argument("--variants", nargs="+", default=["none", "se", "soft"], choices=VARIANTS)
+    parser.add_argument("--seeds", type=int, default=5, help="heads a variant")
+    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--images", type=int, default=1955, help="to train on; a fifth each to validate and test")
     parser.add_argument("--channels", type=int, default=1664)
     parser.add_argument("--stack", type=int, help="ask about so many seeds stacked by vmap instead")
-    parser.add_argument("--variant", help=argparse.SUPPRESS)
-    parser.add_argument("--worker", choices=RUNS, help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=5, help="of --stack")
+    parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        serve(lambda: RUNS[args.worker](args))
+        work(args)
         return
     print(f"{args.images} maps of {SIDE}x{SIDE}x{args.channels}, float32, {args.epochs} epochs, batch {BATCH}, Adam")
     print(f"{platform.machine()}, {os.cpu_count()} CPUs, Python {platform.python_version()}\n")
@@ -240,14 +310,19 @@ def main() -> None:
             in_turn, at_once = stacked(args)
             print(f"| {variant} | {in_turn:.2f} | {at_once:.2f} |", flush=True)
         return
-    print(f"| variant | | first head, s | each further head, s | {args.rounds} heads, s | bmjax is faster by |")
-    print("|---|---|---|---|---|---|")
+    found = {name: measure(name, args) for name in args.contenders}
+    labels = [CONTENDERS[name][0] for name in found]
+    alone = [name for name in found if name != "bmjax"]  # heads that train beside others have no time of their own
+    print(f"| seconds | {' | '.join(labels)} |\n|---|{'---|' * len(labels)}")
     for variant in args.variants:
-        seconds = compare(args, variant)
-        for name, found in seconds.items():
-            further, times = statistics.median(found[1:]), sum(found) / sum(seconds["bmjax"])
-            cells = (variant, LABELS[name], f"{found[0]:.1f}", f"{further:.1f}", f"{sum(found):.1f}", f"{times:.2f}x")
-            print(f"| {' | '.join(cells)} |", flush=True)
+        for what, of in (("first head", lambda s: s[0]), ("each further head", lambda s: statistics.median(s[1:]))):
+            cells = [f"{of(found[name][1][variant]):.2f}" if name in alone else "" for name in found]
+            print(f"| {variant}, {what} | {' | '.join(cells)} |")
+    print(
+        f"| all {len(args.variants) * args.seeds} heads | {' | '.join(f'{total:.1f}' for total, _ in found.values())} |"
+    )
+    first = next(iter(found.values()))[0]
+    print(f"| times as long as {labels[0]} | {' | '.join(f'{total / first:.2f}x' for total, _ in found.values())} |")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ from bmjax import convolution, formulations, native
 
 TABLE = Path(convolution.__file__).with_name("convolution_table.json")
 BATCH = 16
-# (output side, kernel, stride, inputs, outputs, groups): DenseNet's first, then what the other families need.
+# (output side, kernel, stride, inputs, outputs, groups): DenseNet's first, then what the other families need, at last
+# attention's: a map from all channels, CBAM's over places, ECA's along the channels.
 SHAPES = [
     (112, 7, 2, 3, 64, 1),
     *((side, 1, 1, inputs, 128, 1) for side, inputs in ((56, 64), (56, 192), (28, 256), (14, 512), (7, 768))),
@@ -42,6 +43,9 @@ SHAPES = [
     (28, 3, 2, 144, 144, 144),
     (14, 5, 1, 384, 384, 384),
     *((side, 3, 1, channels, channels, 32) for side, channels in ((14, 256), (7, 1024))),
+    (7, 1, 1, 1664, 1, 1),
+    (7, 7, 1, 2, 1, 1),
+    (56, 5, 1, 1, 1, 1),
 ]
 
 

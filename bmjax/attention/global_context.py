@@ -6,7 +6,6 @@ from typing import Literal
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from einops import rearrange
 
 from bmjax.layers import Conv, at_least_float32
@@ -34,7 +33,7 @@ class GlobalContext(nn.Module):
         scores = rearrange(Conv(1, name="scores")(x), "b h w 1 -> b (h w)")
         a = rearrange(nn.softmax(scores.astype(at_least_float32(x.dtype))), "b (h w) -> b h w", h=h)
         self.sow("intermediates", "map", a)
-        z = jnp.einsum("bhw,bhwc->bc", a.astype(x.dtype), x)
+        z = (x * rearrange(a, "b h w -> b h w 1").astype(x.dtype)).sum((1, 2))
         z = nn.Dense(max(1, c // self.ratio), dtype=x.dtype, name="reduce")(z)
         z = nn.relu(nn.LayerNorm(dtype=x.dtype, use_fast_variance=False, name="norm")(z))
         z = rearrange(nn.Dense(c, dtype=x.dtype, name="expand")(z), "b c -> b 1 1 c")

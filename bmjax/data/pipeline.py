@@ -21,44 +21,55 @@ def steps_per_epoch(n: int, batch_size: int) -> int:
     return max(1, math.ceil(n / batch_size))
 
 
-def _shuffled(rows: np.ndarray, seed: int) -> grain.MapDataset:
-    """Rows without end: one reshuffled epoch after another without a gap."""
-    source = cast(Any, rows)  # Grain asks for len() and [i]; its types ask for a Sequence
-    return grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+class _Rows:
+    """Rows without end, in batches: item k is the rows int32 [b] of batch k. A source of Grain's."""
 
-
-class _Balanced:
-    """Rows without end, every class once in each stretch of k, in an order drawn for the stretch; of each class one
-    reshuffled epoch after another. A source of Grain's, whose own shuffle is slow where a class has few images."""
-
-    def __init__(self, rows: np.ndarray, labels: np.ndarray, seed: int):
-        self._of_class = [rows[labels == c] for c in np.unique(labels)]
-        self._seed = seed
-        self._order = functools.lru_cache(maxsize=4 * len(self._of_class))(self._draw)
+    def __init__(self, rows: np.ndarray, batch_size: int, seed: int):
+        self.rows, self.size, self._seed = rows, batch_size, seed
+        # Reading threads stand a few batches apart, so they need few permutations at a time.
+        self.order = functools.lru_cache(maxsize=4)(self._draw)
 
     def _draw(self, n: int, *what: int) -> np.ndarray:
+        # NumPy's: Grain's shuffle takes 7 to 35 microseconds an index, which is longer than a head's step on it.
         return np.random.default_rng((self._seed, *what)).permutation(n)
 
     def __len__(self) -> int:
         return sys.maxsize
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, k: int) -> np.ndarray:
+        """One reshuffled epoch after another without a gap."""
+        n, start, end = len(self.rows), k * self.size, (k + 1) * self.size
+        parts = [self.order(n, epoch)[max(0, start - epoch * n) :] for epoch in range(start // n, -(-end // n))]
+        return self.rows[np.concatenate(parts)[: self.size]]
+
+
+class _Balanced(_Rows):
+    """As `_Rows`, every class once in each stretch of k, in an order drawn for the stretch; of each class one
+    reshuffled epoch after another."""
+
+    def __init__(self, rows: np.ndarray, labels: np.ndarray, batch_size: int, seed: int):
+        super().__init__(rows, batch_size, seed)
+        self._of_class = [rows[labels == c] for c in np.unique(labels)]
+        self.order = functools.lru_cache(maxsize=4 * len(self._of_class))(self._draw)
+
+    def __getitem__(self, k: int) -> np.ndarray:
+        return np.stack([self._row(index) for index in range(k * self.size, (k + 1) * self.size)])
+
+    def _row(self, index: int) -> Any:
         k = len(self._of_class)
         stretch, i = divmod(index, k)
         # In a fixed order, a micro-batch, which is every other image or so of a batch, could hold few classes.
-        c = self._order(k, k, stretch)[i]
+        c = self.order(k, k, stretch)[i]
         rows = self._of_class[c]
         epoch, j = divmod(stretch, len(rows))
-        return rows[self._order(len(rows), c, epoch)[j]]
+        return rows[self.order(len(rows), c, epoch)[j]]
 
 
-def _stream(rows: np.ndarray, labels: np.ndarray, batch_size: int, seed: int, sampling: Sampling) -> grain.MapDataset:
+def _batches(rows: np.ndarray, labels: np.ndarray, batch_size: int, seed: int, sampling: Sampling) -> _Rows:
     """Batches of rows int32 [n], whose labels are int [n]."""
     if sampling == "uniform":
-        rows_without_end = _shuffled(rows, seed)
-    else:
-        rows_without_end = grain.MapDataset.source(cast(Any, _Balanced(rows, labels, seed)))
-    return rows_without_end.batch(batch_size, drop_remainder=True)
+        return _Rows(rows, batch_size, seed)
+    return _Balanced(rows, labels, batch_size, seed)
 
 
 def batch_places(
@@ -74,8 +85,8 @@ def batch_places(
 @functools.lru_cache(maxsize=4096)
 def _places(labels: bytes, batch_size: int, seed: int, start: int, count: int, sampling: Sampling) -> np.ndarray:
     of_row = np.frombuffer(labels, np.int32)
-    stream = _stream(np.arange(len(of_row), dtype=np.int32), of_row, batch_size, seed, sampling)
-    return np.stack([cast(np.ndarray, stream[k]) for k in range(start, start + count)])
+    batches = _batches(np.arange(len(of_row), dtype=np.int32), of_row, batch_size, seed, sampling)
+    return np.stack([batches[k] for k in range(start, start + count)])
 
 
 class TrainBatches:
@@ -110,8 +121,9 @@ class TrainBatches:
         local = batch_size // process_count
         self._mine = np.arange(process_index * local, (process_index + 1) * local, dtype=np.int32)
         # Rows are gathered a batch at a time: one fancy index into the memory map instead of b Python objects.
-        stream = _stream(np.asarray(rows, np.int32), dataset.labels[rows], batch_size, seed, sampling)
-        self._batches = stream.map(self._gather)
+        order = _batches(np.asarray(rows, np.int32), dataset.labels[rows], batch_size, seed, sampling)
+        source = cast(Any, order)  # Grain asks for len() and [k]; its types ask for a Sequence
+        self._batches = grain.MapDataset.source(source).map(self._gather)
 
     def _gather(self, rows: Any) -> dict[str, np.ndarray]:
         mine = rows[self._mine]

@@ -19,6 +19,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,7 +46,7 @@ TARGETS = (
     "moments",
     "channel_sums",
 )
-_off: list[bool] = []
+_off: ContextVar[bool] = ContextVar("_off", default=False)  # of this thread: another may trace beside it
 
 
 class Build(NamedTuple):
@@ -131,16 +132,16 @@ def available() -> bool:
 @contextlib.contextmanager
 def off() -> Iterator[None]:
     """Traces what is inside without the kernels: for tests, and for programs that XLA itself divides over devices."""
-    _off.append(True)
+    token = _off.set(True)
     try:
         yield
     finally:
-        _off.pop()
+        _off.reset(token)
 
 
 def usable(dtype: Any) -> bool:
     """Whether an operation on CPUs in this type takes a kernel, if there is one for it."""
-    return dtype == jnp.float32 and not _off and available()
+    return dtype == jnp.float32 and not _off.get() and available()
 
 
 def _attribute(value: int | bool | Sequence[int]) -> Any:
