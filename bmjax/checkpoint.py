@@ -6,6 +6,8 @@ Arrays are saved from host memory, so a checkpoint does not know on how many dev
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ import orbax.checkpoint as ocp
 from bmjax.state import TrainState
 
 Tree = Any
+# Orbax numbers a process's saves by one count: of two at the same time one takes the other's for its own.
+_SAVING = threading.Lock()
 
 
 class Checkpoints:
@@ -87,6 +91,13 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+
+def save_one(folder: Path, state: TrainState, meta: dict[str, Any]) -> None:
+    """Writes the one checkpoint of a folder and returns when it is on disk; several threads may, each to its folder."""
+    with _SAVING, contextlib.closing(Checkpoints(folder, keep=1)) as checkpoints:
+        checkpoints.save(state, meta)
+        checkpoints.wait()
 
 
 def _model_item(state: TrainState) -> dict[str, Tree]:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bmjax import convolution, loop
-from bmjax.checkpoint import Checkpoints
+from bmjax.checkpoint import save_one
 from bmjax.config import AugmentConfig, Config
 from bmjax.data import Dataset, Splits, load_dataset, split_dataset
 from bmjax.data.pipeline import batch_places, steps_per_epoch
@@ -285,7 +285,5 @@ def save_best(run_dir: Path, state: TrainState, features: FeatureMaps, progress:
         return variables and {name: tree | features.backbone[name] for name, tree in variables.items()}
 
     both = whole({"params": state.params, "batch_stats": state.batch_stats})
-    with contextlib.closing(Checkpoints(run_dir / "checkpoints/best", keep=1)) as checkpoints:
-        full = state.replace(**both, ema=whole(state.ema))
-        checkpoints.save(jax.tree.map(np.asarray, full), dataclasses.asdict(progress))
-        checkpoints.wait()
+    full = state.replace(**both, ema=whole(state.ema))
+    save_one(run_dir / "checkpoints/best", jax.tree.map(np.asarray, full), dataclasses.asdict(progress))

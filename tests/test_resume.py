@@ -8,16 +8,19 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from bmjax import loop, progress
-from bmjax.checkpoint import Checkpoints
+from bmjax.checkpoint import Checkpoints, save_one
 from bmjax.config import OptimConfig, to_json
 from bmjax.data import Dataset
 from bmjax.run import load_run
+from bmjax.state import TrainState
 
 PROGRAM = "import sys; from pathlib import Path; import bmjax; from bmjax.config import from_json; "
 PROGRAM += "bmjax.train(from_json(Path(sys.argv[1]).read_text()), resume=True)"
@@ -151,6 +154,23 @@ def test_what_is_read_is_what_was_trained(tiny_config):
         assert isinstance(dataset, Dataset)
         probs = loop.predict_probs(run, np.asarray(dataset.images[saved["index"]]))
         np.testing.assert_allclose(probs, saved["probs"], atol=1e-6)
+
+
+def test_threads_write_checkpoints_at_the_same_time(tmp_path):
+    params = {"kernel": np.arange(40_000, dtype=np.float32)}
+
+    def save(folder):
+        for step in range(15):
+            state = TrainState(jnp.int32(step), params, {}, (), None, jnp.zeros(2, jnp.uint32))
+            save_one(tmp_path / folder / str(step), state, {"step": step})
+
+    with ThreadPoolExecutor(3) as threads:
+        list(threads.map(save, "abc"))
+    for folder in "abc":
+        for step in range(15):
+            checkpoints = Checkpoints(tmp_path / folder / str(step))
+            assert checkpoints.meta(step) == {"step": step}
+            checkpoints.close()
 
 
 def test_frozen_backbone_stays_bit_equal_in_a_whole_stage(tiny_config):
