@@ -1,8 +1,8 @@
 """Trains attention and head on cached feature maps: what loop.train does with a frozen backbone, an epoch a program.
 
 Same batches, dropout, optimizer and selection as end to end: on plain images both give the same numbers but for
-rounding. Runs over seeds are trained one after another; `tools/bench_heads.py --stack` asks whether `vmap` over them is
-faster.
+rounding. Runs over seeds are trained by themselves, one after another or each by a thread (bmjax/compare.py);
+`tools/bench_heads.py --stack` asks whether `vmap` over them is faster.
 """
 
 from __future__ import annotations
