@@ -107,10 +107,9 @@ def choose(
     if in_loop and operation != "forward" and len(valid) > 1:
         valid.remove("plain")
     rows = [row for row in table()["rows"] if row["operation"] == operation and shape_of_row(row).kind == shape.kind]
-    if not rows:
-        return valid[-1] if "plain" not in valid else "plain"
-    nearest = min(rows, key=lambda row: _distance(shape_of_row(row), shape))
-    return min((name for name in nearest["ms"] if name in valid), key=nearest["ms"].__getitem__)
+    ms = min(rows, key=lambda row: _distance(shape_of_row(row), shape))["ms"] if rows else {}
+    unmeasured = "native" if "native" in valid and "plain" not in valid else valid[0]
+    return min((name for name in ms if name in valid), key=ms.__getitem__, default=unmeasured)
 
 
 def _chosen(operation: Operation, shape: Shape, padding: Padding, dtype: Any) -> Callable[..., jax.Array]:

@@ -206,3 +206,11 @@ def test_gradients_inside_a_loop_leave_xlas_own_convolution(size, groups):
         assert str(on_gpu) == str(gradients(ours)), "nothing changes elsewhere"
         assert not convolution.slow_in_loop(on_gpu)
     assert convolution.slow_in_loop(on_gpu)
+
+
+@pytest.mark.parametrize("with_native", [False, True])
+def test_a_shape_whose_formulations_were_not_measured_has_one_in_a_loop(with_native):
+    shape = formulations.Shape(98, (1, 1), (1, 1), 8, 8, 1)
+    padding = ((1, 1), (1, 1))  # so the matrix product that the table has for 1x1 does not apply
+    name = convolution.choose("kernel_gradient", shape, padding, with_native, in_loop=True)
+    assert name == ("native" if with_native else "patches")

@@ -6,7 +6,7 @@ A head goes from new weights to predictions of the test split: batches shuffled 
 best epoch's weights kept. Keras does it by `compile`, `fit` and `predict`, a new model a head; bmjax by
 `bmjax.compare`, several heads at a time as it does by default, and once more one at a time; files included. Maps are
 random, the same for all. Each contender has a process of its own, one after another, and trains all variants with
-all seeds; its compiling counts, with an empty cache. Prints Markdown.
+all seeds; its compiling counts, without a cache. Prints Markdown.
 
     python tools/bench_heads.py --stack 5
 
@@ -263,14 +263,13 @@ def measure(name: str, args: argparse.Namespace) -> tuple[float, Seconds]:
     """Seconds of all heads of a contender, its table included, and of each head by variant."""
     options = {"--seeds": args.seeds, "--epochs": args.epochs, "--images": args.images, "--channels": args.channels}
     words = [str(word) for pair in options.items() for word in pair]
-    with tempfile.TemporaryDirectory() as cache:
-        process = subprocess.run(
-            [sys.executable, __file__, *words, "--variants", *args.variants, "--worker", name],
-            env=environment("keras_jax" if name == "keras_jax" else "bmjax") | {"JAX_COMPILATION_CACHE_DIR": cache},
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
+    process = subprocess.run(
+        [sys.executable, __file__, *words, "--variants", *args.variants, "--worker", name],
+        env=environment(name),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
     found = json.loads(process.stdout.splitlines()[-1])
     return found["total"], found["heads"]
 
