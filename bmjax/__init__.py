@@ -16,46 +16,29 @@ if TYPE_CHECKING:
     from bmjax.attention import create_attention, list_attention
     from bmjax.backbones import create_backbone, list_backbones
     from bmjax.config import Config
-    from bmjax.data import load_dataset, split_dataset
-    from bmjax.heads import train
-    from bmjax.loop import evaluate, load_run, predict_probs
+    from bmjax.data import Dataset, Listing, load_dataset, split_dataset
     from bmjax.model import Classifier, create, init
+    from bmjax.runs import TrainState, create_state, load_run
+    from bmjax.training import evaluate, make_train_step, predict_probs, train
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "Config": "config",
-    "Classifier": "model",
-    "create": "model",
-    "init": "model",
-    "create_attention": "attention",
-    "list_attention": "attention",
-    "create_backbone": "backbones",
-    "list_backbones": "backbones",
-    "load_dataset": "data",
-    "split_dataset": "data",
-    "train": "heads",
-    "evaluate": "loop",
-    "load_run": "loop",
-    "predict_probs": "loop",
+_HOMES = {
+    "attention": ("create_attention", "list_attention"),
+    "backbones": ("create_backbone", "list_backbones"),
+    "config": ("Config",),
+    "data": ("Dataset", "Listing", "load_dataset", "split_dataset"),
+    "model": ("Classifier", "create", "init"),
+    "runs": ("TrainState", "create_state", "load_run"),
+    "training": ("evaluate", "make_train_step", "predict_probs", "train"),
 }
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "Classifier",
-    "Config",
-    "create",
-    "create_attention",
-    "create_backbone",
-    "evaluate",
-    "init",
-    "list_attention",
-    "list_backbones",
-    "load_dataset",
-    "load_run",
-    "predict_probs",
-    "split_dataset",
-    "train",
-]
+    "Classifier", "Config", "Dataset", "Listing", "TrainState", "create", "create_attention", "create_backbone",
+    "create_state", "evaluate", "init", "list_attention", "list_backbones", "load_dataset", "load_run",
+    "make_train_step", "predict_probs", "split_dataset", "train",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -31,6 +31,14 @@ def cache_folder() -> Path:
     return Path(os.environ.get("BMJAX_CACHE", Path.home() / ".cache" / "bmjax"))
 
 
+def version() -> str:
+    """bmjax's version, by its package's record, or "unknown" where it is not installed."""
+    try:
+        return metadata.version("bmjax")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
 def cpu_only() -> bool:
     """Whether jax will compute on CPUs: they are asked for, or it has no plugin for anything else."""
     asked = os.environ.get("JAX_PLATFORMS", "")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
 
 
 def write_text(path: Path, text: str, errors: str = "strict") -> None:
@@ -27,3 +29,20 @@ def remove_leftovers(folder: Path) -> None:
     for path in folder.glob(".*.*"):
         if time.time() - path.stat().st_mtime > 86400:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file's object; {} where there is no file.
+
+    Raises:
+      ValueError: it is damaged; names the file.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as e:
+        raise ValueError(f"{path} is damaged: {e}; expected JSON as `bmjax train` wrote it") from e
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: it holds {str(found)[:40]!r}; expected a JSON object")
+    return found

@@ -18,9 +18,9 @@ import jax
 import pytest
 # isort: on
 
-from bmjax import native
+from bmjax.layers import prepare
 
-native.available()  # built before a test moves the cache
+prepare()  # built before a test moves the cache
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 

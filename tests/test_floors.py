@@ -12,32 +12,24 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "bmjax"
 
-# Lowest first. A package's name stands for every module in it; they may import each other without a circle.
+# Lowest first. A room is a folder, or a module beside them; within a room imports make no circle.
 FLOORS = [
-    ["config", "registry", "environment", "files"],
-    ["native"],
-    ["formulations"],
-    ["convolution"],
-    ["layers", "losses", "metrics", "optim", "tracking", "experiment", "download"],
-    ["dense_layer"],
-    ["dense_block"],
-    ["state", "attention", "backbones", "data"],
+    ["environment", "registry", "files"],
+    ["config", "layers", "download"],
+    ["cpu", "attention", "backbones", "data"],
     ["weights"],
     ["model"],
-    ["steps", "parallel", "checkpoint"],
-    ["run", "progress"],
-    ["loop", "analysis", "doctor", "features"],
-    ["heads"],
-    ["compare"],
-    ["__init__"],
-    ["cli_attention", "cli_compare", "cli_data", "cli_explain", "cli_weights"],
-    ["cli"],
+    ["runs"],
+    ["training"],
+    ["analysis"],
+    ["cli", "__init__"],
     ["__main__"],
 ]
+MOST_ROOMS, MOST_FLOORS, FACE_LINES, MODULE_LINES = 18, 10, 40, 480
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 
 # Library -> the one file that imports it.
-ONE_DOOR = {"orbax": "bmjax.checkpoint", "wandb": "bmjax.tracking"}
+ONE_DOOR = {"orbax": "bmjax.runs.checkpoint", "wandb": "bmjax.runs.tracking"}
 DEVICE_NAMES = {"Mesh", "AbstractMesh", "NamedSharding", "PartitionSpec", "make_mesh", "pmap", "shard_map", "set_mesh"}
 EXECUTABLE = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
@@ -129,6 +121,30 @@ def test_imports_point_strictly_downward():
     assert upward(EDGES) == []
 
 
+def test_the_plan_is_small(capsys):
+    """Prints the plan: rooms, floors, and imports between rooms."""
+    between = {(top(a), top(b)) for a, targets in EDGES.items() for b in targets if top(a) != top(b)}
+    rooms = {top(m) for m in SOURCES}
+    with capsys.disabled():
+        print(
+            f"\n{len(rooms)} rooms on {len(FLOORS)} floors, {len(between)} imports between them, {len(SOURCES)} modules"
+        )
+    assert len(rooms) <= MOST_ROOMS
+    assert len(FLOORS) <= MOST_FLOORS
+
+
+def test_folders_have_faces_and_modules_stay_small():
+    lines = {m: len(s.splitlines()) for m, s in SOURCES.items()}
+    faces = PACKAGES - {"bmjax"}
+    assert {m: lines[m] for m in faces if lines[m] >= FACE_LINES} == {}
+    assert {m: n for m, n in lines.items() if n > MODULE_LINES} == {}
+
+
+def test_only_the_seam_knows_of_the_cpu():
+    """Nothing imports bmjax.cpu by a statement; bmjax.layers.dispatch asks for it by name."""
+    assert [m for m, targets in EDGES.items() if top(m) != "cpu" and any(top(t) == "cpu" for t in targets)] == []
+
+
 def test_there_is_no_circle():
     assert circle(EDGES) is None
 
@@ -141,32 +157,32 @@ def test_every_import_of_ours_exists():
 def test_the_walk_sees_what_it_must():
     source = "\n".join(
         [
-            "import os, bmjax.loop",
+            "import os, bmjax.training.loop",
             "from typing import TYPE_CHECKING",
             "if TYPE_CHECKING:",
             "    import bmjax.cli",
             "else:",
-            "    import bmjax.steps",
+            "    import bmjax.runs.state",
             "from . import soft",
             "from ..layers import Conv",
             "from bmjax import registry",
             "def f():",
-            "    from bmjax.model import create",
+            "    from bmjax.model.create import create",
         ]
     )
     ours = {t for t in imports("bmjax.attention.se", source) if t.startswith("bmjax")}
     assert ours == {
-        "bmjax.loop",
-        "bmjax.steps",
+        "bmjax.training.loop",
+        "bmjax.runs.state",
         "bmjax.attention.soft",
         "bmjax.layers",
         "bmjax.registry",
-        "bmjax.model",
+        "bmjax.model.create",
     }
     assert upward({"bmjax.attention.se": ours}) == [
-        f"bmjax.attention.se -> bmjax.{name}" for name in ("loop", "model", "steps")
+        f"bmjax.attention.se -> bmjax.{name}" for name in ("model.create", "runs.state", "training.loop")
     ]
-    assert upward({"bmjax.data.cache": {"bmjax.state"}}) == ["bmjax.data.cache -> bmjax.state"]
+    assert upward({"bmjax.data.load": {"bmjax.runs.state"}}) == ["bmjax.data.load -> bmjax.runs.state"]
     assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
     assert circle({"a": {"b", "c"}, "b": {"c"}}) is None
 
@@ -192,7 +208,7 @@ def names(source: str) -> set[str]:
 
 def test_only_parallel_names_devices_layout():
     assert names("import jax\ny = jax.pmap(f)\nfrom jax.sharding import Mesh as M") >= {"pmap", "Mesh"}
-    offenders = {m: names(s) & DEVICE_NAMES for m, s in SOURCES.items() if m != "bmjax.parallel"}
+    offenders = {m: names(s) & DEVICE_NAMES for m, s in SOURCES.items() if m != "bmjax.training.parallel"}
     assert {m: n for m, n in offenders.items() if n} == {}
 
 

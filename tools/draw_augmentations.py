@@ -25,10 +25,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 # isort: on
 from bmjax.config import AugmentConfig, DataConfig
-from bmjax.data import list_source
-from bmjax.data.augment import augment, mix
-from bmjax.data.decode import decode_image
-from bmjax.data.stain import METHODS, normalise
+from bmjax.data.augment.augment import augment, mix
+from bmjax.data.images.decode import decode_image
+from bmjax.data.images.stain import METHODS, normalise
+from bmjax.data.load import list_source
 
 OFF: dict[str, Any] = {"flip": False, "right_angles": False}
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -19,11 +19,11 @@ import numpy as np
 
 # isort: on
 from bmjax.analysis.baseline import linear_probe
-from bmjax.analysis.report import interval_text
 from bmjax.config import from_json
-from bmjax.data.pipeline import eval_batches
-from bmjax.model import create
-from bmjax.run import load_data, new_variables, record_opening
+from bmjax.data.batches import eval_batches
+from bmjax.model.create import create
+from bmjax.runs.folder import load_data, new_variables, record_opening
+from bmjax.runs.records import interval_text
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """How far our backbones are from Keras's and timm's, as one Markdown table:
 
-python tools/parity.py [MEMBER ...]
+python -m tools.parity [MEMBER ...]
 
 Weights are random; statistics are those of a batch of random images: with statistics of no network EfficientNetB5 is
 so ill-conditioned that Keras in float32 is a tenth off Keras in float64. Both are the same in both. An error is the
@@ -14,14 +14,12 @@ outputs of made-up weights (tests/golden). Full size, with top, 2 images.
 import argparse
 import functools
 import os
-import sys
 import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/backbones"))
 
 # isort: off
 import bmjax  # noqa: F401  (sets its flags before jax is imported)
@@ -29,14 +27,13 @@ import jax
 
 # isort: on
 import keras
-import keras_parity
 import numpy as np
-import timm_golden
 from flax import traverse_util
 
 from bmjax import weights
-from bmjax.backbones import create_backbone, list_backbones
+from bmjax.backbones._registry import create_backbone, list_backbones
 from bmjax.weights import keras_oracle
+from tests.helpers import keras_parity, timm_golden
 
 FIVE = ("densenet121", "efficientnetb5", "resnet50", "xception", "mobilenet_v2")
 SIZES = ((96, 96), (83, 75))

@@ -23,9 +23,9 @@ import optax
 
 # isort: on
 from bmjax.config import TrainConfig
+from bmjax.data.batches import batch_places
 from bmjax.data.builders.bm_cytomorphology import COUNTS
-from bmjax.data.pipeline import batch_places
-from bmjax.losses import make_loss
+from bmjax.training.losses import make_loss
 
 SETTINGS = {
     "plain": TrainConfig(),

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from bmjax.metrics import classification_metrics
+from bmjax.runs.metrics import classification_metrics
 
 # Inverse strengths of regularisation to choose from. On pixels less is known to overfit, and takes the longest.
 PROBE_C = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)

@@ -16,8 +16,8 @@ import flax.linen as nn
 import jax
 from einops import reduce
 
-from bmjax.dense_block import dense_block
 from bmjax.layers import BatchNorm, Conv, NormMode, Tap, global_average, max_pool
+from bmjax.layers.dense_block import dense_block
 
 
 class DenseNet(nn.Module):

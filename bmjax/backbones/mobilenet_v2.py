@@ -15,7 +15,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bmjax.layers import BatchNorm, Conv, NormMode, Padding, Tap, global_average, round_channels
+from bmjax.layers import BatchNorm, Conv, NormMode, Tap, global_average, round_channels
+from bmjax.layers.ops import Padding
 
 
 class Row(NamedTuple):

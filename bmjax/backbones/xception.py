@@ -13,7 +13,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from bmjax.layers import BatchNorm, Conv, NormMode, Padding, Tap, global_average, max_pool
+from bmjax.layers import BatchNorm, Conv, NormMode, Tap, global_average, max_pool
+from bmjax.layers.ops import Padding
 
 
 class Xception(nn.Module):

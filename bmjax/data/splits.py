@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from bmjax.config import DataConfig
+from bmjax.config.data import DataConfig
 from bmjax.data.dataset import Dataset
-from bmjax.data.table import read_columns
+from bmjax.data.sources.table import read_columns
 from bmjax.files import write_text
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,10 @@ class Splits:
     train: np.ndarray
     val: np.ndarray
     test: np.ndarray
+
+    def equals(self, other: Splits) -> bool:
+        """Whether both put every row on the same side."""
+        return all(np.array_equal(getattr(self, name), getattr(other, name)) for name in ("train", "val", "test"))
 
 
 @dataclasses.dataclass(frozen=True)

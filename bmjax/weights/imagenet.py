@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from bmjax.data.decode import open_rgb
-from bmjax.data.preprocess import preprocess
-from bmjax.weights import classes_of, load, network
+from bmjax.data.images.decode import open_rgb
+from bmjax.weights.load import load
+from bmjax.weights.network import classes_of, network
+from bmjax.weights.preprocess import preprocess
 from bmjax.weights.record import WeightRecord
 
 Tree = Any

@@ -23,7 +23,7 @@ class WeightRecord:
     input_size: int
     """Side of the images in pixels that the network was published for."""
     preprocess: str
-    """Mode of bmjax.data.preprocess."""
+    """Mode of bmjax.weights.preprocess."""
     architecture: dict[str, Any]
     """Fields of the backbone's module that the source decides: epsilon, place of strides, padding, biases."""
     checksum: str = ""

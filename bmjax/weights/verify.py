@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bmjax.data.preprocess import preprocess
 from bmjax.files import checksum
-from bmjax.weights import classes_of, keras_oracle, network, read
+from bmjax.weights import keras_oracle
+from bmjax.weights.load import read
 from bmjax.weights.merge import check_leaves
+from bmjax.weights.network import classes_of, network
+from bmjax.weights.preprocess import preprocess
 from bmjax.weights.record import WeightRecord
 
 Tree = Any

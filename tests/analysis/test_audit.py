@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bmjax.analysis import audit as audits
-from bmjax.analysis import shortcuts
-from bmjax.analysis.audit import audit
-from bmjax.analysis.audit_page import write_audit
-from bmjax.cli import main
+from bmjax.analysis.audit import checks as audits
+from bmjax.analysis.audit import shortcuts
+from bmjax.analysis.audit.checks import audit
+from bmjax.analysis.audit.page import write_audit
+from bmjax.cli.main import main
 from bmjax.config import Config, DataConfig, to_json
-from bmjax.data.synthetic import CLASSES, render
+from bmjax.data.sources.synthetic import CLASSES, render
 
 PER_CLASS = 14
 

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from einops import reduce
 
-from bmjax.analysis.explain import Explainer, grad_cam, grad_cam_plus_plus, in_batches
-from bmjax.analysis.faithfulness import (
+from bmjax.analysis.explain.faithfulness import (
     GRID,
     cell_means,
     cells_of,
@@ -21,12 +20,14 @@ from bmjax.analysis.faithfulness import (
     ssim,
     unit,
 )
-from bmjax.analysis.figures import explanations
-from bmjax.attention import create_attention
-from bmjax.backbones import create_backbone, list_backbones
+from bmjax.analysis.explain.maps import Explainer, grad_cam, grad_cam_plus_plus, in_batches
+from bmjax.analysis.report.figures import explanations
+from bmjax.attention._registry import create_attention
+from bmjax.backbones._registry import create_backbone, list_backbones
 from bmjax.config import HeadConfig, ModelConfig
 from bmjax.layers import Conv
-from bmjax.model import Classifier, Head, create, init
+from bmjax.model.classifier import Classifier, Head
+from bmjax.model.create import create, init
 
 H, W, N = 48, 64, 12
 

@@ -8,18 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bmjax.analysis import figures
-from bmjax.analysis.evaluation import (
-    class_rows,
-    most_wrong,
-    read_predictions,
-    read_records,
-    reliability,
-    reported_split,
-)
-from bmjax.analysis.report import figure_result, interval_text, write_report
+from bmjax.analysis.report import figures
+from bmjax.analysis.report.report import figure_result, interval_text, write_report
 from bmjax.config import Config, ModelConfig, to_json
-from bmjax.metrics import classification_metrics
+from bmjax.runs.metrics import classification_metrics
+from bmjax.runs.records import class_rows, most_wrong, read_predictions, read_records, reliability, reported_split
 
 CLASSES = ("BLA", "EOS", "<b>NIF</b>")
 

@@ -2,15 +2,16 @@
 
 import functools
 
-import formulas
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from variants import C, features, ordinary
 
-from bmjax.analysis.contract import CHECKS, examine
-from bmjax.attention import IdentityGate, create_attention, list_attention
+from bmjax.analysis.contract.checks import CHECKS, examine
+from bmjax.attention._placing import IdentityGate
+from bmjax.attention._registry import create_attention, list_attention
+from tests.helpers import formulas
+from tests.helpers.variants import C, features, ordinary
 
 every_variant = pytest.mark.parametrize("name", list_attention())
 

@@ -3,14 +3,14 @@
 import functools
 import pathlib
 
-import formulas
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from variants import SHAPE, SMALL, C, features, forward, ordinary, random_variables, variables_of
 
-from bmjax.attention import create_attention, list_attention
+from bmjax.attention._registry import create_attention, list_attention
+from tests.helpers import formulas
+from tests.helpers.variants import SHAPE, SMALL, C, features, forward, ordinary, random_variables, variables_of
 
 GOLDEN = pathlib.Path(__file__).resolve().parents[1] / "golden"
 # What an equation is told where the module finds it by the number of channels.

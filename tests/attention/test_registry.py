@@ -5,14 +5,15 @@ import json
 import pathlib
 import re
 
-import formulas
 import jax
 import numpy as np
 import pytest
-from variants import C, features, forward
 
-from bmjax.attention import IdentityGate, create_attention
+from bmjax.attention._placing import IdentityGate
+from bmjax.attention._registry import create_attention
 from bmjax.registry import modules
+from tests.helpers import formulas
+from tests.helpers.variants import C, features, forward
 
 
 def shapes(module, x=None):

@@ -1,7 +1,8 @@
 """Fixtures of the backbones' tests."""
 
-import keras_parity
 import pytest
+
+from tests.helpers import keras_parity
 
 
 @pytest.fixture

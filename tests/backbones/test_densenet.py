@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from keras.src.applications.densenet import DenseNet as KerasDenseNet
-from keras_parity import assert_output_is_keras, assert_train_step_is_keras, count, images, random_keras
 
-from bmjax.backbones import create_backbone
+from bmjax.backbones._registry import create_backbone
 from bmjax.backbones.densenet import DenseNet
+from tests.helpers.keras_parity import assert_output_is_keras, assert_train_step_is_keras, count, images, random_keras
 
 BLOCKS = (1, 2, 3, 1)
 TOP = {"include_top": True, "classes": 11}

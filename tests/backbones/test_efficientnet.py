@@ -12,11 +12,18 @@ import numpy as np
 import pytest
 from flax.errors import InvalidRngError
 from keras.src.applications.efficientnet import EfficientNet as KerasEfficientNet
-from keras_parity import assert_output_is_keras, assert_train_step_is_keras, count, images, random_keras, to_flax
 
-from bmjax.backbones import create_backbone
+from bmjax.backbones._registry import create_backbone
 from bmjax.backbones.efficientnet import ROWS, EfficientNet, Row
-from bmjax.weights import network_shapes
+from bmjax.weights.network import network_shapes
+from tests.helpers.keras_parity import (
+    assert_output_is_keras,
+    assert_train_step_is_keras,
+    count,
+    images,
+    random_keras,
+    to_flax,
+)
 
 TOP = {"include_top": True, "classes": 11}
 NOT_RANDOM = {"drop_connect": 0.0, "dropout": 0.0}

@@ -4,11 +4,18 @@ import jax
 import jax.numpy as jnp
 import pytest
 from keras.applications import MobileNetV2 as KerasMobileNetV2
-from keras_parity import assert_output_is_keras, assert_train_step_is_keras, count, images, random_keras, to_flax
 
-from bmjax.backbones import create_backbone
+from bmjax.backbones._registry import create_backbone
 from bmjax.backbones.mobilenet_v2 import MobileNetV2
-from bmjax.weights import network_shapes
+from bmjax.weights.network import network_shapes
+from tests.helpers.keras_parity import (
+    assert_output_is_keras,
+    assert_train_step_is_keras,
+    count,
+    images,
+    random_keras,
+    to_flax,
+)
 
 TOP = {"include_top": True, "classes": 11}
 

@@ -5,11 +5,18 @@ import jax.numpy as jnp
 import pytest
 from keras.src.applications.resnet import ResNet as KerasResNet
 from keras.src.applications.resnet import stack_residual_blocks_v1
-from keras_parity import assert_output_is_keras, assert_train_step_is_keras, count, images, random_keras, to_flax
 
-from bmjax.backbones import create_backbone
+from bmjax.backbones._registry import create_backbone
 from bmjax.backbones.resnet import ResNet
-from bmjax.weights import network_shapes
+from bmjax.weights.network import network_shapes
+from tests.helpers.keras_parity import (
+    assert_output_is_keras,
+    assert_train_step_is_keras,
+    count,
+    images,
+    random_keras,
+    to_flax,
+)
 
 BLOCKS = (2, 3)
 RESNET50 = (3, 4, 6, 3)

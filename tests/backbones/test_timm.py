@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from timm_golden import NAMES, outputs
 
 from bmjax import backbones
+from tests.helpers.timm_golden import NAMES, outputs
 
 
 def test_every_family_has_golden_outputs():

@@ -6,11 +6,18 @@ import jax
 import jax.numpy as jnp
 import pytest
 from keras.src.applications import xception as keras_applications
-from keras_parity import assert_output_is_keras, assert_train_step_is_keras, count, images, random_keras, to_flax
 
-from bmjax.backbones import create_backbone
+from bmjax.backbones._registry import create_backbone
 from bmjax.backbones.xception import Xception
-from bmjax.weights import network_shapes
+from bmjax.weights.network import network_shapes
+from tests.helpers.keras_parity import (
+    assert_output_is_keras,
+    assert_train_step_is_keras,
+    count,
+    images,
+    random_keras,
+    to_flax,
+)
 
 TOP = {"include_top": True, "classes": 11}
 # An eighth of the channels of every layer.

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from bmjax.config import DataConfig
-from bmjax.data import archives, load_dataset
-from bmjax.data.archives import list_archive
+from bmjax.data.load import load_dataset
+from bmjax.data.sources import archive as archives
+from bmjax.data.sources.archive import list_archive
 
 
 def png(seed=0):

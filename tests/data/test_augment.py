@@ -9,8 +9,8 @@ import pytest
 from scipy import ndimage
 
 from bmjax.config import AugmentConfig
-from bmjax.data.augment import augment as augment_eagerly
-from bmjax.data.augment import brightness, contrast, draw_turn, hue, turn, warp
+from bmjax.data.augment.augment import augment as augment_eagerly
+from bmjax.data.augment.augment import brightness, contrast, draw_turn, hue, turn, warp
 
 augment = jax.jit(augment_eagerly, static_argnums=2)
 

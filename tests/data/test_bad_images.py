@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from bmjax.config import DataConfig
-from bmjax.data import load_dataset
-from bmjax.data.decode import MAX_BYTES, MAX_PIXELS, decode_image
+from bmjax.data.images.decode import MAX_BYTES, MAX_PIXELS, decode_image
+from bmjax.data.load import load_dataset
 
 SIZE = 16
 

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bmjax import cli
+from bmjax.cli import main as cli
 from bmjax.config import DataConfig
-from bmjax.data import load_dataset, split_dataset
 from bmjax.data.builders import bloodmnist, bm_cytomorphology
-from bmjax.data.decode import decode_image
-from bmjax.data.prepared import list_tfds
+from bmjax.data.images.decode import decode_image
+from bmjax.data.load import load_dataset
+from bmjax.data.sources.tfds import list_tfds
+from bmjax.data.splits import split_dataset
 
 
 def save(path: Path, seed: int):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from bmjax.data.duplicates import CERTAIN, SIZE, Pairs, correlate, describe, find_pairs, groups_of, thumbnails
-from bmjax.data.synthetic import CLASSES, render
+from bmjax.data.images.duplicates import CERTAIN, SIZE, Pairs, correlate, describe, find_pairs, groups_of, thumbnails
+from bmjax.data.sources.synthetic import CLASSES, render
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bmjax.data.decode import FORMATS
-from bmjax.data.inspection import ENDINGS, FileFacts, facts_of, inspect_files, metadata_features
-from bmjax.data.sources import list_folder
+from bmjax.data.images.decode import FORMATS
+from bmjax.data.images.inspection import ENDINGS, FileFacts, facts_of, inspect_files, metadata_features
+from bmjax.data.sources.folder import list_folder
 
 
 def data_of(image, **options):

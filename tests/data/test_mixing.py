@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bmjax.config import AugmentConfig
-from bmjax.data.augment import erase, mix
+from bmjax.data.augment.augment import erase, mix
 from bmjax.layers import BATCH_AXIS, all_reversed
 
 OFF = {"flip": False, "right_angles": False}

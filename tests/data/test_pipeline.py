@@ -8,9 +8,9 @@ import time
 import numpy as np
 import pytest
 
-from bmjax.data import Dataset
+from bmjax.data.batches import TrainBatches, batch_places, eval_batches, steps_per_epoch
 from bmjax.data.builders.bm_cytomorphology import COUNTS
-from bmjax.data.pipeline import TrainBatches, batch_places, eval_batches, steps_per_epoch
+from bmjax.data.dataset import Dataset
 
 
 def dataset_of(n, size=4):

@@ -7,9 +7,9 @@ import pytest
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from bmjax.config import AugmentConfig
-from bmjax.data.augment import augment
-from bmjax.data.policies import BINS, OPERATIONS, apply, magnitudes, randaugment, trivialaugment
-from bmjax.data.synthetic import render
+from bmjax.data.augment.augment import augment
+from bmjax.data.augment.policies import BINS, OPERATIONS, apply, magnitudes, randaugment, trivialaugment
+from bmjax.data.sources.synthetic import render
 
 SIZE = 40
 operate = jax.jit(apply)

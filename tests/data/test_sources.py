@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 
 from bmjax.config import DataConfig
-from bmjax.data import cache as cache_module
-from bmjax.data import load_dataset
-from bmjax.data.cache import cached
-from bmjax.data.decode import decode_image
-from bmjax.data.sources import list_folder
+from bmjax.data.images import cache as cache_module
+from bmjax.data.images.cache import cached
+from bmjax.data.images.decode import decode_image
+from bmjax.data.load import load_dataset
+from bmjax.data.sources.folder import list_folder
 
 
 def save(path, colour, size=(20, 20)):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from bmjax.config import Config, DataConfig, from_json, to_json
-from bmjax.data import Dataset, dataset_summary, read_split, split_dataset, write_split
-from bmjax.data.splits import NAMES, cross_validation, side_of
-from bmjax.run import load_data
+from bmjax.data.dataset import Dataset
+from bmjax.data.splits import NAMES, cross_validation, dataset_summary, read_split, side_of, split_dataset, write_split
+from bmjax.runs.folder import load_data
 
 
 def dataset_of(hashes, labels, classes=("a", "b")):

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bmjax.cli import main
+from bmjax.cli.main import main
 from bmjax.config import DataConfig
-from bmjax.data import load_dataset, read_files
-from bmjax.data import stain as stains
-from bmjax.data.synthetic import CLASSES, render
+from bmjax.data.images import stain as stains
+from bmjax.data.load import load_dataset, read_files
+from bmjax.data.sources.synthetic import CLASSES, render
 
 macenko, macenko_statistics = jax.jit(stains.macenko), jax.jit(stains.macenko_statistics)
 

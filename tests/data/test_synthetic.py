@@ -7,9 +7,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from bmjax.config import DataConfig
-from bmjax.data import load_dataset, split_dataset
-from bmjax.data.synthetic import CLASSES, KINDS, Frame, canvas_of, draw_cell, render, synthetic_cells
-from bmjax.data.synthetic import Density as OpticalDensity
+from bmjax.data.load import load_dataset
+from bmjax.data.sources.synthetic import CLASSES, KINDS, Frame, canvas_of, draw_cell, render, synthetic_cells
+from bmjax.data.sources.synthetic import Density as OpticalDensity
+from bmjax.data.splits import split_dataset
 
 
 def test_shapes_and_names():

@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 
 from bmjax.config import DataConfig
-from bmjax.data import list_source, load_dataset, split_dataset
-from bmjax.data.decode import decode_image
-from bmjax.data.sources import list_table
+from bmjax.data.images.decode import decode_image
+from bmjax.data.load import list_source, load_dataset
+from bmjax.data.sources.table import list_table
+from bmjax.data.splits import split_dataset
 
 ROWS = [
     (f"{'ab'[k]}/{i}.png", ("BLA", "NGS")[k], f"p{i}", ("train", "val", "test")[i % 3])

@@ -1,7 +1,8 @@
 """Fixtures of the weights' tests."""
 
 import pytest
-from keras_saved import FAMILIES
+
+from tests.helpers.keras_saved import FAMILIES
 
 
 @pytest.fixture(autouse=True)

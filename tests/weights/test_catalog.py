@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from bmjax import weights
-from bmjax.backbones import create_backbone
-from bmjax.data.preprocess import MODES
+from bmjax.backbones._registry import create_backbone
 from bmjax.weights import catalog
+from bmjax.weights.preprocess import MODES
 from bmjax.weights.published import FAMILIES
 from bmjax.weights.record import WeightRecord, record_from_dict, record_to_dict
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from bmjax import weights
-from bmjax.backbones import create_backbone
+from bmjax.backbones._registry import create_backbone
 from bmjax.weights import catalog, imagenet, safetensors_files
 
 
@@ -50,7 +50,7 @@ def tiny_weights(tmp_path):
 
 
 def test_images_are_named_by_the_weights_own_input(tiny_weights, tmp_path, capsys):
-    from bmjax.cli import main
+    from bmjax.cli.main import main
 
     photo = tmp_path / "photo.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)).save(photo)

@@ -10,11 +10,11 @@ import h5py
 import jax
 import numpy as np
 import pytest
-from keras_saved import FAMILIES, keras_model, save
 
 from bmjax import weights
-from bmjax.data.preprocess import IMAGENET_MEAN_RGB, IMAGENET_STD_RGB
 from bmjax.weights import keras_files
+from bmjax.weights.preprocess import IMAGENET_MEAN_RGB, IMAGENET_STD_RGB
+from tests.helpers.keras_saved import FAMILIES, keras_model, save
 
 LAYOUTS = ["h5", "weights.h5", "nameless.weights.h5", "keras"]
 

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from keras_saved import FAMILIES, SIZE, keras_model, save
 
 from bmjax import weights
 from bmjax.config import HeadConfig, ModelConfig, from_json, to_json
-from bmjax.model import create, init, resolve
+from bmjax.model.create import create, init, resolve
 from bmjax.weights import catalog, keras_oracle, safetensors_files
 from bmjax.weights.verify import verify
+from tests.helpers.keras_saved import FAMILIES, SIZE, keras_model, save
 
 
 @pytest.fixture
@@ -57,7 +57,8 @@ def test_preprocessing_can_be_told_when_porting(ported, tmp_path):
 
 def tiny_timm(tmp_path):
     """A file in timm's naming of the tiny ResNet."""
-    from bmjax.backbones import create_backbone, resnet
+    from bmjax.backbones import resnet
+    from bmjax.backbones._registry import create_backbone
 
     model = create_backbone("resnet_tiny", **resnet.TIMM)
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
@@ -222,7 +223,7 @@ def test_another_output_than_keras_is_an_error(ported, keras_twin, monkeypatch):
     monkeypatch.setattr("bmjax.weights.verify.network", lambda record, classes: create_wrong(record))
 
     def create_wrong(record):
-        from bmjax.backbones import create_backbone
+        from bmjax.backbones._registry import create_backbone
 
         return create_backbone("resnet_test", **record.architecture | {"epsilon": 1e-2})
 

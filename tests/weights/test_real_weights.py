@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from bmjax import weights
-from bmjax.data.decode import decode_files
-from bmjax.data.preprocess import preprocess
+from bmjax.data.images.decode import decode_files
+from bmjax.weights.preprocess import preprocess
 
 
 @pytest.mark.shared

@@ -6,13 +6,14 @@ import json
 import jax
 import numpy as np
 import pytest
-from keras_saved import keras_model, save
 
-from bmjax import loop, model, weights
-from bmjax.cli import main
+from bmjax import model, weights
+from bmjax.cli.main import main
 from bmjax.config import ModelConfig, StageConfig
-from bmjax.experiment import load_experiment
-from bmjax.run import open_run
+from bmjax.config.experiment import load_experiment
+from bmjax.runs.folder import check_folder, load_run, write_config
+from bmjax.training.run import train
+from tests.helpers.keras_saved import keras_model, save
 
 
 def test_a_run_goes_on_without_its_weights_file(tiny_config, tmp_path):
@@ -20,31 +21,31 @@ def test_a_run_goes_on_without_its_weights_file(tiny_config, tmp_path):
     weights.port(path, "resnet_test", ported)
     network = dataclasses.replace(tiny_config.model, backbone="resnet_test", weights=str(ported), attention="none")
     config = dataclasses.replace(tiny_config, model=network, stages=(StageConfig(epochs=1, train=("head",)),))
-    result = loop.train(config)
+    result = train(config)
     stored = json.loads((result.run_dir / "config.json").read_text())["model"]
     assert stored["preprocess"] == "caffe"
     assert stored["backbone_options"] == {"epsilon": 1.001e-5, "stride_in_3x3": False, "use_bias": True}
     before = weights.read(ported, "resnet_test")[1]
     ported.unlink()
 
-    run = loop.load_run(result.run_dir, "last")
+    run = load_run(result.run_dir, "last")
     assert run.model.preprocess == "caffe"
     assert not run.model.backbone.stride_in_3x3
     kernel = run.variables["params"]["backbone"]["conv1_conv"]["kernel"]
     np.testing.assert_array_equal(kernel, before["params"]["conv1_conv"]["kernel"])
     resumed, _ = load_experiment(str(result.run_dir))
-    assert loop.train(resumed, resume=True).steps == result.steps
+    assert train(resumed, resume=True).steps == result.steps
 
 
 def test_a_run_of_before_the_resolved_fields_is_the_same_run(tiny_config, tmp_path):
     resolved = dataclasses.replace(tiny_config, model=model.resolve(tiny_config.model))
     assert resolved.model.preprocess == "torch"
-    open_run(tmp_path, resolved, resume=False)
+    write_config(tmp_path, resolved)
     stored = json.loads((tmp_path / "config.json").read_text())
     for field in ("preprocess", "backbone_options"):
         del stored["model"][field]
     (tmp_path / "config.json").write_text(json.dumps(stored))
-    open_run(tmp_path, resolved, resume=True)
+    check_folder(tmp_path, resolved, resume=True)
 
 
 def test_a_file_fits_a_backbone_with_attention_at_several_stages(tmp_path):

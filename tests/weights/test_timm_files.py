@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from timm_golden import state_dict
 
 from bmjax import weights
 from bmjax.weights import catalog
+from tests.helpers.timm_golden import state_dict
 
 TAGS = {r.name: r for r in catalog.RECORDS if r.source == "timm"}
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from bmjax.data.sources import images_below
+from bmjax.data.sources.folder import images_below
 
 CLASSES = {
     "ABE": "abnormal eosinophil",

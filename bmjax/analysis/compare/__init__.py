@@ -1,0 +1,1 @@
+"""Attention variants on equal terms: `bmjax compare`."""

@@ -1,0 +1,1 @@
+"""What each kind of part must honour, as named checks: `bmjax check`."""

@@ -1,0 +1,1 @@
+"""Where a classifier looked, and whether its maps can be trusted: `bmjax explain`."""

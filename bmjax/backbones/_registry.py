@@ -1,0 +1,87 @@
+"""Finds backbones by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from types import ModuleType
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from bmjax import registry
+
+
+def _families() -> dict[str, ModuleType]:
+    return {name: module for module in registry.modules("bmjax.backbones").values() for name in module.VARIANTS}
+
+
+def list_backbones() -> list[str]:
+    """Names that `create_backbone` knows, sorted."""
+    return sorted(_families())
+
+
+def family_of(name: str) -> ModuleType:
+    """The module of bmjax/backbones that a backbone is of.
+
+    Raises:
+      ValueError: the name is not known.
+    """
+    families = _families()
+    if name not in families:
+        raise registry.unknown("backbone", name, families)
+    return families[name]
+
+
+def create_backbone(name: str, **options: Any) -> nn.Module:
+    """A backbone by name; options are fields of its module. One of the user's own is `module:Net` or `path.py`.
+
+    Raises:
+      ValueError: the name is not known, or stands for no Flax module with `stages`.
+      TypeError: an option is not a field of the module.
+    """
+    # JSON has no tuples, and a module's fields must hash.
+    fixed = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    if not registry.is_own(name):
+        return family_of(name).VARIANTS[name](**fixed)
+    made_by = registry.load_own("backbone", name, is_module_class, "a Flax module")
+    fields = {field.name for field in dataclasses.fields(made_by)}
+    # A compute type is passed on to those that have the field.
+    backbone = made_by(**{key: value for key, value in fixed.items() if key != "dtype" or key in fields})
+    stages = getattr(backbone, "stages", None)
+    if not isinstance(stages, (tuple, list)) or not stages or not all(isinstance(s, str) for s in stages):
+        raise ValueError(f"backbone {name!r} has stages {stages!r}; expected a tuple of names, first to last")
+    return backbone
+
+
+def is_module_class(value: object) -> bool:
+    """Whether an object is a class of Flax modules."""
+    return inspect.isclass(value) and issubclass(value, nn.Module)
+
+
+def default_preprocess(name: str) -> str:
+    """The mode of bmjax.weights.preprocess of a backbone without weights; `raw` for one of the user's own."""
+    return "raw" if registry.is_own(name) else family_of(name).PREPROCESS
+
+
+@functools.lru_cache(maxsize=8)
+def stage_of_layers(backbone: nn.Module) -> dict[str, str]:
+    """The stage of each layer with parameters: the first that is reached after it; of a top's, the last stage."""
+    stages: dict[str, str] = {}
+
+    def trace() -> None:
+        def run(module: Any, x: jax.Array) -> None:
+            def tap(stage: str, x: jax.Array) -> jax.Array:
+                stages.update(dict.fromkeys(module.variables["params"].keys() - stages.keys(), stage))
+                return x
+
+            module(x, tap=tap)
+            stages.update(dict.fromkeys(module.variables["params"].keys() - stages.keys(), module.stages[-1]))
+
+        nn.init(run, backbone)(jax.random.key(0), jnp.zeros((1, 128, 128, 3)))
+
+    jax.eval_shape(trace)
+    return stages

@@ -1,0 +1,80 @@
+"""The command line: one module a verb, each adds its parser and says what runs. jax is imported by verbs that compute.
+
+Exit status: 0 done; 1 a check or a claim failed; 2 wrong input, one line on standard error; 130 Ctrl-C; 143 SIGTERM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from bmjax import environment
+from bmjax.cli import attention, compare, completion, data, doctor, explain, names, predict, show, train, weights
+from bmjax.cli.configured import help_asked, print_fields
+from bmjax.config.experiment import load_experiment
+from bmjax.training.signals import Interrupted, Signals
+
+VERBS = (train, compare, show, predict, names, weights, attention, explain, data, doctor, completion)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser with all verbs."""
+    parser = argparse.ArgumentParser(prog="bmjax", description="Classify bone-marrow cells with attention, in JAX.")
+    parser.add_argument("--version", action="version", version=environment.version())
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    for module in VERBS:
+        module.add_parser(verbs)
+    for p in [parser, *verbs.choices.values()]:
+        p.add_argument(
+            "-v", "--verbose", action="store_true", default=argparse.SUPPRESS, help="say more, on errors too"
+        )
+        p.add_argument("--quiet", action="store_true", default=argparse.SUPPRESS, help="say only what went wrong")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns the exit status."""
+    parser = make_parser()
+    options, rest = parser.parse_known_args(arguments)
+    _set_logging(options)
+    options.top = parser
+    configured = getattr(options, "configured", False)
+    asked = help_asked(rest) if configured else None
+    if asked == "" or (asked is not None and options.experiment is None):
+        options.parser.print_help()
+        return 0
+    if configured and options.experiment is None:
+        options.parser.error(f"expected an experiment, as in: bmjax {options.verb} experiments/quickstart.py")
+    if rest and not (configured or getattr(options, "takes_fields", False)):
+        parser.error(f"{options.verb}: unrecognized arguments: {' '.join(rest)}")
+    verbose = getattr(options, "verbose", False) or bool(os.environ.get("BMJAX_DEBUG"))
+    with Signals():
+        try:
+            if asked:
+                print_fields(asked, load_experiment(str(options.experiment))[0])
+                return 0
+            return options.run(options, rest)
+        except BrokenPipeError:  # who reads has seen enough, as `head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except Interrupted as e:
+            return e.code
+        except KeyboardInterrupt:
+            return 130
+        except (ValueError, OSError, FloatingPointError) as e:
+            if verbose:
+                raise
+            print(f"bmjax: {e}", file=sys.stderr)
+            return 2
+
+
+def _set_logging(options: argparse.Namespace) -> None:
+    level = logging.DEBUG if getattr(options, "verbose", False) else logging.INFO
+    level = logging.WARNING if getattr(options, "quiet", False) else level
+    logging.basicConfig(level=max(level, logging.INFO), format="%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("bmjax").setLevel(level)
+    for noisy in ("absl", "jax", "orbax", "grain"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -1,0 +1,21 @@
+"""What several verbs print."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def metrics_line(split: str, m: dict[str, Any]) -> str:
+    """n, accuracy and macro F1 of a split, with their intervals."""
+    from bmjax.runs.records import interval_text
+
+    return f"{split}: n {m['n']}, accuracy {interval_text(m, 'accuracy')}, macro F1 {interval_text(m, 'macro_f1')}"
+
+
+def print_confusion(confusion: list[list[int]], classes: Sequence[str]) -> None:
+    """The confusion matrix as text, rows the true class."""
+    width = max(5, *(len(c) + 1 for c in classes))
+    print("".rjust(width) + "".join(c.rjust(width) for c in classes) + "   (rows: true, columns: predicted)")
+    for name, row in zip(classes, confusion, strict=True):
+        print(name.rjust(width) + "".join(str(v).rjust(width) for v in row))

@@ -1,0 +1,95 @@
+"""Checks of a configuration's fields, made when a dataclass is built."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import typing
+from typing import Any, Literal
+
+import pydantic
+
+from bmjax.registry import is_own, name_of, unknown
+
+
+def check(condition: bool, field: str, value: object, expected: str) -> None:
+    """Raises a ValueError that names the field, its value and what was expected, unless the condition holds."""
+    if not condition:
+        raise ValueError(f"config field {field!r} is {value!r}; expected {expected}")
+
+
+@functools.cache
+def _fields(cls: type) -> dict[str, tuple[pydantic.TypeAdapter, Any]]:
+    strict = pydantic.ConfigDict(strict=True, allow_inf_nan=False)
+    found = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        inner = any(dataclasses.is_dataclass(t) for t in (hint, *typing.get_args(hint)))
+        found[name] = (pydantic.TypeAdapter(hint, config=None if inner else strict), hint)
+    return found
+
+
+def _described(hint: Any) -> str:
+    """A type in words: what a user would write."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    words = {int: "a whole number", float: "a number", str: "text", bool: "True or False", type(None): "None"}
+    if hint in words:
+        return words[hint]
+    if origin is Literal:
+        return f"one of {', '.join(map(repr, args))}"
+    if origin is tuple:
+        inner = args[0] if len(args) == 2 and args[1] is Ellipsis else args
+        described = _described(inner) if not isinstance(inner, tuple) else ", ".join(map(_described, inner))
+        return f"a tuple, each {described}; one alone has a comma after it, as in (x,)"
+    if origin is dict or hint is dict:
+        return "a dict with names as keys"
+    if args:
+        return " or ".join(map(_described, args))
+    return f"a {getattr(hint, '__name__', hint)}"
+
+
+def check_types(config: Any, prefix: str = "") -> None:
+    """Holds every field of a dataclass to its annotation; a list where a tuple is expected becomes one.
+
+    Raises:
+      ValueError: names the field, its value and what was expected, with the nearest choice.
+    """
+    for name, (adapter, hint) in _fields(type(config)).items():
+        value, field = getattr(config, name), f"{prefix}{name}"
+        if isinstance(value, list) and typing.get_origin(hint) is tuple:
+            value = tuple(value)
+            object.__setattr__(config, name, value)
+        try:
+            adapter.validate_python(value, strict=True)
+        except pydantic.ValidationError:
+            choices = [a for a in typing.get_args(hint) if isinstance(a, str)] if isinstance(value, str) else []
+            close = difflib.get_close_matches(str(value), choices, n=1)
+            hint_text = f"; did you mean {close[0]!r}?" if close else ""
+            check(False, field, value, _described(hint) + hint_text)
+
+
+def check_part(config: Any, name: str, field: str, known: typing.Iterable[str] | None) -> None:
+    """Turns a part given as an object into its name, and holds a name to the built-in ones or to the form of one's own.
+
+    Raises:
+      ValueError: neither; names the nearest.
+    """
+    given = getattr(config, name)
+    value = name_of(f"config field {field!r}:", given)
+    if value is not given:
+        object.__setattr__(config, name, value)
+    if known is not None and value not in (choices := list(known)) and not is_own(value):
+        error = unknown(f"{field.rsplit('.', 1)[-1]}", value, choices)
+        raise ValueError(f"config field {field!r} is {value!r}: {error}, or one of yours: 'module:name', 'path.py'")
+
+
+def check_parts(config: Any, name: str, field: str) -> None:
+    """As `check_part`, of a tuple of parts of one's own."""
+    given = getattr(config, name)
+    if not isinstance(given, (tuple, list)):
+        given = (given,) if callable(given) else given
+    if isinstance(given, (tuple, list)):
+        names = tuple(name_of(f"config field {field!r}:", part) if callable(part) else part for part in given)
+        object.__setattr__(config, name, names)
+        odd = [part for part in names if isinstance(part, str) and not is_own(part)]
+        check(not odd, field, odd, "'module:name' or 'path.py', or the function itself")

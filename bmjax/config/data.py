@@ -1,0 +1,132 @@
+"""Where the cells come from, how they are split, and how training images are changed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+from bmjax.config.checks import check, check_part, check_parts, check_types
+
+SOURCES = ("synthetic", "folder", "table", "archive", "tfds", "huggingface", "arrays")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where the cells come from and how they are split."""
+
+    source: str = "synthetic"
+    """What `root` is. `folder`: one folder of images per class. `table`: a CSV or parquet file of path, label, and
+    where known split and group. `archive`: a zip or tar of such a folder. `tfds`: what `bmjax data build` made.
+    `huggingface`: what `datasets` saved to disk. `synthetic`: nothing; cells are rendered. `arrays`: images given from
+    Python, `bmjax.train(config, data=...)`. One of yours, `module:name` or `path.py`: a function of `root` that gives a
+    bmjax.Listing."""
+    root: str = ""
+    """The folder or file with the images (all sources but `synthetic`)."""
+    image_size: int = 224
+    """Images are resized to image_size x image_size pixels once, when the cache is built."""
+    split: tuple[float, float, float] = (0.7, 0.15, 0.15)
+    """Shares of train, validation and test."""
+    split_seed: int = 0
+    """Seed of the split, apart from the run's seed, so that runs over seeds share one split."""
+    split_by: Literal["image", "group", "block"] = "image"
+    """What stays on one side: copies of an `image`; a `group` of the source (patient, slide); a `block` of images of
+    one class with neighbouring file numbers, which often are of one slide. Copies stay together in each."""
+    block_size: int = 100
+    """File numbers to a block."""
+    stratify: bool = False
+    """Each class has its exact shares, where by default it has them up to chance. Added files then move a few others
+    unless `manifest` holds them."""
+    folds: int = 0
+    """Cross-validation: the number of folds, of which `fold` is the test split and `split`'s first two shares divide
+    the rest; 0: none. Repeats are further values of `split_seed`."""
+    fold: int = 0
+    """The fold that is the test split, from 0."""
+    duplicates: str = ""
+    """A CSV of path and group: images of one group are near duplicates and stay on one side."""
+    manifest: str = ""
+    """The split.csv of an earlier run: what it names keeps its side; only other images are assigned."""
+    stain: Literal["none", "reinhard", "macenko"] = "none"
+    """Normalisation of every image's stain, when it is read."""
+    stain_reference: tuple[float, ...] = ()
+    """What to normalise to, 6 numbers for `reinhard` or 8 for `macenko`, as `bmjax data stain FOLDER` prints them;
+    empty: those of the marrow collection."""
+    strict: bool = False
+    """An unreadable image is an error instead of a line in the summary."""
+    cache_dir: str = ""
+    """Folder of the decoded-image cache; empty: the user's cache folder (BMJAX_CACHE or ~/.cache/bmjax)."""
+    synthetic_per_class: int = 100
+    """Cells rendered per class (source `synthetic`)."""
+
+    def __post_init__(self) -> None:
+        check_part(self, "source", "data.source", SOURCES)
+        check_types(self, "data.")
+        check(self.image_size >= 16, "data.image_size", self.image_size, "at least 16 pixels")
+        ok = len(self.split) == 3 and all(s > 0 for s in self.split)
+        check(
+            ok and math.isclose(sum(self.split), 1.0, abs_tol=1e-6), "data.split", self.split, "three shares > 0, sum 1"
+        )
+        check(self.block_size >= 1, "data.block_size", self.block_size, "at least 1")
+        check(self.folds == 0 or self.folds >= 2, "data.folds", self.folds, "0 or at least 2")
+        check(0 <= self.fold < max(self.folds, 1), "data.fold", self.fold, f"0 to {max(self.folds, 1) - 1}")
+        numbers = {"none": 0, "reinhard": 6, "macenko": 8}[self.stain]
+        expected = f"{numbers} numbers for stain {self.stain!r}, or none"
+        ok = len(self.stain_reference) in (0, numbers)
+        check(ok, "data.stain_reference", self.stain_reference, expected)
+        check(self.synthetic_per_class >= 2, "data.synthetic_per_class", self.synthetic_per_class, "at least 2")
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentConfig:
+    """Random changes of the training images, on the device; zero or False switches one off."""
+
+    flip: bool = True
+    """Mirror left-right and up-down, each with probability one half."""
+    right_angles: bool = True
+    """Rotate by 0, 90, 180 or 270 degrees, equally likely."""
+    rotate: float = 0.0
+    """Free rotation, uniform in +- this many degrees."""
+    shift: float = 0.0
+    """Shift, uniform in +- this share of the side."""
+    zoom: float = 0.0
+    """Zoom factor, uniform in 1 +- this."""
+    brightness: float = 0.0
+    """Added brightness, uniform in +- this share of 255."""
+    contrast: float = 0.0
+    """Contrast factor about the image mean, uniform in 1 +- this."""
+    hue: float = 0.0
+    """Hue rotation, uniform in +- this share of the full circle."""
+    hed: float = 0.0
+    """Stain jitter: the amounts of haematoxylin, eosin and DAB times 1 +- this, plus +- this optical
+    density."""
+    policy: Literal["none", "randaugment", "trivialaugment"] = "none"
+    """Random operations, before all others. `randaugment`: `policy_operations` of them at `policy_magnitude`;
+    `trivialaugment`: one, at any strength."""
+    policy_operations: int = 2
+    """randaugment: operations in a row."""
+    policy_magnitude: int = 9
+    """randaugment: strength, 0..30."""
+    erase: float = 0.0
+    """Random erasing: the probability that a rectangle is filled with noise."""
+    mixup: float = 0.0
+    """alpha of mixup: images and labels are mixed with others' of the batch, shares drawn from Beta(alpha, alpha)."""
+    cutmix: float = 0.0
+    """alpha of cutmix, as mixup's; with both, each image is mixed by one of them, half and half."""
+    extra: tuple[str, ...] = ()
+    """Augmentations of yours, after all others: `module:name` or `path.py` of a pure function of (image [h, w, 3],
+    key) that gives an image of that shape."""
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images are mixed with others of the batch."""
+        return bool(self.mixup or self.cutmix)
+
+    def __post_init__(self) -> None:
+        check_parts(self, "extra", "augment.extra")
+        check_types(self, "augment.")
+        for name in ("rotate", "shift", "zoom", "brightness", "contrast", "hue", "hed", "erase", "mixup", "cutmix"):
+            check(getattr(self, name) >= 0, f"augment.{name}", getattr(self, name), "a number >= 0")
+        check(self.erase <= 1, "augment.erase", self.erase, "a probability, 0..1")
+        check(self.policy_operations >= 1, "augment.policy_operations", self.policy_operations, "at least 1")
+        check(0 <= self.policy_magnitude <= 30, "augment.policy_magnitude", self.policy_magnitude, "0..30")
+        check(self.zoom < 1, "augment.zoom", self.zoom, "a number < 1")

@@ -1,0 +1,68 @@
+"""Experiments: one Python file or a run's config.json, with fields overridden by their dotted names."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from types import ModuleType
+
+from bmjax.config.base import Config, from_json
+from bmjax.config.override import changed
+from bmjax.registry import explain_error, import_file
+
+
+def load_experiment(path: str) -> tuple[Config, ModuleType | None]:
+    """The Config of an experiment file (its `config()`), of a config.json, or of a run's folder; and the file's module.
+
+    The experiment's folder and the current one become importable, so that an experiment may say `from common import X`.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: the file has an error, named with its line, or no `config()` that returns a Config.
+    """
+    file = Path(path)
+    if (file / "config.json").is_file():
+        return dataclasses.replace(from_json((file / "config.json").read_text()), run_dir=str(file)), None
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such experiment; expected a Python file with config(), a config.json, or a run's folder"
+        )
+    if file.suffix == ".json":
+        return from_json(file.read_text()), None
+    if file.suffix != ".py":
+        raise ValueError(f"{path}: expected a file ending in .py or .json")
+    for folder in (str(file.resolve().parent), str(Path.cwd())):
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
+    module = import_file(file)
+    try:
+        config = module.config() if hasattr(module, "config") else None
+    except Exception as e:
+        raise ValueError(explain_error(e, file)) from e
+    if not isinstance(config, Config):
+        found = f"gives {config!r}" if hasattr(module, "config") else "is not there"
+        raise ValueError(f"{path}: config() {found}; expected one that returns a bmjax.Config")
+    return config, module
+
+
+def sweep(config: Config, module: ModuleType | None, path: str) -> list[Config]:
+    """A configuration for each of the overrides that the experiment's `sweep()` yields.
+
+    Each has a name and a folder of its own: the run's name followed by what was changed, unless the override names it.
+
+    Raises:
+      ValueError: there is no sweep(), or two of its runs have the same name.
+    """
+    if module is None or not hasattr(module, "sweep"):
+        raise ValueError(f"{path}: has no sweep(); expected one that yields overrides, such as {{'optim.lr': 0.1}}")
+    configs = []
+    for changes in module.sweep():
+        words = [f"{key.rsplit('.', 1)[-1]}={value}" for key, value in changes.items()]
+        name = changes.get("name", "-".join([config.name, *words]).replace("/", "_").replace(" ", ""))
+        run_dir = f"{config.run_dir}/{name}" if config.run_dir else ""
+        configs.append(changed(config, {"run_dir": run_dir} | changes | {"name": name}))
+    names = [c.name for c in configs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{path}: sweep() gives two runs of the same name: {', '.join(names)}")
+    return configs

@@ -1,0 +1,135 @@
+"""Fields of a configuration set by their dotted names, on the command line or from Python."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import json
+import textwrap
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+import tyro
+
+from bmjax.config.base import Config, from_json, to_json
+from bmjax.registry import unknown
+
+# A dataclass that may also be given by the name of a part of one's own, and the field that takes the name.
+_BY_NAME = {"model.head": "model.head.name"}
+_WORDS = {"none": "None", "null": "None", "true": "True", "false": "False"}
+
+
+def field_types(cls: type, prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> type of every field below a dataclass; a tuple of dataclasses stands without its index."""
+    found: dict[str, Any] = {}
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        hint, name = hints[field.name], prefix + field.name
+        inner = next((t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t)), None)
+        if isinstance(inner, type):
+            found |= field_types(inner, f"{name}.")
+        else:
+            found[name] = hint
+    return found
+
+
+def field_docs(cls: type, prefix: str = "") -> dict[str, str]:
+    """Dotted name -> the text below the field in its class, of every field below a dataclass."""
+    found: dict[str, str] = {}
+    hints = typing.get_type_hints(cls)
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    for node, after in itertools.zip_longest(body.body, body.body[1:]):
+        if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
+            continue
+        hint = hints[node.target.id]
+        inner = next((t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t)), None)
+        if isinstance(inner, type):
+            found |= field_docs(inner, f"{prefix}{node.target.id}.")
+        elif isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            found[prefix + node.target.id] = str(after.value.value)
+    return found
+
+
+def _spoken(arguments: Sequence[str]) -> list[str]:
+    """Arguments with `none`, `true` and `false` as Python writes them, where the field takes such values."""
+    hints, words = field_types(Config), list(arguments)
+    for i, word in enumerate(words):
+        if not word.startswith("--"):
+            continue
+        flag, equals, value = word[2:].partition("=")
+        if (field := _BY_NAME.get(flag)) is not None:
+            words[i], flag = f"--{field}{equals}{value}", field
+        name = ".".join(p for p in flag.replace("-", "_").split(".") if not p.isdigit())
+        hint = hints.get(name)
+        options = set(typing.get_args(hint)) if isinstance(hint, types.UnionType) else {hint}
+        known = {"None"} if types.NoneType in options else set()
+        known |= {"True", "False"} if bool in options else set()
+        at = i if equals else i + 1
+        if not equals and at < len(words):
+            value = words[at]
+        spoken = _WORDS.get(value.lower())
+        if spoken is not None and spoken in known:
+            words[at] = f"--{flag}={spoken}" if equals else spoken
+    return words
+
+
+def override(config: Config, arguments: Sequence[str], prog: str) -> Config:
+    """The configuration with fields set by their dotted names: `--optim.lr 0.1 --stages.0.epochs 5`.
+
+    Types are checked; an unknown or wrong argument exits with status 2 and a suggestion. A dict is given as JSON.
+
+    Raises:
+      ValueError: a value is out of range.
+    """
+    import tyro
+
+    registry = tyro.constructors.ConstructorRegistry()
+
+    def parse(words: list[str]) -> dict[str, Any]:
+        value = json.loads(words[0])
+        if not isinstance(value, dict):
+            raise ValueError(f"{words[0]!r} is no JSON object")
+        return value
+
+    @registry.primitive_rule
+    def _(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+        if typing.get_origin(info.type) is not dict:
+            return None
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="JSON",
+            instance_from_str=parse,
+            is_instance=lambda value: isinstance(value, dict),
+            str_from_instance=lambda value: [json.dumps(value)],
+        )
+
+    # Every field is a plain flag: no sub-commands for optional values, no True/False pairs of flags.
+    flags = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
+    return tyro.cli(Config, default=config, args=_spoken(arguments), prog=prog, config=flags, registry=registry)
+
+
+def changed(config: Config, changes: dict[str, Any]) -> Config:
+    """The configuration with fields set by their dotted names: {"optim.lr": 0.1, "stages.0.epochs": 5}.
+
+    Raises:
+      ValueError: no such field, or a value of the wrong type or out of range; names it.
+    """
+    tree: Any = json.loads(to_json(config))
+    for name, value in changes.items():
+        name = _BY_NAME.get(name, name) if isinstance(value, str) else name
+        holder: Any = None
+        key: Any = None
+        node: Any = tree
+        for part in name.split("."):
+            known = [str(i) for i in range(len(node))] if isinstance(node, list) else list(node)
+            if part not in known:
+                raise unknown(f"part of {name!r}:", part, known)
+            holder, key = node, int(part) if isinstance(node, list) else part
+            node = holder[key] if isinstance(holder[key], (dict, list)) else {}
+        holder[key] = value
+    return from_json(json.dumps(tree))

@@ -1,0 +1,252 @@
+"""The optimizer, the stages, the loop, cached features and tracking."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from bmjax.config.checks import check, check_part, check_parts, check_types
+from bmjax.registry import label_of, unknown
+
+BatchNormMode = Literal["auto", "train", "stats_frozen", "frozen"]
+
+PARTS = ("backbone", "attention", "head")
+OPTIMIZERS = ("adagrad", "adadelta", "adamax", "rmsprop", "sgd", "adam", "adamw")
+LOSSES = ("cross_entropy",)
+MONITORS = ("accuracy", "macro_f1", "balanced_accuracy", "loss", "ece")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning rate over the steps of one stage."""
+
+    kind: Literal["constant", "cosine", "step", "plateau"] = "constant"
+    warmup_epochs: float = 0.0
+    """Linear warm-up from zero."""
+    final: float = 0.0
+    """cosine: the share of the peak rate reached at the end."""
+    step_epochs: float = 10.0
+    """step: epochs between two drops."""
+    factor: float = 0.1
+    """step and plateau: what the rate is multiplied by at a drop."""
+    patience: int = 3
+    """plateau: epochs of validation loss without improvement before a drop."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "optim.schedule.")
+        check(self.warmup_epochs >= 0, "optim.schedule.warmup_epochs", self.warmup_epochs, ">= 0")
+        check(self.step_epochs > 0, "optim.schedule.step_epochs", self.step_epochs, "> 0")
+        check(0 < self.factor <= 1, "optim.schedule.factor", self.factor, "in 0..1, 0 excluded")
+        check(0 <= self.final <= 1, "optim.schedule.final", self.final, "in 0..1")
+        check(self.patience >= 1, "optim.schedule.patience", self.patience, ">= 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """The optimizer. Unset numbers (None) come from the preset."""
+
+    name: str = "adamax"
+    """One of the built-in ones (`bmjax list optimizers`); `optax:NAME`, any of optax; or one of yours, `module:name` or
+    `path.py`: a function of (learning_rate, **options) that gives an optax.GradientTransformation."""
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Further arguments of an optimizer of optax or yours."""
+    preset: Literal["keras", "tuned"] = "tuned"
+    """`keras`: Keras 3's defaults. `tuned`: rates that put the optimizers on a comparable footing (ours)."""
+    lr: float | None = None
+    """Peak learning rate."""
+    momentum: float | None = None
+    """sgd and rmsprop."""
+    nesterov: bool | None = None
+    """sgd."""
+    weight_decay: float = 0.0
+    """Decoupled decay, times the learning rate; skips biases, norms and every one-dimensional leaf."""
+    clip_norm: float | None = None
+    """Clips the global norm of the gradient."""
+    layer_decay: float = 1.0
+    """Learning-rate multiplier by depth: each stage of the backbone below the last gets another factor."""
+    schedule: ScheduleConfig = ScheduleConfig()
+
+    def __post_init__(self) -> None:
+        check_part(self, "name", "optim.name", OPTIMIZERS)
+        check_types(self, "optim.")
+        check(self.lr is None or self.lr > 0, "optim.lr", self.lr, "> 0 or none")
+        check(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, ">= 0")
+        check(self.clip_norm is None or self.clip_norm > 0, "optim.clip_norm", self.clip_norm, "> 0 or none")
+        check(0 < self.layer_decay <= 1, "optim.layer_decay", self.layer_decay, "in 0..1, 0 excluded")
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchNormConfig:
+    """Batch-norm mode of each part.
+
+    `train`: batch statistics, running ones updated. `stats_frozen`: stored statistics, not updated; scale and
+    bias still train. `frozen`: stored statistics, nothing trains. `auto` (in a stage only): `train` where the part
+    trains, else `frozen`, as in Keras.
+    """
+
+    backbone: BatchNormMode = "train"
+    attention: BatchNormMode = "train"
+    head: BatchNormMode = "train"
+
+    def __post_init__(self) -> None:
+        check_types(self, "stages.batch_norm.")
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """A stretch of training: which parts train, for how long, at what share of the rate."""
+
+    epochs: int = 10
+    train: tuple[Literal["backbone", "attention", "head"], ...] = PARTS  # type: ignore[assignment]
+    """Parts whose parameters train; only these are differentiated."""
+    lr_scale: float = 1.0
+    """Multiplies the optimizer's peak learning rate in this stage."""
+    batch_norm: BatchNormConfig = BatchNormConfig(backbone="auto", attention="auto", head="auto")
+
+    def resolved_batch_norm(self) -> BatchNormConfig:
+        """The modes with `auto` decided: `train` where the part trains, else `frozen`."""
+
+        def mode(part: str) -> BatchNormMode:
+            chosen: BatchNormMode = getattr(self.batch_norm, part)
+            if chosen != "auto":
+                return chosen
+            return "train" if part in self.train else "frozen"
+
+        return BatchNormConfig(mode("backbone"), mode("attention"), mode("head"))
+
+    def __post_init__(self) -> None:
+        check_types(self, "stages.")
+        check(self.epochs >= 1, "stages.epochs", self.epochs, "at least 1")
+        check(len(self.train) > 0, "stages.train", self.train, "at least one part")
+        check(self.lr_scale > 0, "stages.lr_scale", self.lr_scale, "> 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    batch_size: int = 32
+    """Global batch size, over all devices and hosts."""
+    eval_batch_size: int = 64
+    accumulate: int = 1
+    """Micro-batches per update; divides batch_size. Batch-norm sees micro-batches."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """Compute type; parameters stay float32 (float64 is for proofs and needs JAX_ENABLE_X64)."""
+    parallel: Literal["jit", "pmap"] = "jit"
+    devices: int | None = None
+    """Number of devices; none: all."""
+    loss: str = "cross_entropy"
+    """`cross_entropy`, as the fields below say; or one of yours, `module:name` or `path.py`: make(counts [k],
+    **options) gives loss(logits [b, k], labels int [b]) -> [b]."""
+    loss_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Options of a loss of yours."""
+    metrics: tuple[str, ...] = ()
+    """Figures of yours, computed wherever the built-in ones are: `module:name` or `path.py` of a function of
+    (labels int [n], probs [n, k]) that gives a number."""
+    label_smoothing: float = 0.0
+    sampling: Literal["uniform", "balanced"] = "uniform"
+    """`balanced`: every class is drawn equally often, each of its images once before one comes again. An epoch has as
+    many steps as ever."""
+    class_weights: Literal["none", "balanced", "effective"] = "none"
+    """`balanced`: each class's loss weighs n / (k * n_class). `effective`: by its effective number of images."""
+    effective_beta: float = 0.999
+    """For class_weights `effective`: 0 weighs classes alike, near 1 as `balanced` does."""
+    logit_adjustment: float = 0.0
+    """tau: adds tau * log(share of the class) to the logits in training; 1 aims at balanced accuracy, 0 is off."""
+    focal_gamma: float = 0.0
+    """Focal loss: each image's loss times (1 - p)^gamma, p the probability of its class; 0 is off."""
+    ema_decay: float | None = None
+    """Exponential moving average of parameters and statistics together; evaluated and kept if set."""
+    checkpoint_epochs: int = 1
+    """Epochs between `last` checkpoints."""
+    checkpoint_steps: int | None = None
+    """Also every so many steps."""
+    train_eval_epochs: int = 1
+    """Epochs between evaluations of the train split in eval mode; 0: only at the end."""
+    monitor: str = "accuracy"
+    """Validation figure that picks the best checkpoint and drives early stopping: a built-in one (accuracy, macro_f1,
+    balanced_accuracy, loss, ece) or one of `metrics`, by its short name. The largest is the best; the smallest after a
+    minus sign, as in `-loss` (and of `loss` and `ece` in any case)."""
+    early_stop_epochs: int | None = None
+    """Stop after so many epochs without improvement of `monitor`; none: never."""
+    final_test: bool = False
+    """Open the test split once, at the end, with the best checkpoint."""
+    workers: int = 2
+    """Threads that read ahead."""
+
+    def __post_init__(self) -> None:
+        check_part(self, "loss", "train.loss", LOSSES)
+        check_parts(self, "metrics", "train.metrics")
+        check_types(self, "train.")
+        check(self.batch_size >= 1, "train.batch_size", self.batch_size, ">= 1")
+        check(self.eval_batch_size >= 1, "train.eval_batch_size", self.eval_batch_size, ">= 1")
+        ok = self.accumulate >= 1 and self.batch_size % self.accumulate == 0
+        check(ok, "train.accumulate", self.accumulate, f"a divisor of batch_size ({self.batch_size})")
+        check(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "in 0..1, 1 excluded")
+        check(0 <= self.effective_beta < 1, "train.effective_beta", self.effective_beta, "in 0..1, 1 excluded")
+        check(self.logit_adjustment >= 0, "train.logit_adjustment", self.logit_adjustment, ">= 0")
+        check(self.focal_gamma >= 0, "train.focal_gamma", self.focal_gamma, ">= 0")
+        corrections = {
+            "sampling": self.sampling != "uniform",
+            "class_weights": self.class_weights != "none",
+            "logit_adjustment": self.logit_adjustment > 0,
+        }
+        several = [name for name, is_set in corrections.items() if is_set]
+        expected = "one correction of class frequencies; two would correct twice"
+        check(len(several) < 2, "train", " and ".join(several), expected)
+        own = self.loss != "cross_entropy"
+        check(own or not self.loss_options, "train.loss_options", self.loss_options, "{} for cross_entropy")
+        used = self.label_smoothing or self.focal_gamma or self.class_weights != "none" or self.logit_adjustment
+        check(not (own and used), "train.loss", self.loss, "cross_entropy, for its own fields are set beside it")
+        monitored = self.monitor.removeprefix("-")
+        known = (*MONITORS, *map(label_of, self.metrics))
+        if monitored not in known:
+            raise ValueError(f"config field 'train.monitor' is {self.monitor!r}: {unknown('figure', monitored, known)}")
+        check(self.ema_decay is None or 0 < self.ema_decay < 1, "train.ema_decay", self.ema_decay, "in 0..1 or none")
+        check(self.checkpoint_epochs >= 1, "train.checkpoint_epochs", self.checkpoint_epochs, ">= 1")
+        check(
+            self.checkpoint_steps is None or self.checkpoint_steps >= 1,
+            "train.checkpoint_steps",
+            self.checkpoint_steps,
+            ">= 1",
+        )
+        check(self.train_eval_epochs >= 0, "train.train_eval_epochs", self.train_eval_epochs, ">= 0")
+        check(self.devices is None or self.devices >= 1, "train.devices", self.devices, ">= 1 or none")
+        check(
+            self.early_stop_epochs is None or self.early_stop_epochs >= 1,
+            "train.early_stop_epochs",
+            self.early_stop_epochs,
+            ">= 1",
+        )
+        check(self.workers >= 1, "train.workers", self.workers, ">= 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class FeaturesConfig:
+    """Training on a frozen backbone's feature maps, computed once and kept on disk."""
+
+    cached: bool = False
+    """Train attention and head on the cached maps; the backbone must be frozen in every stage."""
+    views: int = 0
+    """Augmented views of each training image, of which each step draws one; 0: the image as it is."""
+    seed: int = 0
+    """Seed of the views, apart from the run's seed, so that runs over seeds share them."""
+
+    def __post_init__(self) -> None:
+        check_types(self, "features.")
+        check(self.views >= 0, "features.views", self.views, ">= 0")
+        check(0 <= self.seed < 2**31, "features.seed", self.seed, "0..2**31-1")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrackingConfig:
+    """Weights & Biases; the JSONL record on disk is always kept."""
+
+    wandb: Literal["off", "auto", "online", "offline"] = "off"
+    """`auto`: online with a key and a network, else offline with a word on how to sync."""
+    project: str = "bmjax"
+    group: str = ""
+    tags: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_types(self, "tracking.")

@@ -1,0 +1,22 @@
+"""The fast path for CPUs: C++ kernels and formulations that measured fastest. Nothing imports it but `layers.dispatch`.
+
+The folder can be deleted: everything works without it, and gives the same numbers but for rounding.
+"""
+
+from bmjax.cpu import build, convolution, dense_block, norm, pool
+
+REPLACEMENTS = {
+    f.__name__: f
+    for f in (
+        build.prepare,
+        build.described,
+        convolution.fits_loop,
+        convolution.convolution,
+        convolution.dilated_convolution,
+        norm.batch_statistics,
+        norm.affine,
+        pool.max_pool_in_pixels,
+        dense_block.dense_layers,
+    )
+}
+"""By the name of the operation in bmjax/layers that each computes."""

@@ -1,0 +1,1 @@
+"""Images: decoding, the cache of decoded ones, stain, and what is wrong with files."""

@@ -1,0 +1,159 @@
+"""The cache of decoded images: a memory-mapped uint8 array, decoded once, keyed by what the data are.
+
+Written under another name and renamed when complete, so a kill never leaves half a cache that is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from bmjax.config.data import DataConfig
+from bmjax.data.dataset import Dataset
+from bmjax.data.images.decode import decode_images
+from bmjax.data.images.stain import METHODS, normalised
+from bmjax.data.sources.listing import Listing, read_each
+from bmjax.files import remove_leftovers
+
+log = logging.getLogger(__name__)
+VERSION = 2  # of decoding, resizing and the cache's layout; a change makes every cache anew
+Errors = dict[int, str]
+
+
+def fingerprint(entries: Sequence[tuple[str, str, int]], image_size: int, stain: Sequence[object] = ()) -> str:
+    """sha256 over (path, content hash, label) of every image in order, the image size, the version of decoding, and the
+    stain's normalisation where there is one."""
+    return hashlib.sha256(json.dumps([VERSION, image_size, entries, *stain]).encode()).hexdigest()
+
+
+def hash_images(listing: Listing) -> list[str]:
+    """sha256 of each file's bytes, by threads; "" where they can't be read, which decoding will name."""
+    return read_each(listing, lambda data: hashlib.sha256(data).hexdigest(), "")
+
+
+def stained(source: Iterable[np.ndarray | str], config: DataConfig) -> Iterable[np.ndarray | str]:
+    """Images uint8 [h, w, 3], or reasons why there is none, with the stain normalised as configured."""
+    return source if config.stain == "none" else normalised(source, config.stain, config.stain_reference)
+
+
+def listed_dataset(listing: Listing, config: DataConfig, cache_dir: Path, *, progress: bool = True) -> Dataset:
+    """The images of a listing, from the cache or decoded into it, as `config` says.
+
+    Unreadable images are left out, and named in one warning and in `skipped`. Files are hashed at every call, so a
+    changed file is never taken for its old self.
+
+    Raises:
+      ValueError: with `config.strict`, for unreadable images; always for a class all of whose images are unreadable.
+    """
+    digests = hash_images(listing)
+    entries = list(zip(listing.ids, digests, listing.labels.tolist(), strict=True))
+    stain = () if config.stain == "none" else (config.stain, config.stain_reference or METHODS[config.stain].reference)
+    key = fingerprint(entries, config.image_size, stain)
+    source = stained(decode_images(listing.read, len(listing), config.image_size), config)
+    images, errors = cached(cache_dir, key, len(entries), config.image_size, source, progress)
+    if errors:
+        lines = "\n".join(f"  {os.path.join(listing.origin, listing.ids[i])}: {why}" for i, why in errors.items())
+        message = f"{listing.origin}: {len(errors)} of {len(entries)} images can't be read:\n{lines}"
+        if config.strict:
+            raise ValueError(f"{message}\nexpected none, since data.strict is set")
+        log.warning("%s\nThey are skipped.", message)
+    kept = np.array([i for i in range(len(entries)) if i not in errors], np.int64)
+    labels = listing.labels[kept]
+    for label, name in enumerate(listing.classes):
+        if not (labels == label).any():
+            where = os.path.join(listing.origin, name)
+            raise ValueError(f"{where}: none of its images can be read; expected at least one")
+    return Dataset(
+        name=listing.name or Path(listing.origin).resolve().name,
+        classes=listing.classes,
+        images=images,
+        labels=labels,
+        ids=tuple(listing.ids[i] for i in kept),
+        hashes=tuple(digests[i] for i in kept),
+        fingerprint=key,
+        skipped=tuple((listing.ids[i], reason) for i, reason in errors.items()),
+        groups=tuple(listing.groups[i] for i in kept) if listing.groups else (),
+        sides=tuple(listing.sides[i] for i in kept) if listing.sides else (),
+    )
+
+
+def cached(
+    cache_dir: Path, key: str, n: int, size: int, source: Iterable[np.ndarray | str], progress: bool = True
+) -> tuple[np.ndarray, Errors]:
+    """(images uint8 [n', size, size, 3], memory-mapped; {place in source: reason}) for what `source` holds.
+
+    Read from the cache, or taken from `source`, which gives n images uint8 [size, size, 3] or the reason why there is
+    none; the n' images there are stand in its order.
+
+    Raises:
+      OSError: the disk is full.
+    """
+    folder = cache_dir / key[:32]
+    found = _read(folder, n, size)
+    if found is not None:
+        return found
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(cache_dir)
+    need = n * size * size * 3
+    if (free := shutil.disk_usage(cache_dir).free) < need:  # writing to a memory map on a full disk kills the process
+        raise OSError(f"{cache_dir} has {free / 1e9:.1f} GB free; decoded images need {need / 1e9:.1f} GB")
+    temporary = Path(tempfile.mkdtemp(prefix=f".{key[:32]}.", dir=cache_dir))
+    try:
+        errors = _fill(temporary / "images.npy", n, size, source, progress)
+        (temporary / "skipped.json").write_text(json.dumps(list(errors.items())))
+        # Another run may have made the same meanwhile; what it made is as good and may be in use.
+        if _read(folder, n, size) is None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    found = _read(folder, n, size)
+    if found is None:
+        raise OSError(f"{folder} was removed while it was written; is another program emptying the cache?")
+    return found
+
+
+def _fill(path: Path, n: int, size: int, source: Iterable[np.ndarray | str], progress: bool) -> Errors:
+    out = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(n, size, size, 3))
+    errors: Errors = {}
+    for i, image in enumerate(tqdm(source, total=n, desc="images", unit="image", disable=None if progress else True)):
+        if isinstance(image, str):
+            errors[i] = image
+        else:
+            out[i - len(errors)] = image
+    out.flush()
+    if errors:  # The file's head says n, so what is there moves into a file of its own.
+        short = path.with_name("short.npy")
+        kept = np.lib.format.open_memmap(short, mode="w+", dtype=np.uint8, shape=(n - len(errors), size, size, 3))
+        for start in range(0, len(kept), 256):
+            kept[start : start + 256] = out[start : min(start + 256, len(kept))]
+        kept.flush()
+        os.replace(short, path)
+    return errors
+
+
+def _read(folder: Path, n: int, size: int) -> tuple[np.ndarray, Errors] | None:
+    """What the cache holds; None where it isn't there or is damaged."""
+    try:
+        errors = {int(i): str(reason) for i, reason in json.loads((folder / "skipped.json").read_text())}
+        if n == len(errors):
+            return np.zeros((0, size, size, 3), np.uint8), errors
+        images = np.load(folder / "images.npy", mmap_mode="r")
+        if images.shape == (n - len(errors), size, size, 3) and images.dtype == np.uint8:
+            return images, errors
+        reason = f"{images.dtype} {images.shape}"
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, OSError, EOFError) as e:
+        reason = str(e)
+    log.warning("%s: damaged (%s); made anew", folder, reason)
+    return None

@@ -1,0 +1,66 @@
+"""Loads the dataset that a configuration names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from bmjax.config.data import DataConfig
+from bmjax.data.dataset import Dataset
+from bmjax.data.images.cache import listed_dataset, stained
+from bmjax.data.images.decode import decode_files
+from bmjax.data.sources.archive import list_archive
+from bmjax.data.sources.folder import list_folder
+from bmjax.data.sources.huggingface import list_huggingface
+from bmjax.data.sources.listing import Listing
+from bmjax.data.sources.synthetic import synthetic_dataset
+from bmjax.data.sources.table import list_table
+from bmjax.data.sources.tfds import list_tfds
+from bmjax.environment import cache_folder
+from bmjax.registry import is_own, load_own
+
+_SOURCES: dict[str, Callable[[str], Listing]] = {
+    "folder": list_folder,
+    "table": list_table,
+    "archive": list_archive,
+    "tfds": list_tfds,
+    "huggingface": list_huggingface,
+}
+
+
+def list_source(config: DataConfig) -> Listing:
+    """The images that a configuration names, none of them read yet; not for rendered cells.
+
+    Raises:
+      FileNotFoundError, ValueError: they are not there or not as expected; names the place.
+    """
+    if config.source == "arrays":
+        raise ValueError("config field 'data.source' is 'arrays', images given from Python; expected them as `data`")
+    if not is_own(config.source):
+        return _SOURCES[config.source](config.root)
+    source = load_own("data source", config.source, callable, "a function of root that gives a bmjax.Listing")
+    listing = source(config.root)
+    if not isinstance(listing, Listing):
+        raise ValueError(f"data source {config.source!r} gives {listing!r}; expected a bmjax.Listing")
+    return listing
+
+
+def load_dataset(config: DataConfig, *, progress: bool = True) -> Dataset:
+    """The dataset a configuration names, from the cache where it has been decoded before.
+
+    Raises:
+      FileNotFoundError, ValueError: it is not there or not as expected; names the place.
+    """
+    cache_dir = Path(config.cache_dir) if config.cache_dir else cache_folder() / "images"
+    if config.source == "synthetic":
+        if config.stain != "none":
+            raise ValueError(f"config field 'data.stain' is {config.stain!r}; expected 'none' for rendered cells")
+        return synthetic_dataset(config.synthetic_per_class, config.image_size, cache_dir, progress=progress)
+    return listed_dataset(list_source(config), config, cache_dir, progress=progress)
+
+
+def read_files(paths: Sequence[str | Path], config: DataConfig) -> Iterable[np.ndarray | str]:
+    """Files as `load_dataset` would read them: uint8 RGB [h, w, 3], or the reason why one can't be read."""
+    return stained(decode_files(paths, config.image_size), config)

@@ -1,0 +1,1 @@
+"""Where images come from: each source lists them, none of them read yet."""

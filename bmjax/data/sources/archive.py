@@ -1,0 +1,133 @@
+"""Zip and tar files, read in place: nothing is unpacked, so nothing can land where it shouldn't."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import stat
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from bmjax.data.images.decode import MAX_BYTES
+from bmjax.data.sources.listing import Listing, is_image_name
+
+log = logging.getLogger(__name__)
+Read = Callable[[], bytes]
+
+
+def list_archive(path: str | Path) -> Listing:
+    """A .zip or uncompressed .tar whose folders are classes, as in `list_folder`; ids are paths in the archive.
+
+    Folders that all images have in common are passed over: the classes are those below. Archives inside the archive,
+    and other files that aren't images, are not opened.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: not such an archive, or it holds a link, an encrypted file, a path that is absolute or leads out of
+        it, or fewer than two classes; names the member.
+    """
+    if not str(path) or not Path(path).is_file():
+        raise FileNotFoundError(f"config field 'data.root' is {str(path)!r}; expected a .zip or .tar file")
+    path = Path(path)
+    if zipfile.is_zipfile(path):
+        members = _zip_members(path)
+    elif tarfile.is_tarfile(path):
+        members = _tar_members(path)
+    else:
+        raise ValueError(f"{path}: neither a zip nor a tar file; expected one of them")
+    ids = sorted(name for name in members if is_image_name(name))
+    # Sorted paths have in common what the first and the last have.
+    ends = [name.split("/")[:-1] for name in (ids[:1] + ids[-1:])]
+    depth = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*ends, strict=False)))
+    ids = [name for name in ids if name.count("/") > depth]  # as in `list_folder`, images beside the folders are none
+    folders = [name.split("/")[depth] for name in ids]
+    classes = tuple(sorted(set(folders)))
+    if len(classes) < 2:
+        raise ValueError(f"{path}: folders of images found: {', '.join(classes) or 'none'}; expected at least two")
+    if len(ids) < len(members):
+        log.info("%s: %d files that aren't images of a class are passed over", path, len(members) - len(ids))
+    number = {name: i for i, name in enumerate(classes)}
+    reads = [members[name] for name in ids]
+    labels = np.array([number[folder] for folder in folders], np.int32)
+    return Listing(str(path), classes, tuple(ids), labels, lambda i: reads[i]())
+
+
+def _check_name(archive: Path, name: str) -> None:
+    parts = name.replace("\\", "/").split("/")
+    if name.startswith(("/", "\\")) or ".." in parts or ":" in parts[0] or "\0" in name:
+        raise ValueError(f"{archive}: member {name!r} is absolute or leads out of the archive; expected none that does")
+
+
+def _limited(size: int) -> None:
+    if size > MAX_BYTES:
+        raise ValueError(f"{size} bytes; expected at most {MAX_BYTES}")
+
+
+def _zip_members(path: Path) -> dict[str, Read]:
+    try:
+        archive = zipfile.ZipFile(path)  # stays open: it is read by many threads until the listing is gone
+    except zipfile.BadZipFile as e:
+        raise ValueError(f"{path}: {e}") from e
+    members: dict[str, Read] = {}
+    for info in archive.infolist():
+        _check_name(path, info.filename)
+        if info.is_dir():
+            continue
+        if stat.S_ISLNK(info.external_attr >> 16):
+            raise ValueError(f"{path}: member {info.filename!r} is a link; expected files only")
+        if info.flag_bits & 1:
+            raise ValueError(f"{path}: member {info.filename!r} is encrypted; expected files that can be read")
+        if info.filename in members:
+            raise ValueError(f"{path}: member {info.filename!r} is there twice; expected one of a name")
+        members[info.filename] = lambda info=info: _read_zipped(archive, info)
+    return members
+
+
+def _read_zipped(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    _limited(info.file_size)  # what it unpacks to; zipfile stops there, whatever the compressed bytes go on to say
+    try:
+        return archive.read(info)
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as e:
+        raise ValueError(str(e) or type(e).__name__) from e
+
+
+def _tar_members(path: Path) -> dict[str, Read]:
+    try:
+        archive = tarfile.open(path, "r:")  # noqa: SIM115  (its file is closed below)
+    except tarfile.ReadError as e:
+        raise ValueError(f"{path}: a compressed tar has no random access; expected a plain .tar or a .zip") from e
+    members: dict[str, Read] = {}
+    with archive:
+        for info in _infos(path, archive):
+            _check_name(path, info.name)
+            if info.isdir():
+                continue
+            if not info.isreg() or info.issparse():
+                raise ValueError(f"{path}: member {info.name!r} is a link or a device; expected files only")
+            # Of two of a name the later one counts, as in unpacking.
+            members[info.name.removeprefix("./")] = lambda info=info: _read_tarred(path, info)
+    return members
+
+
+def _infos(path: Path, archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The members; a ValueError where the archive breaks off, which tarfile takes for its end between two members."""
+    try:
+        yield from archive
+    except tarfile.ReadError as e:
+        raise ValueError(f"{path}: {e}") from e
+    with path.open("rb") as f:
+        f.seek(archive.offset)
+        if f.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+            raise ValueError(f"{path}: unexpected end of data; expected a block of zeros there")
+
+
+def _read_tarred(path: Path, info: tarfile.TarInfo) -> bytes:
+    _limited(info.size)
+    with path.open("rb") as f:
+        f.seek(info.offset_data)
+        return f.read(info.size)

@@ -1,0 +1,22 @@
+"""Layers, and the operations on arrays they are made of: equal on any number of devices, and on every platform."""
+
+from bmjax.layers.collectives import BATCH_AXIS, all_reversed, all_sum
+from bmjax.layers.dispatch import platform, prepare, traced_for
+from bmjax.layers.modules import BatchNorm, Conv, Dropout, NormMode, Tap
+from bmjax.layers.ops import (
+    at_least_float32,
+    batch_statistics,
+    global_average,
+    largest_divisor,
+    max_pool,
+    mean_and_deviation,
+    over_channels,
+    round_channels,
+    unit_mean,
+)  # fmt: skip
+
+__all__ = [
+    "BATCH_AXIS", "BatchNorm", "Conv", "Dropout", "NormMode", "Tap", "all_reversed", "all_sum", "at_least_float32",
+    "batch_statistics", "global_average", "largest_divisor", "max_pool", "mean_and_deviation", "over_channels",
+    "platform", "prepare", "round_channels", "traced_for", "unit_mean",
+]  # fmt: skip

@@ -1,0 +1,119 @@
+"""The seam between operations and code of one platform that computes them faster.
+
+An operation marked `replaceable` is written down in jax.numpy, which is what runs on GPUs and TPUs, and what it means
+everywhere. On CPUs it first asks `bmjax.cpu.REPLACEMENTS` for its name, if that folder is there. Models, layers and
+training know no more of it than what a trace is for: the platform, the body of a loop, a program that XLA divides over
+devices.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# Of this thread: another may trace beside it.
+_platform: ContextVar[str | None] = ContextVar("_platform", default=None)
+_in_loop: ContextVar[bool] = ContextVar("_in_loop", default=False)
+_partitioned: ContextVar[bool] = ContextVar("_partitioned", default=False)
+
+
+@contextlib.contextmanager
+def _set(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+def platform() -> str:
+    """The platform that code is being traced for: "cpu", "gpu", "tpu"."""
+    return _platform.get() or jax.default_backend()
+
+
+def traced_for(name: str) -> contextlib.AbstractContextManager[None]:
+    """Traces what is inside for another platform: for tests, ahead-of-time lowering and comparisons.
+
+    `traced_for("gpu")` on a CPU gives XLA's own operations throughout. What jit has traced before it is not traced
+    again.
+    """
+    return _set(_platform, name)
+
+
+def in_loop() -> bool:
+    """Whether code is being traced for the body of a loop."""
+    return _in_loop.get()
+
+
+def inside_loop() -> contextlib.AbstractContextManager[None]:
+    """Traces what is inside for the body of a loop (`lax.scan`), where an operation may need another form."""
+    return _set(_in_loop, True)
+
+
+def partitioned() -> bool:
+    """Whether code is being traced for a program that XLA divides over devices."""
+    return _partitioned.get()
+
+
+def for_partition(function: Callable[P, R]) -> Callable[P, R]:
+    """A function traced as one that XLA divides over devices: XLA divides its own operations only."""
+
+    @functools.wraps(function)
+    def traced(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _set(_partitioned, True):
+            return function(*args, **kwargs)
+
+    return traced
+
+
+@functools.cache
+def _replacements() -> dict[str, Callable[..., Any]]:
+    if importlib.util.find_spec("bmjax.cpu") is None:
+        return {}
+    return importlib.import_module("bmjax.cpu").REPLACEMENTS
+
+
+def replaceable(function: Callable[P, R]) -> Callable[P, R]:
+    """Marks an operation that `bmjax.cpu.REPLACEMENTS` may compute instead, by its name, on CPUs.
+
+    A replacement takes the same arguments; where it does not serve (another type, say) it returns NotImplemented.
+    """
+
+    @functools.wraps(function)
+    def chosen(*args: P.args, **kwargs: P.kwargs) -> R:
+        if platform() == "cpu" and (replacement := _replacements().get(function.__name__)) is not None:
+            result = replacement(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        return function(*args, **kwargs)
+
+    return chosen
+
+
+@replaceable
+def prepare() -> None:
+    """Makes ready what replacements need, before anything is traced: on CPUs the kernels are compiled here, if they
+    are not there yet. Tracing itself compiles nothing: without this call it does without the kernels."""
+
+
+@replaceable
+def fits_loop(jaxpr: Any) -> bool:
+    """Whether a (closed) jaxpr runs as fast within a loop as outside."""
+    del jaxpr
+    return True
+
+
+@replaceable
+def described() -> str:
+    """What computes in place of XLA's own operations, in words."""
+    return "XLA's own operations"

@@ -1,0 +1,198 @@
+"""Operations on arrays: what layers are made of, and what each kernel of bmjax/cpu is held to.
+
+Letters: b h w c; a kernel is [kh, kw, c/groups, n]. Those marked `replaceable` may be computed by a platform's own
+code (see bmjax/layers/dispatch.py), with the same result but for rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from bmjax.layers.collectives import all_sum, over_devices
+from bmjax.layers.dispatch import replaceable
+
+Padding = str | int | Sequence[tuple[int, int]]
+"""Of a convolution or a pool: "SAME" (as TensorFlow: more at the end where uneven), "VALID", or pixels before and after
+per axis; a number is the same on all sides, as in torch."""
+Pixels = tuple[tuple[int, int], tuple[int, int]]
+"""Padding in pixels before and after, per axis."""
+NO_PADDING: Pixels = ((0, 0), (0, 0))
+DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+
+
+def at_least_float32(dtype: Any) -> Any:
+    """float32 for a shorter float, else the type itself."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def over_channels(v: jax.Array, ndim: int) -> jax.Array:
+    """[c] -> [1, ..., 1, c] with `ndim` axes: rank promotion is an error here, so it is written out."""
+    return v.reshape((1,) * (ndim - 1) + v.shape)
+
+
+def in_pixels(padding: Padding, spatial: tuple[int, int], size: tuple[int, int], strides: tuple[int, int]) -> Pixels:
+    """Padding as pixels before and after, per axis, of an input of `spatial` size and a window of `size`."""
+    if isinstance(padding, int):
+        return (padding, padding), (padding, padding)
+    pairs = lax.padtype_to_pads(spatial, size, strides, padding) if isinstance(padding, str) else padding
+    (top, bottom), (left, right) = pairs
+    return (top, bottom), (left, right)
+
+
+def plain_convolution(
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Pixels, groups: int = 1
+) -> jax.Array:
+    """XLA's convolution of x [b, h, w, c] with a kernel [kh, kw, c/groups, n] -> [b, h', w', n]."""
+    return lax.conv_general_dilated(
+        x, kernel, strides, padding, dimension_numbers=DIMENSIONS, feature_group_count=groups
+    )
+
+
+@replaceable
+def convolution(
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, int] = (1, 1), padding: Pixels = NO_PADDING, groups: int = 1
+) -> jax.Array:
+    """Convolution of x [b, h, w, c] with a kernel [kh, kw, c/groups, n] -> [b, h', w', n], one dtype throughout.
+
+    On CPUs derivatives of any order work in reverse mode and forward-over-reverse; plain forward mode (`jax.jvp` of
+    the convolution itself) does not, as with any `jax.custom_vjp`.
+    """
+    return plain_convolution(x, kernel, strides, padding, groups)
+
+
+@replaceable
+def dilated_convolution(x: jax.Array, kernel: jax.Array, dilation: int, groups: int = 1) -> jax.Array:
+    """Convolution of stride 1 and padding "SAME" whose kernel sees each `dilation`-th place; shapes as `convolution`.
+
+    Raises:
+      ValueError: the kernel has an even side.
+    """
+    if kernel.shape[0] % 2 == 0 or kernel.shape[1] % 2 == 0:
+        raise ValueError(f"a dilated kernel has shape {kernel.shape}; expected odd sides")
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        (1, 1),
+        "SAME",
+        rhs_dilation=(dilation, dilation),
+        dimension_numbers=DIMENSIONS,
+        feature_group_count=groups,
+    )
+
+
+def moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and biased variance [c] of [..., c] over every axis but the last, on this device, in x's type.
+
+    In two passes: E[x^2] - E[x]^2 cancels where the mean is large.
+    """
+    axes = tuple(range(x.ndim - 1))
+    mean = x.mean(axes)
+    return mean, jnp.square(x - over_channels(mean, x.ndim)).mean(axes)
+
+
+@replaceable
+def batch_statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and biased variance [c] of [..., c] over every axis but the last, and over the devices.
+
+    Computed in at least float32.
+    """
+    return over_devices(*moments(x.astype(at_least_float32(x.dtype))))
+
+
+def through_statistics(
+    mean: jax.Array, gradients: tuple[jax.Array, jax.Array], count: int
+) -> tuple[jax.Array, jax.Array]:
+    """(shift, slope): the gradient of x that comes through its statistics over the batch is shift + slope * x.
+
+    `gradients`: those of mean and variance on this device, each [c]; `count` as `batch_count` gives it.
+    """
+    # Every device's loss depends on statistics of the whole batch.
+    dmean, dvar = all_sum(gradients)
+    slope = 2 * dvar / count
+    return dmean / count - slope * mean, slope
+
+
+def norm_affine(values: tuple[jax.Array, ...], epsilon: float, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Batch normalisation of an input in `dtype` as one affine map: (factor, offset), each [c], at least float32.
+
+    `values`: scale, bias, mean and variance, each [c].
+    """
+    scale, bias, mean, var = (v.astype(at_least_float32(dtype)) for v in values)
+    factor = scale * jax.lax.rsqrt(var + epsilon)
+    return factor, bias - mean * factor
+
+
+def apply_affine(x: jax.Array, factor: jax.Array, offset: jax.Array) -> jax.Array:
+    """factor * x + offset per channel of x [..., c], in the type of the factor."""
+    return x.astype(factor.dtype) * over_channels(factor, x.ndim) + over_channels(offset, x.ndim)
+
+
+@replaceable
+def affine(x: jax.Array, factor: jax.Array, offset: jax.Array) -> jax.Array:
+    """As `apply_affine`."""
+    return apply_affine(x, factor, offset)
+
+
+def norm_relu(x: jax.Array, factor: jax.Array, offset: jax.Array) -> jax.Array:
+    """relu(factor * x + offset), in the type of x."""
+    return jnp.maximum(apply_affine(x, factor, offset), 0).astype(x.dtype)
+
+
+def global_average(x: jax.Array) -> jax.Array:
+    """[b, h, w, c] -> [b, c], summed in at least float32."""
+    return x.astype(at_least_float32(x.dtype)).mean((1, 2))
+
+
+def unit_mean(x: jax.Array, axes: int | tuple[int, ...]) -> jax.Array:
+    """The mean over axes of numbers 0..1, which rounding does not take above one."""
+    return jnp.minimum(x.mean(axes), 1)
+
+
+def mean_and_deviation(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Mean and standard deviation (biased) over axes, which are kept with length one, in at least float32.
+
+    Where all values are equal the deviation is zero and passes no gradient: a square root's would be infinite.
+    """
+    x = x.astype(at_least_float32(x.dtype))
+    mean = x.mean(axes, keepdims=True)
+    variance = jnp.square(x - mean).mean(axes, keepdims=True)
+    positive = variance > 0
+    return mean, jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1)), 0)
+
+
+def max_pool(x: jax.Array, window: int, stride: int, padding: Padding) -> jax.Array:
+    """The largest value of each square window: [b, h, w, c] -> [b, h', w', c]. Padded with -inf.
+
+    The gradient goes to the first of equal values, row by row.
+    """
+    return max_pool_in_pixels(
+        x, window, stride, in_pixels(padding, (x.shape[1], x.shape[2]), (window, window), (stride, stride))
+    )
+
+
+def plain_max_pool(x: jax.Array, window: int, stride: int, pads: Pixels) -> jax.Array:
+    """As `max_pool_in_pixels`, by XLA."""
+    sides = ((0, 0), *pads, (0, 0))
+    return lax.reduce_window(x, -jnp.inf, lax.max, (1, window, window, 1), (1, stride, stride, 1), sides)
+
+
+@replaceable
+def max_pool_in_pixels(x: jax.Array, window: int, stride: int, pads: Pixels) -> jax.Array:
+    """As `max_pool`, its padding in pixels."""
+    return plain_max_pool(x, window, stride, pads)
+
+
+def round_channels(channels: float) -> int:
+    """The nearest multiple of 8, but no less than 8 or nine tenths of the channels: as MobileNet and its followers."""
+    rounded = max(8, int(channels + 4) // 8 * 8)
+    return rounded + 8 if rounded < 0.9 * channels else rounded
+
+
+def largest_divisor(n: int, limit: int) -> int:
+    """The largest divisor of n that is at most the limit: into how many groups n channels divide."""
+    return next(d for d in range(min(n, limit), 0, -1) if n % d == 0)

@@ -1,0 +1,129 @@
+"""The classifier: backbone -> attention -> global average pooling -> head."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from bmjax.attention._placing import IdentityGate, commutes_with_pooling
+from bmjax.config.model import HeadConfig
+from bmjax.config.training import BatchNormConfig
+from bmjax.layers.modules import BatchNorm, Dropout
+from bmjax.layers.ops import at_least_float32, global_average
+from bmjax.weights.preprocess import preprocess
+
+ALL_TRAIN = BatchNormConfig()
+
+
+class Head(nn.Module):
+    """The study's head: its batch-norm, dropout and dense layers in `config.order`, then the logits."""
+
+    num_classes: int
+    config: HeadConfig = HeadConfig()
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool = False, mode: Any = "train") -> jax.Array:
+        """[b, c] -> logits [b, k]. `mode` is that of the batch-norm; dropout follows `train` alone."""
+        widths, norms, dense = iter(self.config.widths), 0, 0
+        for layer in self.config.order:
+            if layer == "batch_norm":
+                norms += 1
+                x = BatchNorm(name="batch_norm" if norms == 1 else f"batch_norm{norms}")(x, train=train, mode=mode)
+            elif layer == "dropout":
+                x = Dropout(self.config.dropout)(x, train=train)
+            else:
+                dense += 1
+                x = nn.relu(nn.Dense(next(widths), dtype=x.dtype, name=f"dense{dense}")(x))
+        return nn.Dense(self.num_classes, dtype=x.dtype, name="logits")(x)
+
+
+class Classifier(nn.Module):
+    """backbone -> attention -> global average pooling -> head, from pixels to logits.
+
+    Top-level parameters: `backbone`; `attention`, or `attention_<stage>` each where there are several; with a gate also
+    `attention_gate`, or `attention_<stage>_gate`; `head`.
+    """
+
+    backbone: nn.Module
+    attention: tuple[tuple[str, nn.Module], ...]
+    """Pairs of a backbone's stage and the module that goes after it."""
+    head: nn.Module
+    preprocess: str = "raw"
+    """Mode of bmjax.weights.preprocess."""
+    attention_gate: bool = False
+    """Whether attention starts as the identity: see `IdentityGate`."""
+    dtype: Any = jnp.float32
+    """Compute type of backbone and attention; pooling and head compute in at least float32."""
+
+    @nn.compact
+    def __call__(
+        self,
+        images: jax.Array,
+        *,
+        train: bool = False,
+        batch_norm: BatchNormConfig = ALL_TRAIN,
+        start: Literal["images", "feature_map"] = "images",
+        output: Literal["logits", "features", "feature_map"] = "logits",
+    ) -> jax.Array:
+        """RGB images [b, h, w, 3], uint8 or floating 0..255 -> logits [b, k], float32 (float64 in a float64 model).
+
+        `train` switches on dropout and, in parts whose mode is `train`, norms by the batch (then `batch_stats` must be
+        mutable). `output` stops earlier: see `features` and `feature_map`. With `start` at the feature map, `images`
+        is what `feature_map` gives, and the backbone is neither run nor needed among the variables.
+        """
+        last = stages_of(self.backbone)[-1]
+        kept: list[jax.Array] = []
+        names = {stage: f"attention_{stage}" if len(self.attention) > 1 else "attention" for stage, _ in self.attention}
+        modules = {stage: module.clone(parent=self, name=names[stage]) for stage, module in self.attention}
+
+        def tap(stage: str, x: jax.Array) -> jax.Array:
+            if stage == last:
+                kept.append(x)
+            if stage in modules:
+                # A variant knows `train` alone, so any mode but `train` is evaluation to it.
+                y = modules[stage](x, train=train and batch_norm.attention == "train")
+                x = IdentityGate(name=f"{names[stage]}_gate", parent=self)(x, y) if self.attention_gate else y
+            return x
+
+        if start == "feature_map":
+            x = tap(last, images.astype(self.dtype))
+        else:
+            x = preprocess(images.astype(at_least_float32(self.dtype)), self.preprocess).astype(self.dtype)
+            x = self.backbone(x, train=train, mode=batch_norm.backbone, tap=tap)
+        if output == "feature_map":
+            return kept[0]
+        x = global_average(x)
+        if output == "features":
+            return x
+        # A head of the user's own knows `train` alone, as attention does.
+        modes = {"mode": batch_norm.head} if isinstance(self.head, Head) else {}
+        trains = train if modes else train and batch_norm.head == "train"
+        logits = self.head(x, train=trains, **modes)
+        return logits.astype(at_least_float32(logits.dtype))
+
+    def features(self, images: jax.Array, train: bool = False, batch_norm: BatchNormConfig = ALL_TRAIN) -> jax.Array:
+        """Images as in `__call__` -> features after attention and pooling [b, c]. By `apply(method="features")`."""
+        return self(images, train=train, batch_norm=batch_norm, output="features")
+
+    def feature_map(self, images: jax.Array, train: bool = False, batch_norm: BatchNormConfig = ALL_TRAIN) -> jax.Array:
+        """Images as in `__call__` -> the last stage's output [b, h, w, c], before attention there."""
+        return self(images, train=train, batch_norm=batch_norm, output="feature_map")
+
+
+def stages_of(backbone: nn.Module) -> tuple[str, ...]:
+    return tuple(backbone.stages)
+
+
+def at_last(model: Classifier) -> bool:
+    """Whether all attention stands after the backbone's last stage, so that its feature map is free of attention."""
+    return all(stage == stages_of(model.backbone)[-1] for stage, _ in model.attention)
+
+
+def pools_first(model: Classifier) -> bool:
+    """Whether logits are the same for feature maps and for their means over places, [b, 1, 1, c]: all attention stands
+    last and commutes with pooling. In bfloat16 means would be rounded too early."""
+    commutes = all(commutes_with_pooling(module) for _, module in model.attention)
+    return at_last(model) and commutes and model.dtype != jnp.bfloat16

@@ -1,0 +1,129 @@
+"""Makes a classifier and its variables from a configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from bmjax import registry, weights
+from bmjax.attention._placing import Chain
+from bmjax.attention._registry import create_attention
+from bmjax.backbones._registry import create_backbone, default_preprocess, is_module_class
+from bmjax.config.model import HeadConfig, ModelConfig
+from bmjax.layers.dispatch import prepare
+from bmjax.model.classifier import Classifier, Head, stages_of
+from bmjax.model.parameters import Tree
+
+
+def resolve(config: ModelConfig) -> ModelConfig:
+    """`config` with what the weights decide filled in, so that the model can be made without their file from then on.
+
+    Raises:
+      FileNotFoundError, ValueError: as `bmjax.weights.find_record`.
+    """
+    if config.preprocess is not None:
+        return config
+    if config.weights is None:
+        return dataclasses.replace(config, preprocess=default_preprocess(config.backbone))
+    _check_weights(config)
+    record = weights.find_record(config.backbone, config.weights)
+    options = record.architecture | config.backbone_options
+    return dataclasses.replace(config, backbone_options=options, preprocess=record.preprocess)
+
+
+def _check_weights(config: ModelConfig) -> None:
+    if registry.is_own(config.backbone) and config.weights is not None:
+        raise ValueError(
+            f"config field 'model.weights' is {config.weights!r}; expected none for the backbone {config.backbone!r}, "
+            "which no weights file is known for"
+        )
+
+
+def _with_dtype(module: nn.Module, options: dict[str, Any], dtype: Any) -> nn.Module:
+    """The module, or the parts of a chain, with the field `dtype` as given where there is one and no option sets it."""
+    if isinstance(module, Chain):
+        return Chain(tuple((name, _with_dtype(part, options.get(name, {}), dtype)) for name, part in module.variants))
+    typed = any(f.name == "dtype" for f in dataclasses.fields(module)) and "dtype" not in options
+    return module.clone(dtype=dtype) if typed else module
+
+
+def create(config: ModelConfig, num_classes: int, dtype: str = "float32") -> Classifier:
+    """The classifier that `config` describes; its preprocessing is that of the backbone's weights.
+
+    Raises:
+      FileNotFoundError: the weights are a path and no file is there.
+      ValueError: a name, option or stage is not known, a stage is given twice, or there are no classes.
+      TypeError: a name in `backbone_options` is no field of the backbone.
+    """
+    if num_classes < 1:
+        raise ValueError(f"num_classes is {num_classes}; expected at least 1")
+    config = resolve(config)
+    _check_weights(config)
+    backbone = create_backbone(config.backbone, dtype=jnp.dtype(dtype), **config.backbone_options)
+    stages = stages_of(backbone)
+    attach = tuple(stages[-1] if stage == "last" else stage for stage in config.attach)
+    for stage in attach:
+        if stage not in stages:
+            raise registry.unknown(f"stage of {config.backbone} in model.attach", stage, (*stages, "last"))
+    if len(set(attach)) != len(attach):
+        raise ValueError(f"config field 'model.attach' is {config.attach!r}; expected each stage once")
+    attention = []
+    for stage in attach:
+        module = create_attention(config.attention, **config.attention_options)
+        attention.append((stage, _with_dtype(module, config.attention_options, jnp.dtype(dtype))))
+    return Classifier(
+        backbone=backbone,
+        attention=tuple(attention),
+        head=create_head(config.head, num_classes),
+        preprocess=config.preprocess or "raw",
+        attention_gate=config.attention_gate,
+        dtype=jnp.dtype(dtype),
+    )
+
+
+def create_head(config: HeadConfig, num_classes: int) -> nn.Module:
+    """The study's head, or one of the user's own, made by (num_classes, **options).
+
+    Raises:
+      ValueError: there is none of that name, or it can't be made so.
+    """
+    if not registry.is_own(config.name):
+        return Head(num_classes, config)
+    cls = registry.load_own("head", config.name, is_module_class, "a Flax module")
+    options = {key: tuple(value) if isinstance(value, list) else value for key, value in config.options.items()}
+    try:
+        return cls(num_classes, **options)
+    except TypeError as e:
+        raise ValueError(f"head {config.name!r} can't be made with (num_classes, **{options!r}): {e}") from e
+
+
+def init(model: Classifier, key: jax.Array, image_size: int, config: ModelConfig | None = None) -> dict[str, Tree]:
+    """Variables {"params", "batch_stats"}, nested dicts of float32.
+
+    Random from `key`; where `config` names weights, the backbone's are those, every leaf matched or an error.
+    """
+
+    def random_variables(key: jax.Array) -> dict[str, Tree]:
+        variables = model.init(key, jnp.zeros((1, image_size, image_size, 3)), train=False)
+        return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+
+    if not isinstance(key, Tracer):
+        prepare()
+    variables = jax.jit(random_variables)(key)
+    if config is not None and config.weights is not None:
+        settings = resolve(config)
+        backbone = {name: tree["backbone"] for name, tree in variables.items()}
+        loaded = weights.load_into(
+            backbone,
+            config.backbone,
+            config.weights,
+            options=settings.backbone_options,
+            preprocess=settings.preprocess,
+        )
+        variables = {name: tree | {"backbone": loaded[name]} for name, tree in variables.items()}
+    return variables

@@ -1,0 +1,270 @@
+"""Trackers: JSONL on disk, always, and Weights & Biases. The only file that imports wandb, and only when used.
+
+Only process 0 writes. After a rewind (a resume from an earlier checkpoint) nothing is logged until past the last
+logged step; the steps between are the same again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import time
+import urllib.parse
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from bmjax.config.training import TrackingConfig
+
+log = logging.getLogger(__name__)
+
+
+class Tracker(Protocol):
+    """Where a run's figures go."""
+
+    def log(self, step: int, metrics: dict[str, Any], *, kind: str) -> None:
+        """Figures of a step; `kind` is "train" or "epoch", each with a record of its own per step."""
+        ...
+
+    def summary(self, metrics: dict[str, Any]) -> None:
+        """Figures of the whole run."""
+        ...
+
+    def confusion(self, labels: np.ndarray, predictions: np.ndarray, classes: Sequence[str]) -> None: ...
+
+    def mispredicted(
+        self, images: np.ndarray, labels: np.ndarray, probs: np.ndarray, ids: Sequence[str], classes: Sequence[str]
+    ) -> None:
+        """Cells that were taken for another class: images uint8 [n, h, w, 3], labels [n], probs [n, k]."""
+        ...
+
+    def checkpoint_artifact(self, folder: Path, metadata: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class NoTracker:
+    """Writes nothing."""
+
+    def log(self, step: int, metrics: dict[str, Any], *, kind: str) -> None: ...
+    def summary(self, metrics: dict[str, Any]) -> None: ...
+    def confusion(self, labels: np.ndarray, predictions: np.ndarray, classes: Sequence[str]) -> None: ...
+    def mispredicted(
+        self, images: np.ndarray, labels: np.ndarray, probs: np.ndarray, ids: Sequence[str], classes: Sequence[str]
+    ) -> None: ...
+    def checkpoint_artifact(self, folder: Path, metadata: dict[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
+class JsonlTracker(NoTracker):
+    """One JSON object a line: kind, step, time, and the figures. Each step stands there once per kind.
+
+    `last` maps each kind to its last logged step. A line that a kill tore is cut off when the file is opened.
+
+    Raises:
+      ValueError: a line that was finished is no record; names file and line.
+    """
+
+    def __init__(self, path: Path):
+        self.last: dict[str, int] = {}
+        if path.exists():
+            text = path.read_bytes()
+            whole = text[: text.rfind(b"\n") + 1]
+            if len(whole) < len(text):
+                with path.open("r+b") as f:
+                    f.truncate(len(whole))
+            for number, line in enumerate(whole.splitlines(), 1):
+                try:
+                    record = json.loads(line)
+                    self.last[record["kind"]] = max(record["step"], self.last.get(record["kind"], -1))
+                except (ValueError, KeyError, TypeError) as e:
+                    raise ValueError(f"{path}, line {number}: {line[:80]!r} is no record of a step: {e!r}") from e
+        self._file = path.open("a", encoding="utf-8")
+
+    def log(self, step: int, metrics: dict[str, Any], *, kind: str) -> None:
+        if step <= self.last.get(kind, -1):
+            return
+        self.last[kind] = step
+        self._file.write(json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3)} | metrics) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def new_run_id() -> str:
+    """An id for a run, made before its first step and kept in its checkpoints."""
+    return uuid.uuid4().hex[:12]
+
+
+def _server() -> urllib.parse.ParseResult:
+    return urllib.parse.urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+
+
+def has_key() -> bool:
+    """Whether a W&B key is set in the environment or in ~/.netrc."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
+    return netrc.is_file() and (_server().hostname or "") in netrc.read_text()
+
+
+def reachable(timeout: float = 3.0) -> bool:
+    """Whether W&B's server takes a connection."""
+    url = _server()
+    try:
+        with socket.create_connection((url.hostname or "", url.port or (80 if url.scheme == "http" else 443)), timeout):
+            return True
+    except OSError:
+        return False
+
+
+def why_offline() -> str | None:
+    """Why W&B can't be used online here; None where it can, as far as can be told beforehand."""
+    if not has_key():
+        return "there is no key"
+    return None if reachable() else f"{_server().hostname} can't be reached"
+
+
+class WandbTracker:
+    """Logs to W&B by our own `global_step`, since W&B drops steps that go back; one log call a step and kind.
+
+    `last` maps each kind to the last step logged before a resume: an offline resume is a run folder of its own with
+    the same id, and what came before must not be logged again.
+    """
+
+    def __init__(
+        self,
+        config: TrackingConfig,
+        run_dir: Path,
+        run_id: str,
+        run_config: dict[str, Any],
+        last: dict[str, int] | None = None,
+    ):
+        import wandb
+
+        self._wandb, self._last = wandb, dict(last or {})
+
+        def start(mode: str) -> Any:
+            return wandb.init(
+                project=config.project,
+                group=config.group or None,
+                tags=list(config.tags) or None,
+                name=run_config.get("name"),
+                id=run_id,
+                # Offline too: `wandb sync` then appends a resumed run's folders in the order of their start.
+                resume="allow",
+                dir=str(run_dir),
+                config=run_config,
+                mode=mode,  # type: ignore[arg-type]
+                # Other runs may be open: `bmjax compare` trains several at once.
+                settings=wandb.Settings(silent=True, reinit="create_new"),
+            )
+
+        mode, why = config.wandb, None
+        if mode == "auto":
+            mode, why = "online", why_offline()
+            if why is None:
+                try:
+                    self._run = start("online")
+                except wandb.Error as e:  # a key that is refused, or a server that takes the connection and no more
+                    why = str(e)
+        if why is not None:
+            log.warning("W&B: %s, so the run is logged offline", why)
+            mode = "offline"
+        if config.wandb != "auto" or why is not None:
+            self._run = start(mode)
+        self._run.define_metric("global_step")
+        self._run.define_metric("*", step_metric="global_step")
+        self._offline = str(self._run.dir).removesuffix("/files") if mode == "offline" else None
+
+    def log(self, step: int, metrics: dict[str, Any], *, kind: str) -> None:
+        if step <= self._last.get(kind, -1):
+            return
+        self._last[kind] = step
+        # With the kind before every name, an epoch's mean loss and a step's loss never share a curve.
+        self._run.log({"global_step": step} | {f"{kind}/{name}": value for name, value in metrics.items()})
+
+    def summary(self, metrics: dict[str, Any]) -> None:
+        self._run.summary.update(metrics)
+
+    def confusion(self, labels: np.ndarray, predictions: np.ndarray, classes: Sequence[str]) -> None:
+        plot = self._wandb.plot.confusion_matrix(
+            y_true=labels.tolist(), preds=predictions.tolist(), class_names=list(classes)
+        )
+        self._run.log({"confusion": plot})
+
+    def mispredicted(
+        self, images: np.ndarray, labels: np.ndarray, probs: np.ndarray, ids: Sequence[str], classes: Sequence[str]
+    ) -> None:
+        table = self._wandb.Table(columns=["id", "cell", "true", "predicted", "probability"])
+        for image, label, p, name in zip(images, labels, probs, ids, strict=True):
+            top = int(p.argmax())
+            table.add_data(name, self._wandb.Image(image), classes[label], classes[top], float(p[top]))
+        self._run.log({"mispredicted": table})
+
+    def checkpoint_artifact(self, folder: Path, metadata: dict[str, Any]) -> None:
+        artifact = self._wandb.Artifact(f"best-{self._run.id}", type="model", metadata=metadata)
+        artifact.add_dir(str(folder))
+        self._run.log_artifact(artifact)
+
+    def close(self) -> None:
+        self._run.finish()
+        if self._offline:
+            log.warning("W&B: logged offline; send it with: wandb sync %s", self._offline)
+
+
+class MultiTracker:
+    """Passes everything on to several trackers."""
+
+    def __init__(self, trackers: Sequence[Tracker]):
+        self._trackers = tuple(trackers)
+
+    def log(self, step: int, metrics: dict[str, Any], *, kind: str) -> None:
+        for t in self._trackers:
+            t.log(step, metrics, kind=kind)
+
+    def summary(self, metrics: dict[str, Any]) -> None:
+        for t in self._trackers:
+            t.summary(metrics)
+
+    def confusion(self, labels: np.ndarray, predictions: np.ndarray, classes: Sequence[str]) -> None:
+        for t in self._trackers:
+            t.confusion(labels, predictions, classes)
+
+    def mispredicted(
+        self, images: np.ndarray, labels: np.ndarray, probs: np.ndarray, ids: Sequence[str], classes: Sequence[str]
+    ) -> None:
+        for t in self._trackers:
+            t.mispredicted(images, labels, probs, ids, classes)
+
+    def checkpoint_artifact(self, folder: Path, metadata: dict[str, Any]) -> None:
+        for t in self._trackers:
+            t.checkpoint_artifact(folder, metadata)
+
+    def close(self) -> None:
+        for t in self._trackers:
+            t.close()
+
+
+def make_tracker(
+    config: TrackingConfig, run_dir: Path, run_id: str, run_config: dict[str, Any], process_index: int = 0
+) -> Tracker:
+    """JSONL, and W&B unless it is off; on processes other than 0 nothing."""
+    if process_index != 0:
+        return NoTracker()
+    jsonl = JsonlTracker(run_dir / "metrics.jsonl")
+    if config.wandb == "off":
+        return jsonl
+    try:
+        return MultiTracker([jsonl, WandbTracker(config, run_dir, run_id, run_config, jsonl.last)])
+    except BaseException:
+        jsonl.close()
+        raise

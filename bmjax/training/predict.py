@@ -1,0 +1,175 @@
+"""Probabilities of images by a trained classifier, and the metrics of a split."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from bmjax.config.base import Config
+from bmjax.data.batches import eval_batches
+from bmjax.data.dataset import Dataset
+from bmjax.data.splits import Splits
+from bmjax.model.classifier import Classifier
+from bmjax.model.parameters import Tree
+from bmjax.runs.folder import (
+    Run,
+    Which,
+    image_dtype,
+    load_data,
+    load_run,
+    record_opening,
+    save_predictions,
+    save_results,
+)
+from bmjax.runs.metrics import classification_metrics, load_metrics
+from bmjax.runs.tracking import Tracker
+from bmjax.training.parallel import Parallel
+from bmjax.training.signals import Signals
+from bmjax.training.steps import make_eval_step
+
+log = logging.getLogger(__name__)
+SplitName = Literal["train", "val", "test"]
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities float32 [n, k] of logits [n, k], computed in float64."""
+    wide = np.asarray(logits, np.float64)
+    return np.exp(wide - np.logaddexp.reduce(wide, axis=-1, keepdims=True)).astype(np.float32)
+
+
+class Predictor:
+    """Probabilities of images in evaluation mode.
+
+    Compiles once for whole batches, and once for each smaller size that `bucket` finds.
+    """
+
+    def __init__(
+        self, config: Config, model: Classifier, signals: Signals | None = None, parallel: Parallel | None = None
+    ):
+        self._parallel = parallel or Parallel.create(config.train.parallel, config.train.devices)
+        self.batch_size = math.ceil(config.train.eval_batch_size / self._parallel.size) * self._parallel.size
+        self._signals = signals
+        self._metrics = load_metrics(config.train.metrics)
+        step = make_eval_step(model, image_dtype=image_dtype(config))
+        self._step = self._parallel.compile_step(step, donate=False)
+
+    def __call__(self, variables: Tree, dataset: Dataset, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(probabilities float32 [n, k], rows [n]): every image once, padding left out.
+
+        Raises:
+          Interrupted: a signal came between two batches.
+        """
+        return self.on_devices(self._parallel.to_devices(variables), dataset, rows)
+
+    def on_devices(self, variables: Tree, dataset: Dataset, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As a call, of variables that are on the devices already."""
+        probs, done = [], []
+        for batch in eval_batches(dataset, rows, self.bucket(len(rows))):
+            if self._signals is not None:
+                self._signals.check()
+            outputs = self._step(variables, self._parallel.put_batch({"image": batch["image"]}))
+            real = batch["weight"] > 0
+            probs.append(softmax(self._parallel.batch_to_host(outputs)["logits"][real]))
+            done.append(batch["index"][real])
+        return np.concatenate(probs), np.concatenate(done)
+
+    def bucket(self, n: int) -> int:
+        """Images in a batch where n are asked for. Where whole batches would be padding for the most part, it is the
+        power of two (times devices) that holds n."""
+        if 4 * n > self.batch_size:
+            return self.batch_size
+        return self._parallel.size * 2 ** (math.ceil(n / self._parallel.size) - 1).bit_length()
+
+    def metrics(self, labels: np.ndarray, probs: np.ndarray) -> dict[str, Any]:
+        """The figures of labels int [n] and probabilities [n, k], those of the configuration's own included."""
+        return classification_metrics(labels, probs, self._metrics)
+
+
+def evaluate(
+    run_dir: str | Path,
+    split: SplitName = "val",
+    which: Which = "best",
+    *,
+    data: tuple[Dataset, Splits] | None = None,
+    data_root: str | None = None,
+    devices: int | None = None,
+) -> dict[str, Any]:
+    """Metrics of a split by a run's checkpoint; writes predictions_<split>.npz and results.json.
+
+    On all devices there are, or so many of them, whatever the run was trained on. `data_root`: where the run's data
+    are now; their contents are held to the run's record. Each opening of the test split is recorded in openings.jsonl.
+
+    Raises:
+      FileNotFoundError: the folder holds no run or no checkpoint.
+      ValueError: the data are not those the run began with.
+    """
+    run = load_run(run_dir, which, devices=devices)
+    dataset, splits = data or data_of(run, data_root)
+    return evaluate_run(run, split, which, Predictor(run.config, run.model), dataset, splits)
+
+
+def data_of(run: Run, data_root: str | None = None) -> tuple[Dataset, Splits]:
+    """The data that a run was trained on, from where they are now.
+
+    Raises:
+      ValueError: the data are not those the run began with.
+    """
+    config = run.config
+    if data_root is not None:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=data_root))
+    return load_data(run.run_dir, config)
+
+
+def evaluate_run(
+    run: Run, split: SplitName, which: Which, predictor: Predictor | Any, dataset: Dataset, splits: Splits
+) -> dict[str, Any]:
+    """As `evaluate`, of a run that is read already; one predictor serves several splits."""
+    if split == "test" and jax.process_index() == 0 and (openings := record_opening(run.run_dir, run.step)) > 1:
+        log.warning(
+            "%s: the test split is opened for time %d; a choice made on it is no longer a test", run.run_dir, openings
+        )
+    probs, done = predictor(run.variables, dataset, getattr(splits, split))
+    metrics = predictor.metrics(dataset.labels[done], probs) | {"step": run.step, "checkpoint": which}
+    if jax.process_index() == 0:
+        save_predictions(run.run_dir, split, dataset, probs, done)
+        save_results(run.run_dir, split, metrics)
+    return metrics
+
+
+def predict_probs(run: Run, images: np.ndarray, predictor: Predictor | None = None) -> np.ndarray:
+    """Class probabilities float32 [n, k] of images uint8 [n, h, w, 3] at the run's image size.
+
+    `predictor`: one made before, where this is called again and again; it compiles once.
+    """
+    n = len(images)
+    unlabelled = Dataset(
+        name="images",
+        classes=run.classes,
+        images=images,
+        labels=np.zeros(n, np.int32),
+        ids=tuple(map(str, range(n))),
+        hashes=("",) * n,
+        fingerprint="",
+        skipped=(),
+    )
+    predictor = predictor or Predictor(run.config, run.model)
+    return predictor(run.variables, unlabelled, np.arange(n))[0]
+
+
+def track_results(run_dir: Path, tracker: Tracker, dataset: Dataset, results: dict[str, dict[str, Any]]) -> None:
+    """Summary, confusion matrix, mispredicted cells and the best checkpoint, of the last split evaluated."""
+    split = list(results)[-1]
+    with np.load(run_dir / f"predictions_{split}.npz") as saved:
+        probs, labels, rows = saved["probs"], saved["labels"], saved["index"]
+    tracker.summary({f"{s}/{k}": v for s, m in results.items() for k, v in m.items() if isinstance(v, (int, float))})
+    tracker.confusion(labels, probs.argmax(-1), dataset.classes)
+    wrong = np.flatnonzero(probs.argmax(-1) != labels)[:100]
+    ids = [dataset.ids[i] for i in rows[wrong]]
+    tracker.mispredicted(dataset.images[rows[wrong]], labels[wrong], probs[wrong], ids, dataset.classes)
+    tracker.checkpoint_artifact(run_dir / "checkpoints/best", {f"{split}/accuracy": results[split]["accuracy"]})

@@ -1,0 +1,177 @@
+"""Where a run's figures go: the epoch's sums, the trackers, the callbacks, the bar or a line now and then."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from bmjax.data.dataset import Dataset
+from bmjax.model.parameters import Tree
+from bmjax.runs.state import Progress
+from bmjax.runs.tracking import Tracker
+from bmjax.training.parallel import Parallel
+
+log = logging.getLogger(__name__)
+Batch = dict[str, np.ndarray]
+LINE_SECONDS = 30.0
+"""Seconds between two lines of progress where the output is not a terminal."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """What a callback sees: `kind` is "start", "step", "epoch" or "end"; `step` counts completed updates.
+
+    `figures` are those logged. `variables()` gives {"params", "batch_stats"} on the host, as evaluation uses them; not
+    at a "step", when the device is ahead of the record.
+    """
+
+    kind: Literal["start", "step", "epoch", "end"]
+    step: int
+    figures: dict[str, Any]
+    variables: Callable[[], dict[str, Tree]]
+
+
+Callback = Callable[[Event], Any]
+"""f(event); where it returns True, training ends after the epoch under way, as by early stopping. It changes nothing
+else, so that a resume stays exact."""
+
+
+def _not_now() -> dict[str, Tree]:
+    raise RuntimeError("an event of kind 'step' has no variables; expected 'start', 'epoch' or 'end'")
+
+
+class Recorder:
+    """Logs steps and epochs, adds them to the epoch's sums, and calls the callbacks."""
+
+    def __init__(
+        self,
+        progress: Progress,
+        tracker: Tracker,
+        dataset: Dataset,
+        callbacks: Sequence[Callback] = (),
+        *,
+        total: int = 0,
+        quiet: bool = False,
+    ):
+        self.progress, self._tracker, self._dataset = progress, tracker, dataset
+        self._callbacks, self._total = tuple(callbacks), total
+        self._bar = tqdm(total=total, unit="step", disable=quiet or not sys.stderr.isatty(), dynamic_ncols=True)
+        self._lines = not quiet and self._bar.disable
+        self._said = time.monotonic()
+        self.stop = False
+        """Whether a callback asked for the end."""
+
+    def event(self, kind: Any, step: int, figures: dict[str, Any], variables: Callable[[], Any] = _not_now) -> None:
+        """Calls the callbacks."""
+        for callback in self._callbacks:
+            if callback(Event(kind, step, figures, variables)) is True:
+                self.stop = True
+
+    def step(self, step: int, values: dict[str, Any], rows: np.ndarray, lr: float, speed: float) -> None:
+        """Logs what a step returned; `speed` in images/s.
+
+        Raises:
+          FloatingPointError: the loss or the gradient is not finite; names the step and the images of the batch.
+        """
+        if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
+            ids = ", ".join(self._dataset.ids[i] for i in rows)
+            raise FloatingPointError(
+                f"step {step}: loss {values['loss']}, gradient norm {values['grad_norm']}; expected finite numbers. "
+                f"Images of the batch: {ids}"
+            )
+        count, progress = int(values["count"]), self.progress
+        progress.loss_sum += values["loss"] * count
+        progress.correct += values["correct"]
+        progress.count += count
+        record = {"loss": values["loss"], "accuracy": values["correct"] / count, "grad_norm": values["grad_norm"]}
+        record |= {"lr": lr, "images_per_second": speed}
+        self._tracker.log(step, record, kind="train")
+        self.event("step", step, record)
+        self._bar.n = step
+        self._bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed:.0f} images/s", refresh=False)
+        self._bar.update(0)
+        if self._lines and time.monotonic() - self._said > LINE_SECONDS:
+            self._said = time.monotonic()
+            log.info("step %d of %d, loss %.4g, %.0f images/s", step, self._total, values["loss"], speed)
+
+    def epoch(self, step: int, record: dict[str, Any], variables: Callable[[], dict[str, Tree]]) -> None:
+        """Logs an epoch's figures."""
+        self._tracker.log(step, record, kind="epoch")
+        log.info(" ".join(f"{k} {v:.4g}" for k, v in record.items()))
+        self.event("epoch", step, record, variables)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def announced(step: Callable[..., Any], stage: int) -> Callable[..., Any]:
+    """A stage's step; logs the seconds of its first call, which compiles it or reads the program from the cache."""
+    called = False
+
+    def first_announced(*args: Any) -> Any:
+        nonlocal called
+        began = time.perf_counter()
+        result = step(*args)
+        if not called:
+            called = True
+            log.info(
+                "stage %d: its step compiled, or was read from the cache, in %.1f s", stage, time.perf_counter() - began
+            )
+        return result
+
+    return first_announced
+
+
+class StepLog:
+    """Records one step behind the device, so that reading a loss never makes it wait."""
+
+    def __init__(self, recorder: Recorder, parallel: Parallel):
+        self._recorder, self._parallel = recorder, parallel
+        self._began: float | None = None
+        self._waited = 0.0
+        self._pending: tuple[int, dict[str, jax.Array], np.ndarray, float] | None = None
+        self._last = time.perf_counter()
+
+    def __call__(self, step: int, metrics: dict[str, jax.Array], rows: np.ndarray, lr: float) -> None:
+        self.flush()
+        self._pending = (step, metrics, rows, lr)
+
+    def flush(self) -> None:
+        """Records what is outstanding; before anything is saved, so that a checkpoint is never ahead of the record."""
+        if self._pending is None:
+            return
+        step, metrics, rows, lr = self._pending
+        self._pending = None
+        values = {name: value.item() for name, value in self._parallel.to_host(metrics).items()}
+        now = time.perf_counter()
+        speed, self._last = values["count"] / (now - self._last), now
+        self._recorder.step(step, values, rows, lr, speed)
+
+    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches, with the time that passes until each is there."""
+        while True:
+            self._began = self._began or time.perf_counter()
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            if batch is None:
+                return
+            self._waited += time.perf_counter() - asked
+            yield batch
+
+    def input_wait(self) -> float | None:
+        """The share 0..1 of the time since the last call that was spent waiting for batches; None where none was asked
+        for. The device may have been busy meanwhile, so this is the most that faster input could gain."""
+        if self._began is None:
+            return None
+        share = self._waited / (time.perf_counter() - self._began)
+        self._began, self._waited = None, 0.0
+        return share

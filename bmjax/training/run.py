@@ -1,0 +1,304 @@
+"""Trains a configuration: everything is checked, then written, then trained."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from bmjax.config.base import Config
+from bmjax.data.batches import steps_per_epoch
+from bmjax.data.dataset import Dataset
+from bmjax.data.splits import Splits
+from bmjax.model.classifier import Classifier
+from bmjax.model.create import create, resolve
+from bmjax.runs import folder, identity
+from bmjax.runs.folder import Run
+from bmjax.runs.metrics import load_metrics
+from bmjax.runs.state import Progress, TrainState, create_state
+from bmjax.runs.tracking import make_tracker, new_run_id
+from bmjax.training.cached import MapEngine, Programs
+from bmjax.training.cached import check as check_cached
+from bmjax.training.features import FeatureMaps
+from bmjax.training.loop import Engine, ImageEngine, Keeper, fit
+from bmjax.training.losses import Loss, make_loss
+from bmjax.training.parallel import Parallel
+from bmjax.training.predict import SplitName, evaluate_run, track_results
+from bmjax.training.progress import Callback, Recorder
+from bmjax.training.signals import Interrupted, Signals
+from bmjax.training.stages import plan_stages
+
+log = logging.getLogger(__name__)
+# An epoch on cached maps may take a tenth of a second; writing a checkpoint after each would take longer.
+_MAPS_CHECKPOINT_SECONDS = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What train() leaves: the folder, the metrics by split, the steps done, the data (None where a signal came before
+    they were read), and what signal ended it."""
+
+    run_dir: Path
+    metrics: dict[str, dict[str, Any]]
+    steps: int
+    data: tuple[Dataset, Splits] | None
+    interrupted: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What runs on cached features share: data, maps and, of one configuration but for the seed, programs."""
+
+    dataset: Dataset
+    splits: Splits
+    features: FeatureMaps
+    programs: Programs
+
+
+def train(
+    config: Config,
+    *,
+    resume: bool = False,
+    data: Dataset | None = None,
+    callbacks: Sequence[Callback] = (),
+) -> Result:
+    """Trains, validates each epoch and keeps the best and the last checkpoint; on images, or on a frozen backbone's
+    cached feature maps where `features.cached` is set.
+
+    Without `run_dir`, a name whose folder holds a run gets the next free number, and that is said. With `resume` the
+    run in the folder goes on from its last checkpoint, bit for bit as if never stopped; where there is none yet, it
+    starts; a finished run is left as it is. `data` takes the place of what `config.data` names, see
+    `Dataset.from_arrays`. `callbacks` see each step and epoch, see `bmjax.training.progress.Event`.
+
+    Nothing is written before all is checked.
+
+    Raises:
+      FileExistsError: `run_dir` holds a run and `resume` is not set.
+      ValueError, FileNotFoundError: a field is wrong, or the run to resume has another configuration or other data.
+      FloatingPointError: the loss is not finite; names the step and the images of the batch.
+    """
+    return train_run(config, resume=resume, data=data, callbacks=callbacks)
+
+
+def train_run(
+    config: Config,
+    *,
+    resume: bool = False,
+    data: Dataset | None = None,
+    callbacks: Sequence[Callback] = (),
+    prepared: Prepared | None = None,
+    signals: Signals | None = None,
+    files: Sequence[Path] = (),
+) -> Result:
+    """As `train`. `prepared` and `signals` are those of a caller that trains several runs; `files` are further ones of
+    the user's to record, as the experiment's."""
+    if not config.run_dir and not resume:
+        free = folder.free_name(config)
+        if free.name != config.name:
+            log.warning("%s holds a run already; this one is named %r", folder.run_folder(config), free.name)
+        config = free
+    config = complete(config, data)
+    run_dir = folder.run_folder(config)
+    folder.check_folder(run_dir, config, resume)
+    with contextlib.nullcontext(signals) if signals else Signals() as watched:
+        try:
+            plan = _plan(config, run_dir, data, prepared, watched)
+            watched.check()
+        except Interrupted:
+            assert watched.stop is not None
+            log.warning("%s: stopped by %s before the first step; nothing is written", run_dir, watched.stop.name)
+            return Result(run_dir, {}, 0, None, interrupted=watched.stop.name)
+        if resume and (found := _finished(config, run_dir)) is not None:
+            return Result(run_dir, found, next(iter(found.values()))["step"], (plan.dataset, plan.splits))
+        with watched.gently():
+            return _train(config, run_dir, plan, resume, callbacks, watched, files)
+
+
+def complete(config: Config, data: Dataset | None = None) -> Config:
+    """The configuration with what the weights and the data given decide filled in; from here on it is only passed on.
+
+    Raises:
+      ValueError, FileNotFoundError: the model can't be made.
+    """
+    if data is not None:
+        size = data.images.shape[1]
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, source="arrays", image_size=size))
+    config = dataclasses.replace(config, model=resolve(config.model))
+    model = create(config.model, 2, config.train.dtype)
+    load_metrics(config.train.metrics)
+    _check_statistics(config, model)
+    if config.features.cached:
+        check_cached(config)
+    return config
+
+
+def _check_statistics(config: Config, model: Classifier) -> None:
+    """A batch-norm by the statistics of one image learns nothing; refuses it by name."""
+    size = config.train.batch_size // config.train.accumulate
+    modes = {dataclasses.astuple(stage.resolved_batch_norm()) for stage in config.stages}
+    if size == 1 and any("train" in by_part for by_part in modes):
+        raise ValueError(
+            f"config field 'train.accumulate' is {config.train.accumulate} and 'train.batch_size' is "
+            f"{config.train.batch_size}: a batch-norm would see one image at a time and learn nothing; expected at "
+            "least 2 images to a micro-batch, or stages.batch_norm with no part in mode 'train'"
+        )
+    del model
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What a run is made of: its data, engine and first state, before anything is written."""
+
+    dataset: Dataset
+    splits: Splits
+    model: Classifier
+    engine: Engine
+    start: Any
+    """Gives the state at step 0; with False, without the weights' file."""
+
+
+def _plan(config: Config, run_dir: Path, data: Dataset | None, prepared: Prepared | None, signals: Signals) -> _Plan:
+    if prepared is not None:
+        dataset, splits = prepared.dataset, prepared.splits
+        recorded = folder.recorded_split(run_dir, dataset)
+        if recorded is not None and not recorded.equals(splits):
+            raise ValueError(
+                f"{run_dir / 'split.csv'}: the run began with another split than the configuration now gives; "
+                "expected the same (a record can be given back as data.manifest)"
+            )
+    else:
+        dataset, splits = folder.load_data(run_dir, config, data)
+    per_epoch = steps_per_epoch(len(splits.train), config.train.batch_size)
+    if config.features.cached:
+        prepared = prepared or prepare(config, (dataset, splits))
+        maps = MapEngine(config, prepared.programs, prepared.features, (dataset, splits), signals)
+        return _Plan(dataset, splits, prepared.programs.model, maps, lambda pretrained: maps.start())
+    loss = loss_of(config, dataset, splits)
+    model = create(config.model, len(dataset.classes), config.train.dtype)
+    size = config.train.batch_size // config.train.accumulate
+    parallel = Parallel.create(config.train.parallel, config.train.devices, size)
+    shapes = jax.eval_shape(lambda: folder.new_variables(config, model, pretrained=False))
+    plans = plan_stages(config, per_epoch, model, shapes["batch_stats"])
+    shared: dict[str, Any] = {"loss": loss, "per_epoch": per_epoch, "parallel": parallel, "signals": signals}
+    images = ImageEngine(config, model, plans, (dataset, splits), **shared)
+
+    def start(pretrained: bool) -> TrainState:
+        variables = folder.new_variables(config, model, pretrained=pretrained)
+        first, ema = plans[0], config.train.ema_decay is not None
+        return create_state(variables, first.optimizer.tx, first.is_trainable, seed=config.seed, ema=ema)
+
+    return _Plan(dataset, splits, model, images, start)
+
+
+def loss_of(config: Config, dataset: Dataset, splits: Splits) -> Loss:
+    """The configured loss, by the classes' counts in the training split."""
+    return make_loss(config.train, np.bincount(dataset.labels[splits.train], minlength=len(dataset.classes)))
+
+
+def prepare(config: Config, data: tuple[Dataset, Splits] | None = None, shared: Prepared | None = None) -> Prepared:
+    """What runs on cached features need; maps, and data where they are not given, are taken from `shared`, if given."""
+    check_cached(config)
+    if shared is not None:
+        dataset, splits, features = shared.dataset, shared.splits, shared.features
+    else:
+        dataset, splits = data or folder.load_data(Path(), config)
+        features = FeatureMaps(config, dataset)
+    per_epoch = steps_per_epoch(len(splits.train), config.train.batch_size)
+    loss = loss_of(config, dataset, splits)
+    return Prepared(dataset, splits, features, Programs(config, len(dataset.classes), features.shape, per_epoch, loss))
+
+
+def _wanted(config: Config) -> tuple[SplitName, ...]:
+    return ("train", "val", "test") if config.train.final_test else ("train", "val")
+
+
+def _finished(config: Config, run_dir: Path) -> dict[str, dict[str, Any]] | None:
+    """The results of a run that is finished; None of any other."""
+    found = folder.saved_results(run_dir)
+    wanted = {split: found[split] for split in _wanted(config) if found.get(split, {}).get("checkpoint") == "best"}
+    whole = len(wanted) == len(_wanted(config)) and len({m["step"] for m in wanted.values()}) == 1
+    return wanted if whole and (run_dir / "checkpoints" / "best").is_dir() else None
+
+
+def _train(
+    config: Config,
+    run_dir: Path,
+    plan: _Plan,
+    resume: bool,
+    callbacks: Sequence[Callback],
+    signals: Signals,
+    files: Sequence[Path],
+) -> Result:
+    engine, dataset, splits = plan.engine, plan.dataset, plan.splits
+    newest = _newest(run_dir) if resume else None
+    # A checkpoint holds every array, so a resume needs the weights' file no longer.
+    state = plan.start(newest is None)
+    _record(config, run_dir, dataset, splits, files)
+    cached = config.features.cached
+    keeper = Keeper(run_dir, engine, least_seconds=_MAPS_CHECKPOINT_SECONDS if cached else 0.0, one_at_a_time=cached)
+    progress = Progress(run_id=identity.read_environment(run_dir).get("run_id") or new_run_id())
+    if newest is not None:
+        progress = keeper.progress(newest)
+        template = state.replace(opt_state=engine.plans[progress.stage].opt_state(state.params))
+        state = keeper.restore(newest, template)
+        log.info("%s: resumed at step %d", run_dir, newest)
+    total = engine.plans[-1].end
+    log.info("%d images to train on, %d steps an epoch, %d steps", len(splits.train), engine.per_epoch, total)
+    tracker = make_tracker(config.tracking, run_dir, progress.run_id, dataclasses.asdict(config), jax.process_index())
+    recorder = Recorder(progress, tracker, dataset, callbacks, total=total)
+    with contextlib.closing(tracker), contextlib.closing(keeper), contextlib.closing(recorder):
+        step, whole = fit(config, engine, state, recorder, keeper, signals)
+        results: dict[str, dict[str, Any]] = {}
+        with contextlib.suppress(Interrupted):
+            if whole:
+                results = _results(config, run_dir, plan, keeper, progress, state)
+        if len(results) < len(_wanted(config)):
+            assert signals.stop is not None
+            log.warning("%s: stopped by %s at step %d; resume with --resume", run_dir, signals.stop.name, step)
+            return Result(run_dir, {}, step, (dataset, splits), interrupted=signals.stop.name)
+        track_results(run_dir, tracker, dataset, results)
+    return Result(run_dir, results, step, (dataset, splits))
+
+
+def _newest(run_dir: Path) -> int | None:
+    from bmjax.runs.checkpoint import Checkpoints
+
+    last = run_dir / "checkpoints/last"
+    if not last.is_dir():
+        return None
+    with contextlib.closing(Checkpoints(last)) as checkpoints:
+        return checkpoints.latest()
+
+
+def _record(config: Config, run_dir: Path, dataset: Dataset, splits: Splits, files: Sequence[Path]) -> None:
+    """Writes what the run is, now that all is checked."""
+    folder.write_config(run_dir, config)
+    folder.record_split(run_dir, dataset, splits)
+    if jax.process_index() == 0:
+        identity.record(run_dir, new_run_id(), config, files)
+
+
+def _results(
+    config: Config, run_dir: Path, plan: _Plan, keeper: Keeper, progress: Progress, state: TrainState
+) -> dict[str, dict[str, Any]]:
+    """The metrics of each split by the best checkpoint.
+
+    The test split is opened once: a run that was finished before and is resumed keeps what it found.
+    """
+    whole = plan.engine.whole(state)
+    template = {"params": whole.params, "batch_stats": whole.batch_stats}
+    variables = keeper.best_variables(progress.best_step, template, config.train.ema_decay is not None)
+    trained = Run(run_dir, config, plan.model, variables, plan.dataset.classes, progress.best_step)
+    results = {}
+    for split in _wanted(config):
+        known = folder.saved_results(run_dir).get("test") if split == "test" else None
+        if known is None or known["step"] != progress.best_step:
+            known = evaluate_run(trained, split, "best", plan.engine.predictor, plan.dataset, plan.splits)
+        results[split] = known
+    return results

@@ -1,0 +1,119 @@
+"""The training and the evaluation step: pure functions that do not know how many devices they run on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bmjax.config.data import AugmentConfig
+from bmjax.config.training import BatchNormConfig
+from bmjax.data.augment.augment import augment, mix
+from bmjax.layers.collectives import all_sum
+from bmjax.model.classifier import Classifier
+from bmjax.model.parameters import Path, Tree, merge_params, split_params
+from bmjax.runs.state import TrainState
+from bmjax.training.losses import Loss, cross_entropy
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+def micro_batches(batch: Batch, accumulate: int) -> Batch:
+    """[b, ...] -> [accumulate, b/accumulate, ...]; strided, so that each micro-batch spans all devices."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), batch)
+
+
+def make_train_step(
+    model: Classifier,
+    tx: optax.GradientTransformation,
+    is_trainable: Callable[[Path], bool],
+    *,
+    batch_norm: BatchNormConfig,
+    augmentation: AugmentConfig,
+    loss: Loss = cross_entropy,
+    accumulate: int = 1,
+    ema_decay: float | None = None,
+    image_dtype: Any = jnp.float32,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """train_step(state, batch) -> (state after one update, {"loss", "correct", "count", "grad_norm"}).
+
+    `batch` holds image uint8 [b, h, w, 3], label int32 [b], position int32 [b] (place in the global batch); or label
+    and feature_map [b, h, w, c] instead, of a frozen backbone that `state` then lacks: nothing is augmented.
+    Mixed images count as of the class that there is most of. Only the trainable part of the parameters is
+    differentiated. The loss is the mean over the global batch.
+    """
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        trainable, frozen = split_params(state.params, is_trainable)
+        step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        count = all_sum(jnp.asarray(batch["label"].shape[0], image_dtype))
+
+        def loss_fn(trainable: Tree, batch_stats: Tree, micro: Batch, key: jax.Array):
+            augment_key, dropout_key = jax.random.split(key)
+            labels, cached = micro["label"], "feature_map" in micro
+            mixes = augmentation.mixes and not cached
+            if cached:
+                images = micro["feature_map"]
+            else:
+                keys = jax.vmap(jax.random.fold_in, (None, 0))(augment_key, micro["position"])
+                images = augment(micro["image"].astype(image_dtype), keys, augmentation)
+            if mixes:
+                images, others, share = mix(images, labels, keys, augmentation)
+            logits, updates = model.apply(
+                {"params": merge_params(trainable, frozen), "batch_stats": batch_stats},
+                images,
+                train=True,
+                batch_norm=batch_norm,
+                start="feature_map" if cached else "images",
+                rngs={"dropout": dropout_key},
+                mutable=["batch_stats"],
+            )
+            losses = loss(logits, labels)
+            if mixes:
+                losses = share * losses + (1 - share) * loss(logits, others)
+                labels = jnp.where(share >= 0.5, labels, others)  # what is right is what there is most of
+            correct = (logits.argmax(-1) == labels).sum(dtype=jnp.int32)
+            # Divided by the global count: the sum over devices and micro-batches is then the mean's gradient.
+            return losses.sum() / count, (updates.get("batch_stats", batch_stats), correct)
+
+        def body(carry: tuple, inputs: tuple[Batch, jax.Array]):
+            grads, batch_stats, total, correct = carry
+            micro, key = inputs
+            (value, (batch_stats, hits)), new = jax.value_and_grad(loss_fn, has_aux=True)(
+                trainable, batch_stats, micro, key
+            )
+            return (jax.tree.map(jnp.add, grads, new), batch_stats, total + value, correct + hits), None
+
+        zeros = jax.tree.map(jnp.zeros_like, trainable)
+        carry = (zeros, state.batch_stats, jnp.zeros((), image_dtype), jnp.zeros((), jnp.int32))
+        if accumulate == 1:
+            carry, _ = body(carry, (batch, step_key))
+        else:
+            keys = jax.random.split(step_key, accumulate)
+            carry, _ = jax.lax.scan(body, carry, (micro_batches(batch, accumulate), keys))
+        grads, batch_stats, total, correct = all_sum(carry[0]), carry[1], all_sum(carry[2]), all_sum(carry[3])
+        updates, opt_state = tx.update(grads, state.opt_state, trainable)
+        params = merge_params(optax.apply_updates(trainable, updates), frozen)
+        ema = state.ema
+        if ema_decay is not None:
+            keep = float(ema_decay)
+            new = {"params": params, "batch_stats": batch_stats}
+            ema = jax.tree.map(lambda old, x: keep * old + (1 - keep) * x, ema, new)
+        state = state.replace(step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state, ema=ema)
+        return state, {"loss": total, "correct": correct, "count": count, "grad_norm": optax.tree.norm(grads)}
+
+    return train_step
+
+
+def make_eval_step(model: Classifier, *, image_dtype: Any = jnp.float32) -> Callable[[Tree, Batch], Metrics]:
+    """eval_step(variables, batch) -> {"logits" [b, k]}; `batch` holds image uint8 [b, h, w, 3]."""
+
+    def eval_step(variables: Tree, batch: Batch) -> Metrics:
+        logits: Any = model.apply(variables, batch["image"].astype(image_dtype), train=False)
+        return {"logits": logits}
+
+    return eval_step

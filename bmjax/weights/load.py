@@ -1,0 +1,167 @@
+"""Finds, reads and merges weights by name or path."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bmjax.backbones._registry import create_backbone, family_of
+from bmjax.files import checksum
+from bmjax.registry import unknown
+from bmjax.weights import catalog, download, keras_files, safetensors_files, timm
+from bmjax.weights.merge import merge
+from bmjax.weights.network import Tree, classes_of, network, network_shapes, top_layers
+from bmjax.weights.record import WeightRecord
+
+_NAMES = {"imagenet": "keras", "imagenet-timm": "timm"}
+
+
+def _named(backbone: str, weights: str, include_top: bool) -> WeightRecord | Path:
+    """The catalog's record of that name, or the path of a file that is there."""
+    by_name = {record.name: record for record in catalog.RECORDS}
+    if weights in _NAMES:
+        return catalog.find(backbone, include_top, _NAMES[weights])
+    if weights in by_name:
+        return _suitable(by_name[weights], backbone, weights)
+    path = Path(weights).expanduser()
+    if path.is_file():
+        return path
+    if path.suffix:
+        raise FileNotFoundError(f"{path}: no such weight file")
+    raise unknown("weights (a name, or the path of a file)", weights, [*_NAMES, "none", *by_name])
+
+
+def _suitable(record: WeightRecord, backbone: str, origin: str) -> WeightRecord:
+    if record.backbone != backbone:
+        raise ValueError(f"{origin}: weights of {record.backbone}; expected those of {backbone}")
+    return record
+
+
+def find_record(backbone: str, weights: str) -> WeightRecord:
+    """The record of the weights named. Fetches nothing.
+
+    Raises:
+      FileNotFoundError: no file at that path.
+      ValueError: neither a known name nor a whole file of a known kind, or weights of another backbone.
+    """
+    found = _named(backbone, weights, include_top=False)
+    return read(found, backbone)[0] if isinstance(found, Path) else found
+
+
+def read(path: Path, backbone: str, record: WeightRecord | None = None) -> tuple[WeightRecord, dict[str, Tree]]:
+    """A file's record and the {"params", "batch_stats"} of the record's network, on the host, every leaf matched.
+
+    Without `record` it is the file's own where it is a ported one, the catalog's where the bytes are those, or else
+    what the rule of the family and the source says.
+
+    Raises:
+      ValueError: no weight file of a known kind, damaged, of another backbone, or not the network's leaf by leaf; names
+        file and leaf.
+    """
+    with path.open("rb") as file:
+        start = file.read(9)
+    if start.startswith((b"\x89HDF", b"PK\x03\x04")):
+        return _read_keras(path, backbone, record)
+    if start.endswith(b"{") and len(start) == 9:  # eight bytes of length, then JSON
+        return _read_safetensors(path, backbone, record)
+    raise ValueError(f"{path}: no weight file; expected HDF5 or a .keras archive of Keras, or safetensors")
+
+
+def _read_keras(path: Path, backbone: str, record: WeightRecord | None) -> tuple[WeightRecord, dict[str, Tree]]:
+    layers = keras_files.read(path)
+    classes = next((layer.arrays["kernel"].shape[1] for layer in layers if layer.kind == "dense"), None)
+    if record is None:
+        found = f"md5:{checksum(path, 'md5')}"
+        record = next((_suitable(r, backbone, str(path)) for r in catalog.RECORDS if r.checksum == found), None)
+    if record is None:
+        record = catalog.unpublished(backbone, "keras", path.name, top=classes is not None)
+        if (mode := keras_files.preprocess_within(path, layers)) is not None:
+            record = dataclasses.replace(record, preprocess=mode)
+    model = network(record, classes or 1000)
+    shapes, order = network_shapes(model)
+    layers = [layer for layer in layers if not keras_files.is_unused(layer, record.unused)]
+    source = keras_files.to_variables(layers, shapes, order)
+    return _counted(record, shapes), merge(shapes, source, str(path))
+
+
+def _read_safetensors(path: Path, backbone: str, record: WeightRecord | None) -> tuple[WeightRecord, dict[str, Tree]]:
+    tensors, own = safetensors_files.read(path)
+    if own is not None:
+        _suitable(own, backbone, str(path))
+        source = safetensors_files.to_variables(path, tensors, own)
+        shapes, _ = network_shapes(network(own, classes_of(source)))
+        return own, merge(shapes, source, str(path))
+    unused = catalog.rule(backbone, "timm")["unused"]
+    tensors = {key: array for key, array in tensors.items() if key.rsplit(".", 1)[-1] not in unused}
+    classes = next((array.shape[0] for array in tensors.values() if array.ndim == 2), None)
+    if record is None:
+        record = catalog.unpublished(backbone, "timm", path.name, top=classes is not None)
+    model = network(record, classes or 1000)
+    shapes, order = network_shapes(model)
+    first = f"{family_of(backbone).timm_name(model, order[0])}.weight"
+    if first not in tensors:
+        raise ValueError(
+            f"{path}: neither ported by bmjax nor in timm's naming for {backbone}, where the first layer is {first!r}; "
+            f"the file begins with {next(iter(tensors), 'nothing')!r}"
+        )
+    return _counted(record, shapes), merge(shapes, timm.to_variables(tensors, backbone, model, shapes), str(path))
+
+
+def _counted(record: WeightRecord, shapes: dict[str, Tree]) -> WeightRecord:
+    """The record with the exact number of values, where the catalog hasn't told it."""
+    if record.parameters:
+        return record
+    return dataclasses.replace(record, parameters=sum(leaf.size for leaf in jax.tree.leaves(shapes)))
+
+
+def load(backbone: str, weights: str, include_top: bool = False) -> tuple[WeightRecord, dict[str, Tree]]:
+    """As `read`, of the weights named; fetched if need be.
+
+    Raises:
+      FileNotFoundError, ValueError: as `find_record` and `read`; ValueError too where there is no top to include.
+      ConnectionError: the file can't be downloaded.
+    """
+    found = _named(backbone, weights, include_top)
+    if isinstance(found, Path):
+        record, variables = read(found, backbone)
+    else:
+        record, variables = read(download.fetch(found), backbone, found)
+    if include_top and not record.top:
+        raise ValueError(f"{weights}: the file has no layer of classes; expected one with top")
+    return record, variables
+
+
+def load_into(
+    variables: dict[str, Tree],
+    backbone: str,
+    weights: str,
+    *,
+    include_top: bool = False,
+    options: Mapping[str, Any] | None = None,
+    preprocess: str | None = None,
+) -> dict[str, Tree]:
+    """A backbone's {"params", "batch_stats"} with every array replaced by the weights'; a top it hasn't is left out.
+
+    `options` are the fields the backbone was made with and `preprocess` its input's mode; both are held to the record.
+
+    Raises:
+      FileNotFoundError, ValueError, ConnectionError: as `load`; ValueError too where a field of the backbone, or the
+        preprocessing, isn't what the weights were made for.
+    """
+    record, loaded = load(backbone, weights, include_top)
+    model, made_for = create_backbone(backbone, **(options or {})), network(record)
+    for field in record.architecture:
+        found, expected = getattr(model, field), getattr(made_for, field)
+        if found != expected:
+            raise ValueError(f"{weights}: {field} of {backbone} is {found!r}; the weights need {expected!r}")
+    if preprocess is not None and preprocess != record.preprocess:
+        raise ValueError(f"{weights}: preprocessing is {preprocess!r}; the weights need {record.preprocess!r}")
+    if record.top and not include_top:
+        params = {name: leaves for name, leaves in loaded["params"].items() if name not in top_layers(record)}
+        loaded = loaded | {"params": params}
+    return jax.tree.map(jnp.asarray, merge(variables, loaded, weights))

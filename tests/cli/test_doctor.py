@@ -1,0 +1,154 @@
+"""The doctor finds the traps that are set for it."""
+
+import importlib.util
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+
+import jax
+import pytest
+
+from bmjax import environment
+from bmjax.cli import doctor
+from bmjax.cpu import build as native
+from bmjax.weights.catalog import RECORDS
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    monkeypatch.setenv("BMJAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "jax"))
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+
+
+def level(subject):
+    levels = {level for level, name, _ in doctor.examine() if name == subject}
+    assert len(levels) == 1
+    return levels.pop()
+
+
+def test_a_sound_environment_has_no_failure():
+    findings = doctor.examine()
+    assert {level for level, _, _ in findings} <= {"OK", "WARN"}
+    assert {"python", "jax", "jaxlib", "devices", "cache", "W&B", "x64", "XLA_FLAGS"} <= {
+        name for _, name, _ in findings
+    }
+    assert all(text for _, _, text in findings)
+
+
+def test_a_package_too_old_or_missing_fails(monkeypatch):
+    version = metadata.version
+    monkeypatch.setattr(metadata, "requires", lambda name: ["flax>=99", "no-such-thing>=1", "never; extra == 'test'"])
+    monkeypatch.setattr(metadata, "version", lambda name: "1.0" if name == "bmjax" else version(name))
+    found = {name: (level, text) for level, name, text in doctor._packages()}
+    assert found["flax"][0] == "FAIL"
+    assert "needs flax>=99" in found["flax"][1]
+    assert found["no-such-thing"] == (
+        "FAIL",
+        'not installed; needs no-such-thing>=1; python -m pip install "no-such-thing>=1"',
+    )
+    assert "never" not in found
+
+
+def test_missing_importlib_resources_fails(monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "importlib_resources" else find(n))
+    assert level("importlib_resources for tfds") == "FAIL"
+
+
+def test_a_cache_that_cannot_be_written_fails(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("BMJAX_CACHE", str(tmp_path / "file"))
+    assert level("cache") == "FAIL"
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "file"))
+    assert level("compiled programs") == "WARN"
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    assert level("compiled programs") == "WARN"
+
+
+def test_a_damaged_weight_file_fails():
+    assert level("weights") == "OK"
+    folder = environment.cache_folder() / "weights"
+    folder.mkdir(parents=True)
+    (folder / RECORDS[0].file_name).write_text("damaged")
+    assert level("weights") == "FAIL"
+
+
+def test_settings_that_change_numbers_warn(monkeypatch):
+    assert (level("x64"), level("random numbers")) == ("OK", "OK")
+    with jax.enable_x64(True):
+        assert level("x64") == "WARN"
+    with jax.threefry_partitionable(False):
+        assert level("random numbers") == "WARN"
+
+
+def test_the_flags_for_cpus(monkeypatch):
+    monkeypatch.setattr(environment, "CPU_FLAGS_JAXLIB", (metadata.version("jaxlib"),))
+    monkeypatch.setenv("XLA_FLAGS", " ".join(("--some", *environment.CPU_FLAGS)))
+    assert level("XLA_FLAGS") == "OK"
+    monkeypatch.setenv("XLA_FLAGS", "")
+    assert level("XLA_FLAGS") == "WARN"
+    monkeypatch.setattr(environment, "CPU_FLAGS_JAXLIB", ())
+    assert level("XLA_FLAGS") == "OK"
+
+
+def test_what_gpus_bring(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
+    found = {name: (level, text) for level, name, text in doctor._gpu()}
+    assert "takes 0.75" in found["GPU memory"][1]
+    assert found["GPU determinism"][0] == "WARN"
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    found = {name: (level, text) for level, name, text in doctor._gpu()}
+    assert found == {"GPU memory": ("OK", "taken as needed"), "GPU determinism": ("OK", "on")}
+
+
+def test_wandb(monkeypatch):
+    assert "there is no key" in doctor._wandb()[2]
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    assert "can't be reached" in doctor._wandb()[2]
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert doctor._wandb()[0] == "WARN"
+
+
+FREED = """
+import resource, sys
+if "bmjax" in sys.argv:
+    import bmjax
+import numpy as np
+faults = []
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(30_000_000, np.float32)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(faults[-1])
+"""
+
+
+def page_faults(*arguments, **given):
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
+    run = [sys.executable, "-c", FREED, *arguments]
+    return int(subprocess.run(run, env=env | given, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's malloc can be told to")
+def test_what_is_freed_is_kept_for_the_next_array():
+    """A second array of 120 MB costs no page fault, where it costs hundreds without bmjax or with one's own setting."""
+    kept = page_faults("bmjax", JAX_PLATFORMS="cpu")
+    assert kept < 50
+    assert page_faults() > kept + 50
+    assert page_faults("bmjax", JAX_PLATFORMS="cpu", MALLOC_TOP_PAD_="131072") > kept + 50
+    assert page_faults("bmjax", JAX_PLATFORMS="cuda,cpu") > kept + 50
+
+
+def test_kernels_that_can_not_be_built_are_a_warning(monkeypatch):
+    assert level("kernels for CPUs") == "OK"
+    monkeypatch.setattr(native, "build", lambda: native.Build(None, "not used: no C++ compiler found"))
+    monkeypatch.setattr(native, "available", lambda: False)
+    assert level("kernels for CPUs") == "WARN"

@@ -1,0 +1,199 @@
+"""Experiment files, and fields overridden by their dotted names."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from bmjax.config import Config, ModelConfig, StageConfig, from_json, to_json
+from bmjax.config.experiment import load_experiment, sweep
+from bmjax.config.override import changed, field_types, override
+
+EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
+
+
+def experiment(folder, body):
+    path = folder / "e.py"
+    path.write_text("from bmjax.config import *\n" + body)
+    return str(path)
+
+
+def test_shipped_experiments_round_trip_to_json():
+    files = sorted(EXPERIMENTS.glob("*.py"))
+    assert len(files) >= 2
+    for file in files:
+        config, module = load_experiment(str(file))
+        assert from_json(to_json(config)) == config
+        assert module is not None
+        assert f"bmjax train experiments/{file.name}" in (module.__doc__ or "")
+
+
+def test_experiments_come_from_a_file_a_config_or_a_run(tmp_path):
+    path = experiment(tmp_path, "def config(): return Config(name='e', seed=4)")
+    config, module = load_experiment(path)
+    assert config == Config(name="e", seed=4)
+    assert module is not None
+    (tmp_path / "config.json").write_text(to_json(config))
+    assert load_experiment(str(tmp_path / "config.json")) == (config, None)
+    found, module = load_experiment(str(tmp_path))
+    assert (found.seed, found.run_dir, module) == (4, str(tmp_path), None)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("x = 1", r"e\.py: config\(\) is not there"),
+        ("def config(): return {'seed': 1}", r"config\(\) gives {'seed': 1}"),
+        ("def config(): return Config(seed=-1)", "'seed' is -1"),
+    ],
+)
+def test_a_file_without_a_configuration_is_refused(tmp_path, body, message):
+    with pytest.raises(ValueError, match=message):
+        load_experiment(experiment(tmp_path, body))
+
+
+def test_other_files_are_refused(tmp_path):
+    (tmp_path / "e.txt").write_text("")
+    with pytest.raises(ValueError, match=r"ending in \.py or \.json"):
+        load_experiment(str(tmp_path / "e.txt"))
+    with pytest.raises(FileNotFoundError, match="no such experiment"):
+        load_experiment(str(tmp_path / "e.py"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("--seed 3", {"seed": 3}),
+        ("--data.image-size 64", {"data.image_size": 64}),
+        ("--data.image_size=64", {"data.image_size": 64}),
+        ("--data.strict True", {"data.strict": True}),
+        ("--data.strict true --augment.flip=false", {"data.strict": True, "augment.flip": False}),
+        ("--data.split 0.5 0.25 0.25", {"data.split": [0.5, 0.25, 0.25]}),
+        ("--model.weights None", {"model.weights": None}),
+        ("--model.weights none", {"model.weights": None}),
+        ("--model.weights=none", {"model.weights": None}),
+        ("--model.weights w/notop.h5", {"model.weights": "w/notop.h5"}),
+        ("--model.attention none", {"model.attention": "none"}),
+        ("--model.attach conv4 last", {"model.attach": ["conv4", "last"]}),
+        (
+            '--model.attention se+simam --model.attention-options {"se":{"ratio":8}} --model.attention-gate true',
+            {
+                "model.attention": "se+simam",
+                "model.attention_options": {"se": {"ratio": 8}},
+                "model.attention_gate": True,
+            },
+        ),
+        ("--model.head.widths 64", {"model.head.widths": [64]}),
+        ("--optim.lr 0.1 --optim.nesterov true", {"optim.lr": 0.1, "optim.nesterov": True}),
+        ("--optim.lr none", {"optim.lr": None}),
+        ("--optim.schedule.kind cosine", {"optim.schedule.kind": "cosine"}),
+        ("--stages.0.train head", {"stages.0.train": ["head"]}),
+        (
+            "--stages.1.epochs 7 --stages.0.batch-norm.head frozen",
+            {"stages.1.epochs": 7, "stages.0.batch_norm.head": "frozen"},
+        ),
+        ("--train.early-stop-epochs 4", {"train.early_stop_epochs": 4}),
+        ("--tracking.tags a b", {"tracking.tags": ["a", "b"]}),
+        ('--model.attention-options {"ratio":4,"on":true}', {"model.attention_options": {"ratio": 4, "on": True}}),
+        ("", {}),
+    ],
+)
+def test_every_kind_of_field_is_overridden_by_name(arguments, expected):
+    base = Config(stages=(StageConfig(), StageConfig(epochs=2)), model=ModelConfig(attention_options={"ratio": 16}))
+    found = override(base, arguments.split(), "bmjax train e.py")
+    assert found == changed(base, expected)
+    assert from_json(to_json(found)) == found
+    assert (found == base) == (expected in ({}, {"optim.lr": None}))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--optim.lrr 1", "--optim.lr"),
+        ("--trian.batch-size 1", "--train.batch-size"),
+        ("--optim.lr fast", "fast"),
+        ("--seed 1.5", "1.5"),
+        ("--optim.name admax", "admax"),
+        ("--data.strict maybe", "maybe"),
+        ("--data.split 0.5 0.5", "data.split"),
+        ("--model.attention-options [1]", "no JSON object"),
+        ("--model.attention-options {", "attention-options"),
+        ("--stages.1.epochs 3", "stages.1"),
+        ("positional", "positional"),
+    ],
+)
+def test_wrong_arguments_exit_with_the_field_and_no_traceback(capsys, arguments, message):
+    with pytest.raises(SystemExit) as exit_info:
+        override(Config(), arguments.split(), "bmjax train e.py")
+    assert exit_info.value.code == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_values_out_of_range_name_the_field():
+    with pytest.raises((ValueError, SystemExit)):
+        override(Config(), ["--data.image-size", "4"], "bmjax")
+
+
+def test_help_shows_every_field_with_its_text(capsys):
+    with pytest.raises(SystemExit):
+        override(Config(), ["--help"], "bmjax train e.py")
+    out = capsys.readouterr().out
+    for name in field_types(Config):
+        flag = name.replace("stages.", "stages.0.").replace("_", "-")
+        assert f"--{flag} " in out or f"--{flag}\n" in out, flag
+    assert "Peak learning rate" in out
+
+
+def test_field_types_cover_the_whole_configuration():
+    names = field_types(Config)
+    assert {"seed", "data.split", "optim.schedule.kind", "stages.batch_norm.head", "model.head.widths"} <= names.keys()
+    assert not {"data", "stages", "optim.schedule"} & names.keys()
+
+
+def test_changes_are_checked():
+    assert changed(Config(), {"stages.0.epochs": 3, "optim.lr": 0.5}).stages[0].epochs == 3
+    for changes, message in (
+        ({"optim.lrr": 1}, r"unknown part of 'optim\.lrr': 'lrr'; did you mean 'lr'"),
+        ({"stages.4.epochs": 1}, r"unknown part of 'stages\.4\.epochs': '4'"),
+        ({"seed.x": 1}, r"unknown part of 'seed\.x': 'x'"),
+        ({"optim.lr": "fast"}, r"optim\.lr"),
+        ({"data.image_size": 4}, "at least 16 pixels"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            changed(Config(), changes)
+
+
+def test_a_sweep_gives_each_run_a_name_and_a_folder(tmp_path):
+    body = "def config(): return Config(name='e')\ndef sweep():\n"
+    body += "    for lr in (0.1, 0.01): yield {'optim.lr': lr, 'data.root': 'a/b'}\n    yield {'name': 'last'}\n"
+    path = experiment(tmp_path, body)
+    config, module = load_experiment(path)
+    found = sweep(config, module, path)
+    assert [c.name for c in found] == ["e-lr=0.1-root=a_b", "e-lr=0.01-root=a_b", "last"]
+    assert [c.optim.lr for c in found] == [0.1, 0.01, None]
+    assert [c.run_dir for c in found] == [""] * 3
+    below = sweep(Config(name="e", run_dir="runs/s"), module, path)
+    assert [c.run_dir for c in below] == [f"runs/s/{c.name}" for c in found]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("def config(): return Config()", r"has no sweep\(\)"),
+        ("def config(): return Config()\ndef sweep(): return [{'name': 'a'}] * 2", "two runs of the same name"),
+        ("def config(): return Config()\ndef sweep(): yield {'optim.lrr': 1}", "did you mean 'lr'"),
+    ],
+)
+def test_a_wrong_sweep_is_refused_before_anything_runs(tmp_path, body, message):
+    path = experiment(tmp_path, body)
+    with pytest.raises(ValueError, match=message):
+        sweep(*load_experiment(path), path)
+
+
+def test_configurations_need_no_jax():
+    code = "import sys; from bmjax.config.override import *; from bmjax.config import Config\n"
+    code += "override(Config(), ['--seed', '3'], 'x'); assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

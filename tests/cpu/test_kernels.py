@@ -1,0 +1,304 @@
+"""The kernels against the references they stand for, and what happens where they can't be had."""
+
+import functools
+import logging
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bmjax import layers
+from bmjax.cpu import build as native
+from bmjax.cpu import dense_layer, formulations
+from bmjax.layers import ops
+
+native.prepare()
+if not native.available():
+    pytest.skip(f"the kernels are {native.build().said}", allow_module_level=True)
+
+# batch, height and width, kernel, stride, padding per axis, inputs, outputs: whole and broken panels, tiles and lanes
+CONVS = {
+    "pointwise": (3, (9, 7), 1, 1, ((0, 0), (0, 0)), 37, 45),
+    "pointwise, whole panels": (2, (14, 14), 1, 1, ((0, 0), (0, 0)), 64, 64),
+    "pointwise, stride 2": (2, (9, 8), 1, 2, ((0, 0), (0, 0)), 20, 33),
+    "3x3": (2, (13, 29), 3, 1, ((1, 1), (1, 1)), 32, 40),
+    "3x3, uneven padding": (2, (10, 11), 3, 1, ((0, 2), (2, 0)), 17, 3),
+    "3x3, stride 2": (2, (15, 12), 3, 2, ((1, 1), (0, 1)), 24, 32),
+    "5x3, valid": (1, (12, 11), (5, 3), 1, ((0, 0), (0, 0)), 16, 7),
+    "many small images": (40, (3, 4), 3, 1, ((1, 1), (1, 1)), 48, 32),
+    "stem": (2, (31, 30), 7, 2, ((3, 3), (3, 3)), 3, 64),
+    "stem, wide padding": (1, (4, 3), 5, 1, ((4, 4), (4, 4)), 2, 5),
+    "many kernels": (2, (6, 5), 3, 1, ((1, 1), (1, 1)), 260, 256),
+    "one pixel": (1, (1, 1), 1, 1, ((0, 0), (0, 0)), 5, 100),
+}
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
+
+
+def equal(ours, expected):
+    """To 1e-5 of the largest value."""
+    ours, expected = jax.tree.leaves(ours), jax.tree.leaves(expected)
+    for a, b in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(jnp.abs(b).max()))
+
+
+def with_and_without(function, *args):
+    """What a function gives with the kernels and without, and how many kernels it calls."""
+    program = jax.jit(lambda *args: function(*args)).trace(*args)
+    with native.off():
+        expected = jax.jit(lambda *args: function(*args))(*args)
+    text = program.lower().as_text()
+    return program.lower().compile()(*args), expected, text.count("stablehlo.custom_call @bmjax_")
+
+
+@pytest.mark.parametrize("name", CONVS)
+def test_convolutions(name):
+    batch, spatial, size, stride, padding, inputs, outputs = CONVS[name]
+    size = (size, size) if isinstance(size, int) else size
+    how = ((stride, stride), padding, 1)
+    x, kernel = normal(0, batch, *spatial, inputs), normal(1, *size, inputs, outputs)
+    y = formulations.plain(x, kernel, *how)
+    shape = formulations.Shape(y[..., 0].size, size, how[0], inputs, outputs, 1)
+    arguments = {
+        "forward": (x, kernel),
+        "kernel_gradient": (x, y, kernel.shape),
+        "input_gradient": (y, kernel, x.shape),
+    }
+    calls = 0
+    for operation, given in arguments.items():
+        fn = formulations.formulations(operation, shape, padding).get("native")
+        if fn is None:
+            assert operation == "input_gradient"
+            continue
+        arrays, result = given[:2], given[2:]
+        ours, expected, found = with_and_without(lambda a, b, fn=fn, r=result: fn(a, b, *r, *how), *arrays)
+        equal(ours, expected)
+        calls += found
+    assert calls == (2 if name in ("stem", "3x3, stride 2") else 3)
+
+
+# batch, height and width, kernel, stride, padding per axis, channels
+DEPTHWISE = {
+    "3x3": (2, (9, 11), 3, 1, ((1, 1), (1, 1)), 48),
+    "3x3, stride 2, uneven padding": (3, (9, 8), 3, 2, ((0, 1), (0, 1)), 21),
+    "3x3, stride 2, even side": (2, (8, 8), 3, 2, ((0, 1), (1, 1)), 16),
+    "5x5": (2, (7, 6), 5, 1, ((2, 2), (2, 2)), 300),
+    "5x5, stride 2": (1, (11, 10), 5, 2, ((1, 2), (2, 2)), 7),
+    "2x7, valid, stride 3": (2, (8, 20), (2, 7), 3, ((0, 0), (0, 0)), 33),
+    "more padding than kernel": (1, (4, 5), 3, 1, ((3, 3), (4, 2)), 8),
+}
+
+
+@pytest.mark.parametrize("name", DEPTHWISE)
+def test_depthwise_convolutions(name):
+    batch, spatial, size, stride, padding, channels = DEPTHWISE[name]
+    size = (size, size) if isinstance(size, int) else size
+    how = ((stride, stride), padding, channels)
+    x, kernel = normal(0, batch, *spatial, channels), normal(1, *size, 1, channels)
+    y = formulations.plain(x, kernel, *how)
+    shape = formulations.Shape(y[..., 0].size, size, how[0], channels, channels, channels)
+    arguments = {
+        "forward": (x, kernel),
+        "kernel_gradient": (x, y, kernel.shape),
+        "input_gradient": (y, kernel, x.shape),
+    }
+    for operation, (a, b, *result) in arguments.items():
+        fn = formulations.formulations(operation, shape, padding)["native"]
+        ours, expected, calls = with_and_without(lambda a, b, fn=fn, r=result: fn(a, b, *r, *how), a, b)
+        equal(ours, expected)
+        assert calls == 1
+
+
+@pytest.mark.parametrize("shape", [(3, 17, 18, 96), (2, 3, 1, 5), (5, 1, 1, 40), (64, 30, 30, 24)])
+def test_a_norm_by_the_batch_and_its_gradients(shape):
+    norm = layers.BatchNorm()
+    x, into = 3 + 2 * normal(0, *shape), normal(1, *shape)
+    variables = norm.init(jax.random.key(0), x)
+    variables["params"]["scale"] += normal(2, shape[-1])
+
+    def run(x, params):
+        y, new = norm.apply({**variables, "params": params}, x, train=True, mutable=["batch_stats"])
+        return (y * into).sum(), new
+
+    def both(x, params):
+        return jax.value_and_grad(run, (0, 1), has_aux=True)(x, params)
+
+    ((ours, new), grads), ((expected, new_expected), expected_grads), calls = with_and_without(
+        both, x, variables["params"]
+    )
+    assert calls == 2
+    np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-5 * into.size**0.5)
+    equal(new, new_expected)
+    equal(grads[1], expected_grads[1])
+    np.testing.assert_allclose(grads[0], expected_grads[0], atol=3e-5 * float(jnp.abs(into).max()))
+
+
+# batch, height and width, channels before, of the bottleneck, new, of the buffer
+LAYERS = {
+    "whole panels": (2, (14, 15), 64, 128, 32, 160),
+    "broken panels": (3, (7, 5), 21, 44, 5, 40),
+    "less than a lane": (2, (5, 6), 3, 8, 2, 9),
+    "images of a strip": (30, (3, 3), 40, 64, 32, 100),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_dense_layers(name):
+    b, spatial, c, m, n, wide = LAYERS[name]
+    buffer, y, dy = normal(0, b, *spatial, wide), normal(1, b, *spatial, m), normal(2, b, *spatial, n)
+    outer, inner = (normal(3, c), normal(4, c)), (normal(5, m), normal(6, m))
+    kernel1, kernel2 = normal(7, 1, 1, c, m), normal(8, 3, 3, m, n)
+    combine, dz, into = tuple(normal(9, 3, m)), normal(10, *y.shape), normal(11, *buffer.shape)
+    runs = [
+        (dense_layer.norm_conv, (buffer, outer, kernel1)),
+        (functools.partial(dense_layer.norm_conv_into, channel=c), (y, inner, kernel2, buffer)),
+        (dense_layer.norm_conv_backward, (y, inner, kernel2, dy)),
+        (dense_layer.norm_product_backward, (buffer, outer, kernel1, dz, y, combine, into)),
+    ]
+    for function, args in runs:
+        ours, expected, calls = with_and_without(function, *args)
+        equal(ours, expected)
+        assert calls == 1
+
+
+def test_the_variance_survives_a_large_mean():
+    x = 1e4 + normal(0, 2, 20, 20, 16)
+    kernel = jnp.eye(16)[None, None]
+    _, (mean, var) = jax.jit(dense_layer.norm_conv)(x, (jnp.ones(16), jnp.zeros(16)), kernel)
+    exact = np.asarray(x, np.float64)
+    np.testing.assert_allclose(mean, exact.mean((0, 1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(var, exact.var((0, 1, 2)), rtol=1e-3)
+
+
+def test_nan_stays_nan():
+    x = normal(0, 1, 4, 4, 16).at[0, 1, 2, 3].set(jnp.nan)
+    y, _ = jax.jit(dense_layer.norm_conv)(x, (jnp.ones(16), jnp.zeros(16)), normal(1, 1, 1, 16, 32))
+    assert np.isnan(y).any(-1).sum() == 1
+
+
+def test_derivatives_of_kernels_are_those_of_their_references():
+    x, kernel, dy = normal(0, 2, 6, 5, 8), normal(1, 3, 3, 8, 4), normal(2, 2, 6, 5, 4)
+    affine = (normal(3, 8), normal(4, 8))
+
+    def total(x, kernel, dy):
+        dz, dkernel, _ = dense_layer.norm_conv_backward(x, affine, kernel, dy)
+        return (dz * dz).sum() + jnp.sin(dkernel).sum()
+
+    reverse = with_and_without(jax.grad(total, (0, 1, 2)), x, kernel, dy)
+    equal(*reverse[:2])
+    forward = with_and_without(lambda x, k, d: jax.jvp(total, (x, k, d), (x, k, d))[1], x, kernel, dy)
+    equal(*forward[:2])
+
+
+def test_the_same_bits_every_time_and_when_many_run_at_once():
+    x, kernel = normal(0, 8, 20, 20, 24), normal(1, 3, 3, 24, 40)
+    how = {"strides": (1, 1), "padding": ((1, 1), (1, 1)), "groups": 1}
+
+    @jax.jit
+    def many(x, kernel):
+        y = [formulations.forward_native(x + i, kernel, **how) for i in range(8)]
+        return y, [formulations.kernel_native(x, y, kernel.shape, **how) for y in y]
+
+    first = many(x, kernel)
+    for _ in range(10):
+        for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(many(x, kernel)), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_vmap():
+    x, kernel = normal(0, 3, 2, 6, 5, 8), normal(1, 1, 1, 8, 40)
+    how = {"strides": (1, 1), "padding": ops.NO_PADDING, "groups": 1}
+    run = jax.vmap(lambda x: formulations.forward_native(x, kernel, **how))
+    equal(run(x), jnp.einsum("sbhwc,cn->sbhwn", x, kernel[0, 0]))
+
+
+def test_programs_that_xla_divides_over_devices_have_none():
+    from bmjax.training.parallel import Parallel
+
+    x, kernel, how = normal(0, 4, 6, 5, 8), normal(1, 3, 3, 8, 32), {"strides": (1, 1), "padding": ((1, 1), (1, 1))}
+
+    def calls(kind, count):
+        parallel = Parallel.create(kind, count)
+        step = parallel.compile_step(lambda k, b: formulations.forward_native(b["x"], k, **how, groups=1), donate=False)
+        batch = parallel.put_batch({"x": np.asarray(x)})
+        placed = parallel.to_devices(kernel)
+        y = np.asarray(step(placed, batch)).reshape(4, 6, 5, 32)
+        equal(y, formulations.plain(x, kernel, **how))
+        return step.lower(placed, batch).as_text().count("@bmjax_conv")
+
+    assert calls("jit", 1) == 1
+    assert calls("jit", 4) == 0
+    assert calls("pmap", 4) == 1
+
+
+@pytest.fixture
+def fresh_build(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    return native.build.__wrapped__
+
+
+def test_without_a_compiler_nothing_is_built(fresh_build, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert fresh_build() == (None, "not used: no C++ compiler found (CXX, c++, g++, clang++)")
+    monkeypatch.setenv("BMJAX_NATIVE", "0")
+    assert fresh_build() == (None, "not used: BMJAX_NATIVE is 0")
+
+
+def test_what_can_not_be_compiled_is_said_and_leaves_nothing(fresh_build, monkeypatch, tmp_path, caplog):
+    source = tmp_path / "broken.cc"
+    source.write_text("int main() { this is not C++ }")
+    monkeypatch.setattr(native, "SOURCE", source)
+    with caplog.at_level(logging.WARNING):
+        path, said = fresh_build()
+    assert path is None
+    assert said.endswith("can't compile them")
+    assert f"{source} can't be compiled by" in caplog.text
+    assert "error" in caplog.text
+    assert list((tmp_path / "native").iterdir()) == []
+
+
+def test_a_folder_that_can_not_be_written_is_said(fresh_build, monkeypatch, tmp_path, caplog):
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "file"))
+    with caplog.at_level(logging.WARNING):
+        path, said = fresh_build()
+    assert path is None
+    assert said == f"not used: {tmp_path / 'file' / 'native'} can't be written"
+    assert "the kernels can't be kept in" in caplog.text
+
+
+def test_a_build_is_found_again_and_depends_on_the_source(fresh_build, monkeypatch, tmp_path):
+    source = tmp_path / "small.cc"
+    source.write_text('extern "C" int bmjax_answer() { return 42; }')
+    monkeypatch.setattr(native, "SOURCE", source)
+    path, said = fresh_build()
+    assert said.startswith("compiled by ")
+    made = path.stat().st_mtime_ns
+    assert fresh_build().path == path
+    assert path.stat().st_mtime_ns == made
+    source.write_text('extern "C" int bmjax_answer() { return 43; }')
+    assert fresh_build().path != path
+
+
+def test_a_network_trains_without_kernels_too():
+    """And says so: the references are what then runs."""
+    code = (
+        "import bmjax, jax, jax.numpy as jnp\n"
+        "from bmjax.cpu import build as native\n"
+        "from bmjax.layers import ops, prepare\n"
+        "prepare()\n"
+        "assert not native.available()\n"
+        "x = jnp.ones((1, 8, 8, 4))\n"
+        "grad = jax.jit(jax.grad(lambda k: ops.convolution(x, k, padding=((1, 1), (1, 1))).sum()))\n"
+        "assert 'bmjax_' not in grad.lower(jnp.ones((3, 3, 4, 32))).as_text()\n"
+        "print(native.build().said)\n"
+    )
+    env = os.environ | {"BMJAX_NATIVE": "0", "JAX_PLATFORMS": "cpu"}
+    out = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "not used: BMJAX_NATIVE is 0"

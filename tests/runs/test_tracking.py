@@ -1,0 +1,226 @@
+"""The JSONL record under kills and rewinds, and W&B without a network."""
+
+import io
+import json
+import logging
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bmjax.config import TrackingConfig
+from bmjax.runs import tracking
+from bmjax.runs.tracking import JsonlTracker, MultiTracker, NoTracker, make_tracker, new_run_id, why_offline
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write(path, steps, kind="train"):
+    tracker = JsonlTracker(path)
+    for step in steps:
+        tracker.log(step, {"loss": 1.0 / step}, kind=kind)
+    tracker.close()
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "metrics.jsonl"
+
+
+def test_each_step_stands_once_per_kind(path):
+    write(path, [1, 2, 3])
+    write(path, [3], "epoch")
+    write(path, [2, 3, 4, 5])  # a resume from the checkpoint of step 1
+    write(path, [3, 6], "epoch")
+    found = lines(path)
+    assert [r["step"] for r in found if r["kind"] == "train"] == [1, 2, 3, 4, 5]
+    assert [r["step"] for r in found if r["kind"] == "epoch"] == [3, 6]
+    assert all(r["loss"] == 1.0 / r["step"] and r["time"] > 1.7e9 for r in found)
+
+
+@pytest.mark.parametrize("torn", ['{"kind": "train", "step": 4, "lo', "{", '{"kind": "train", "step": 4, "time": 1.0}'])
+def test_a_torn_last_line_is_cut_off(path, torn):
+    write(path, [1, 2, 3])
+    whole = path.read_bytes()
+    path.write_bytes(whole + torn.encode())
+    write(path, [])
+    assert path.read_bytes() == whole
+    path.write_bytes(whole + torn.encode())
+    write(path, [3, 4, 5])
+    assert [r["step"] for r in lines(path)] == [1, 2, 3, 4, 5]
+
+
+def test_a_file_of_nothing_but_a_torn_line(path):
+    path.write_text('{"kind": "tr')
+    write(path, [1])
+    assert [r["step"] for r in lines(path)] == [1]
+
+
+def test_a_finished_line_that_is_no_record_is_named(path):
+    write(path, [1])
+    path.write_text(path.read_text() + "garbage\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: b'garbage'"):
+        JsonlTracker(path)
+
+
+def test_a_line_is_on_disk_as_soon_as_it_is_logged(path):
+    program = (
+        "import os, pathlib, sys; from bmjax.runs.tracking import JsonlTracker\n"
+        "JsonlTracker(pathlib.Path(sys.argv[1])).log(7, {'loss': 0.5}, kind='train'); os._exit(9)"
+    )
+    assert subprocess.run([sys.executable, "-c", program, str(path)], check=False).returncode == 9
+    assert lines(path)[0]["step"] == 7
+
+
+def test_only_process_0_writes(tmp_path):
+    assert isinstance(make_tracker(TrackingConfig(), tmp_path, "id", {}, process_index=1), NoTracker)
+    assert list(tmp_path.iterdir()) == []
+    make_tracker(TrackingConfig(), tmp_path, "id", {}).close()
+    assert (tmp_path / "metrics.jsonl").exists()
+
+
+def test_every_tracker_takes_every_call(tmp_path):
+    calls = []
+
+    class Recorder(NoTracker):
+        def log(self, step, metrics, *, kind):
+            calls.append((step, kind))
+
+        def summary(self, metrics):
+            calls.append("summary")
+
+        def confusion(self, *_):
+            calls.append("confusion")
+
+        def mispredicted(self, *_):
+            calls.append("mispredicted")
+
+        def checkpoint_artifact(self, *_):
+            calls.append("artifact")
+
+        def close(self):
+            calls.append("close")
+
+    both = MultiTracker([Recorder(), NoTracker(), Recorder()])
+    both.log(1, {}, kind="train")
+    both.summary({})
+    both.confusion(np.zeros(1, int), np.zeros(1, int), ["a"])
+    both.mispredicted(np.zeros((0, 4, 4, 3), np.uint8), np.zeros(0, int), np.zeros((0, 1)), [], ["a"])
+    both.checkpoint_artifact(tmp_path, {})
+    both.close()
+    assert calls[::2] == calls[1::2] == [(1, "train"), "summary", "confusion", "mispredicted", "artifact", "close"]
+
+
+@pytest.fixture
+def no_key(monkeypatch, tmp_path):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    for name in ("DATA", "CACHE", "CONFIG"):  # else W&B writes into the user's home
+        monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / name.lower()))
+    # A server that refuses at once, so that nothing leaves this machine.
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    return tmp_path / "netrc"
+
+
+def test_why_offline(no_key, monkeypatch):
+    assert why_offline() == "there is no key"
+    no_key.write_text("machine 127.0.0.1 login user password 0\n")
+    assert why_offline() == "127.0.0.1 can't be reached"
+    no_key.write_text("machine example.org login user password 0\n")
+    assert why_offline() == "there is no key"
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    assert why_offline() == "127.0.0.1 can't be reached"
+    monkeypatch.setattr(tracking, "reachable", lambda: True)
+    assert why_offline() is None
+
+
+def inspect(folder, kind):
+    """The records of one kind that a run folder of W&B holds, by W&B's own reader."""
+    (file,) = folder.glob("*.wandb")
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    records = [json.loads(line) for line in found.stdout.splitlines()]
+    return [r[kind] for r in records if r["type"] == kind]
+
+
+def test_wandb_goes_offline_by_itself_and_logs_each_step_once(no_key, tmp_path, caplog):
+    run_dir, config, run_id = tmp_path / "run", TrackingConfig(wandb="auto"), new_run_id()
+    (run_dir / "best").mkdir(parents=True)
+    (run_dir / "best" / "weights").write_text("w")
+    rng = np.random.default_rng(0)
+    with caplog.at_level(logging.WARNING):
+        tracker = make_tracker(config, run_dir, run_id, {"name": "r", "optim": {"lr": 0.25}})
+        for step in (1, 2, 3):
+            tracker.log(step, {"loss": 1 / step}, kind="train")
+        tracker.log(3, {"epoch": 1, "val/accuracy": 0.5}, kind="epoch")
+        tracker.close()
+        first = set((run_dir / "wandb").glob("offline-run-*"))
+        tracker = make_tracker(config, run_dir, run_id, {"name": "r"})
+        for step in (2, 3, 4):
+            tracker.log(step, {"loss": 1 / step}, kind="train")
+        images, labels = rng.integers(0, 255, (3, 8, 8, 3), np.uint8), np.array([0, 1, 0])
+        tracker.summary({"val/accuracy": 0.75})
+        tracker.confusion(labels, np.array([1, 0, 0]), ["BLA", "EOS"])
+        tracker.mispredicted(images, labels, rng.random((3, 2)), ["a.png", "b.png", "c.png"], ["BLA", "EOS"])
+        tracker.checkpoint_artifact(run_dir / "best", {"accuracy": 0.75})
+        tracker.close()
+    assert "there is no key, so the run is logged offline" in caplog.text
+    folders = [*first, *(set((run_dir / "wandb").glob("offline-run-*")) - first)]
+    assert len(folders) == 2
+    assert all(f"wandb sync {folder}" in caplog.text for folder in folders)
+
+    starts = [inspect(folder, "run")[0] for folder in folders]
+    assert [(s["run_id"], s["resume"]) for s in starts] == [(run_id, True)] * 2, "a resume is another run to W&B"
+    assert starts[0]["config"]["update"]["optim"] == {"lr": 0.25}
+    history = [[r["item"] for r in inspect(folder, "history")] for folder in folders]
+    steps = [
+        (row["global_step"], name)
+        for run in history
+        for row in run
+        for name in ("train/loss", "epoch/epoch")
+        if name in row
+    ]
+    assert steps == [(1, "train/loss"), (2, "train/loss"), (3, "train/loss"), (3, "epoch/epoch"), (4, "train/loss")]
+    assert [row["train/loss"] for row in history[1] if "train/loss" in row] == [0.25]
+
+    (table,) = folders[1].glob("files/media/table/mispredicted*.json")
+    rows = json.loads(table.read_text())["data"]
+    assert [(row[0], row[2]) for row in rows] == [("a.png", "BLA"), ("b.png", "EOS"), ("c.png", "BLA")]
+    files = {p.read_bytes() for p in (tmp_path / "data").rglob("*") if p.is_file()}
+    pictures = [np.asarray(Image.open(io.BytesIO(f))).tolist() for f in files if f.startswith(b"\x89PNG")]
+    assert sorted(pictures) == sorted(images.tolist())
+    artifacts = inspect(folders[1], "artifact")
+    assert [a["type"] for a in artifacts if a["name"] == f"best-{run_id}"] == ["model"]
+    assert any("val/accuracy" in r.get("update", {}) for r in inspect(folders[1], "summary"))
+
+
+def test_wandb_with_a_key_the_server_refuses_goes_offline(no_key, tmp_path, monkeypatch, caplog):
+    import wandb
+
+    starts = []
+    original = wandb.init
+
+    def init(*, mode, **options):
+        starts.append(mode)
+        if mode == "online":
+            raise wandb.Error("401 Unauthorized")
+        return original(mode=mode, **options)
+
+    monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setattr(tracking, "why_offline", lambda: None)
+    with caplog.at_level(logging.WARNING):
+        make_tracker(TrackingConfig(wandb="auto"), tmp_path, new_run_id(), {}).close()
+    assert starts == ["online", "offline"]
+    assert "401 Unauthorized, so the run is logged offline" in caplog.text
+    with pytest.raises(wandb.Error, match="401"):
+        make_tracker(TrackingConfig(wandb="online"), tmp_path, new_run_id(), {})
+
+
+def test_importing_the_module_does_not_import_wandb():
+    code = "import sys, bmjax.runs.tracking; sys.exit('wandb' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, env=os.environ).returncode == 0

@@ -1,0 +1,133 @@
+"""The same numbers on one device, on four under jit and on four under pmap; batches of any size."""
+
+import dataclasses
+import logging
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bmjax.data.batches import TrainBatches
+from bmjax.data.load import load_dataset
+from bmjax.data.splits import split_dataset
+from bmjax.model.create import create
+from bmjax.runs.folder import new_variables
+from bmjax.runs.state import create_state
+from bmjax.training.losses import make_loss
+from bmjax.training.parallel import Parallel, largest_divisor
+from bmjax.training.predict import Predictor
+from bmjax.training.progress import announced
+from bmjax.training.stages import compile_stage, plan_stages
+
+STEPS = 5
+
+
+def run_steps(config, kind, devices):
+    """Parameters, statistics and losses after STEPS updates, dropout and augmentation on."""
+    dataset = load_dataset(config.data)
+    splits = split_dataset(dataset, config.data)
+    model = create(config.model, len(dataset.classes), config.train.dtype)
+    variables = new_variables(config, model)
+    plan = plan_stages(config, 4, model, variables["batch_stats"])[-1]
+    state = create_state(variables, plan.optimizer.tx, plan.is_trainable, seed=3, ema=True)
+    parallel = Parallel.create(kind, devices, config.train.batch_size)
+    assert parallel.size == devices
+    loss = make_loss(config.train, np.bincount(dataset.labels[splits.train]))
+    step = compile_stage(config, model, plan, parallel, loss)
+    on_devices, losses = parallel.to_devices(state), []
+    batches = TrainBatches(dataset, splits.train, config.train.batch_size, config.seed)
+    for k in range(STEPS):
+        batch = batches.batch(k)
+        batch = {name: batch[name] for name in ("image", "label", "position")}
+        on_devices, metrics = step(on_devices, parallel.put_batch(batch))
+        losses.append(parallel.to_host(metrics)["loss"].item())
+    state = parallel.to_host(on_devices)
+    return {"params": state.params, "batch_stats": state.batch_stats, "ema": state.ema}, losses
+
+
+def largest_difference(a, b):
+    return max(float(np.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_float64_steps_agree_on_any_devices(tiny_config, accumulate):
+    train = dataclasses.replace(tiny_config.train, dtype="float64", accumulate=accumulate)
+    augment = dataclasses.replace(tiny_config.augment, mixup=0.4, cutmix=1.0, hed=0.05, erase=0.5)
+    config = dataclasses.replace(tiny_config, train=train, augment=augment)
+    with jax.enable_x64(True):
+        one, losses = run_steps(config, "jit", 1)
+        assert jax.tree.leaves(one)[0].dtype == np.float64
+        assert len(set(losses)) == STEPS, "the steps changed nothing"
+        for kind in ("jit", "pmap"):
+            four, four_losses = run_steps(config, kind, 4)
+            assert largest_difference(one, four) < 1e-9, kind
+            np.testing.assert_allclose(losses, four_losses, rtol=0, atol=1e-9)
+
+
+def test_float32_drift_is_small_and_printed(tiny_config, capsys):
+    one, _ = run_steps(tiny_config, "jit", 1)
+    with capsys.disabled():
+        for kind in ("jit", "pmap"):
+            drift = largest_difference(one, run_steps(tiny_config, kind, 4)[0])
+            print(f"\nfloat32 drift after {STEPS} steps, 1 device to 4 under {kind}: {drift:.2e}")
+            # Adam divides by the root of tiny second moments, so summation order shows up to the rate itself.
+            assert drift < 5e-3
+
+
+@pytest.mark.parametrize("kind", ["jit", "pmap"])
+def test_state_and_batches_survive_the_way_to_devices_and_back(kind):
+    parallel = Parallel.create(kind, 4)
+    tree = {"a": np.arange(6.0, dtype=np.float32).reshape(2, 3), "b": np.int32(4)}
+    back = parallel.to_host(parallel.to_devices(tree))
+    jax.tree.map(np.testing.assert_array_equal, tree, back)
+    batch = {"image": np.arange(8 * 3, dtype=np.float32).reshape(8, 3)}
+    double = parallel.compile_step(lambda _, b: {"y": b["image"] * 2}, donate=False)
+    out = parallel.batch_to_host(double(parallel.to_devices(tree), parallel.put_batch(batch)))
+    np.testing.assert_array_equal(out["y"], batch["image"] * 2)
+
+
+def test_to_devices_keeps_the_host_copy_when_the_step_donates():
+    parallel = Parallel.create("jit", 4)
+    host = {"x": jnp.ones(5)}
+    step = parallel.compile_step(lambda s, b: ({"x": s["x"] + b["y"].sum()}, {}))
+    step(parallel.to_devices(host), parallel.put_batch({"y": np.ones(4, np.float32)}))
+    np.testing.assert_array_equal(host["x"], np.ones(5))
+
+
+def test_devices_that_do_not_divide_the_batch_are_left_out():
+    assert [largest_divisor(b, 4) for b in (16, 18, 7, 9)] == [4, 3, 1, 3]
+    assert Parallel.create("jit", None, 18).size == 3
+    with pytest.raises(ValueError, match=r"train\.devices is 99; expected at most 4"):
+        Parallel.create("jit", 99)
+
+
+@pytest.mark.parametrize(("batch_size", "n"), [(16, 1), (16, 17), (5, 7)])
+def test_every_image_is_evaluated_once_whatever_the_sizes(tiny_config, batch_size, n):
+    dataset = load_dataset(tiny_config.data)
+    config = dataclasses.replace(tiny_config, train=dataclasses.replace(tiny_config.train, eval_batch_size=batch_size))
+    model = create(config.model, len(dataset.classes))
+    variables = new_variables(config, model)
+    rows = np.arange(3, 3 + n)
+    probs, done = Predictor(config, model)(variables, dataset, rows)
+    np.testing.assert_array_equal(done, rows)
+    logits = model.apply(variables, dataset.images[rows].astype(np.float32), train=False)
+    np.testing.assert_allclose(probs, jax.nn.softmax(logits), atol=1e-5)
+
+
+def test_few_images_are_not_padded_to_a_whole_batch(tiny_config):
+    config = dataclasses.replace(tiny_config, train=dataclasses.replace(tiny_config.train, eval_batch_size=64))
+    on_four = Predictor(config, create(config.model, 2))
+    assert [on_four.bucket(n) for n in (1, 4, 5, 9, 16, 17, 64, 1000)] == [4, 4, 8, 16, 16, 64, 64, 64]
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, devices=1))
+    on_one = Predictor(config, create(config.model, 2))
+    assert [on_one.bucket(n) for n in (1, 2, 3, 16, 17)] == [1, 2, 4, 16, 64]
+
+
+def test_the_first_call_of_a_step_says_how_long_it_took(caplog):
+    step = announced(lambda state, batch: state + batch, stage=2)
+    with caplog.at_level(logging.INFO):
+        assert [step(1, 2), step(3, 4)] == [3, 7]
+    assert len(caplog.messages) == 1
+    assert re.fullmatch(r"stage 2: its step compiled, or was read from the cache, in \d+\.\d s", caplog.messages[0])
