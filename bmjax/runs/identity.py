@@ -105,7 +105,7 @@ def _paths(config: Config) -> dict[str, str]:
 
 
 def located(config: Config, run_dir: Path) -> Config:
-    """The configuration with relative paths that lead nowhere from the current folder as they led when it was trained."""
+    """The configuration with relative paths that lead nowhere from here as they led when the run was trained."""
     resolved = read_environment(run_dir).get("resolved", {})
     for field, (written, path) in resolved.items():
         section, name = field.split(".")
@@ -181,7 +181,5 @@ def _renamed(config: Config, names: dict[str, str]) -> Config:
         data=replace(config.data, source=new(config.data.source)),
         optim=replace(config.optim, name=new(config.optim.name)),
         augment=replace(config.augment, extra=tuple(map(new, config.augment.extra))),
-        train=replace(
-            config.train, loss=new(config.train.loss), metrics=tuple(map(new, config.train.metrics))
-        ),
+        train=replace(config.train, loss=new(config.train.loss), metrics=tuple(map(new, config.train.metrics))),
     )
