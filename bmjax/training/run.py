@@ -16,7 +16,8 @@ from bmjax.config.base import Config
 from bmjax.data.augment.augment import load_extra
 from bmjax.data.batches import steps_per_epoch
 from bmjax.data.dataset import Dataset
-from bmjax.data.splits import Splits
+from bmjax.data.load import load_dataset
+from bmjax.data.splits import Splits, split_dataset
 from bmjax.model.classifier import Classifier
 from bmjax.model.create import create, resolve
 from bmjax.runs import folder, identity
@@ -209,11 +210,16 @@ def prepare(config: Config, data: tuple[Dataset, Splits] | None = None, shared: 
     if shared is not None:
         dataset, splits, features = shared.dataset, shared.splits, shared.features
     else:
-        dataset, splits = data or folder.load_data(Path(), config)
+        dataset, splits = data or _new_data(config)
         features = FeatureMaps(config, dataset)
     per_epoch = steps_per_epoch(len(splits.train), config.train.batch_size)
     loss = loss_of(config, dataset, splits)
     return Prepared(dataset, splits, features, Programs(config, len(dataset.classes), features.shape, per_epoch, loss))
+
+
+def _new_data(config: Config) -> tuple[Dataset, Splits]:
+    dataset = load_dataset(config.data)
+    return dataset, split_dataset(dataset, config.data)
 
 
 def _wanted(config: Config) -> tuple[SplitName, ...]:
