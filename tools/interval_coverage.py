@@ -1,0 +1,2 @@
+HEADER=()
+def rows(repeats, quick): return iter(())
