@@ -1,2 +1,5 @@
-HEADER=()
-def rows(repeats, quick): return iter(())
+HEADER = ()
+
+
+def rows(repeats, quick):
+    return iter(())

@@ -135,7 +135,7 @@ def _corrected(p: np.ndarray, correlation: np.ndarray, error: float) -> tuple[np
     largest = largest_of_family(correlation)
     beyond = _DRAWS - np.searchsorted(largest, norm.isf(p / 2), side="left")
     corrected = np.where(beyond < 50, m * p, np.minimum(m * p, beyond / _DRAWS))
-    alpha = 2 * float(norm.sf(largest[_DRAWS - int(round(error * _DRAWS))]))
+    alpha = 2 * float(norm.sf(largest[_DRAWS - round(error * _DRAWS)]))
     return np.minimum(corrected / _SPENT, 1.0), max(alpha, error / m)
 
 

@@ -153,8 +153,8 @@ def until_shown(
         for row in rows:
             if row.shown is None or row.variant in decided:
                 continue
-            assert row.difference_low is not None and row.difference_high is not None
-            small = -wanted < row.difference_low and row.difference_high < wanted
+            bounds = row.difference_low, row.difference_high
+            small = all(bound is not None and abs(bound) < wanted for bound in bounds)
             if row.shown or small:
                 decided[row.variant] = row
                 (shown if row.shown else excluded)[row.variant] = look
