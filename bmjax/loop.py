@@ -406,7 +406,8 @@ def evaluate_run(
             "%s: the test split is opened for time %d; a choice made on it is no longer a test", run.run_dir, openings
         )
     probs, done = predictor(run.variables, dataset, getattr(splits, split))
-    metrics = classification_metrics(dataset.labels[done], probs) | {"step": run.step, "checkpoint": which}
+    metrics = classification_metrics(dataset.labels[done], probs, intervals=True)
+    metrics |= {"step": run.step, "checkpoint": which}
     if jax.process_index() == 0:
         save_predictions(run.run_dir, split, dataset, probs, done)
         save_results(run.run_dir, split, metrics)
