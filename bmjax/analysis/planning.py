@@ -28,15 +28,22 @@ def detectable(spread: Spread, seeds: int, n: int, *, measured: int | None = Non
 
     `measured`: the number of seeds `spread` comes from, by default `seeds`; with more seeds the luck is known better.
     """
+    from scipy.special import chdtri, nctdtrinc
     from scipy.stats import t as student
 
     measured = measured or seeds
-    runs = (spread.runs + spread.rest / n) / seeds
+    # The luck found is below the true one more often than above: its median is put right (chi-square's).
+    luck = spread.runs * spread.runs_df / chdtri(spread.runs_df, 0.5)
+    runs = (luck + spread.rest / n) / seeds
     images = (spread.images + spread.rest / seeds) / n
+    variance = spread.images / n + luck / seeds + spread.rest / (seeds * n)
     runs_df = max(spread.runs_df * (seeds - 1) / max(measured - 1, 1), 1.0)
-    variance = standard_error(spread, seeds, n) ** 2
     df = max(variance**2 / max(runs**2 / runs_df + images**2 / max(n - 1, 1), 1e-300), 1.0)
-    return float((student.isf(spread.alpha / 2, df) + student.ppf(power, df)) * np.sqrt(variance))
+    beyond = float(student.isf(spread.alpha / 2, df))
+    away = nctdtrinc(df, 1 - power, beyond)  # in standard errors, by the non-central t distribution
+    if not np.isfinite(away):  # where its routine gives up, far out
+        away = beyond + student.ppf(power, df)
+    return float(away * np.sqrt(variance))
 
 
 def _fewest(enough, at_least: int) -> int | None:

@@ -54,9 +54,9 @@ def test_two_variants_by_hand():
     assert row.difference == pytest.approx(-0.2)
     error = np.sqrt(0.2 * 0.8 / 49)  # 10 of 50 images count -1, the rest 0
     assert row.p == pytest.approx(2 * stats.t.sf(0.2 / error, 49))
-    half = stats.t.isf(0.05 * 0.85 / 2, 49) * error
+    half = stats.t.isf(0.05 * comparison._SPENT / 2, 49) * error
     assert (row.difference_low, row.difference_high) == pytest.approx((-0.2 - half, -0.2 + half))
-    assert row.p_corrected == pytest.approx(row.p / 0.85)
+    assert row.p_corrected == pytest.approx(row.p / comparison._SPENT)
     assert row.shown
 
 
@@ -72,7 +72,9 @@ def test_luck_by_hand():
     both = np.sqrt(luck.sum() / s)
     # The answers' own variance is in the spread of runs and in that of images; it counts once.
     assert np.sqrt(row.spread.runs / s) == pytest.approx(both, rel=0.05)
-    assert row.difference_high - row.difference == pytest.approx(stats.t.isf(0.05 * 0.85 / 2, 6) * both, rel=0.05)
+    assert row.difference_high - row.difference == pytest.approx(
+        stats.t.isf(0.05 * comparison._SPENT / 2, 6) * both, rel=0.05
+    )
 
 
 @pytest.mark.parametrize("s", [3, 5])
