@@ -182,8 +182,8 @@ def intervals_note(counts: np.ndarray) -> str:
         )
     if few:
         notes.append(
-            f"{few} of {len(counts)} classes have fewer than {_FEW} images, of them or taken for them: no interval of their "
-            "own figures holds exactly 95 %"
+            f"{few} of {len(counts)} classes have fewer than {_FEW} images, of them or taken for them: no interval of "
+            "their own figures holds exactly 95 %"
         )
     return "; ".join(notes)
 

@@ -26,20 +26,20 @@ def holm(p: np.ndarray) -> np.ndarray:
 
 
 def crossed_bootstrap(values: np.ndarray, rng: np.random.Generator, resamples: int) -> tuple[float, float]:
-    """Percentile interval of the mean of values [s, n], seeds and images drawn with replacement (Owen 2007)."""
+    """Percentile interval of the mean of values [s, n], seeds and images drawn with replacement (Owen 2007).
+
+    Images by their normal limit, given the seeds drawn: from 100 images on that is the same, and much faster.
+    """
     s, n = values.shape
-    means = []
-    for start in range(0, resamples, 500):
-        r = min(500, resamples - start)
-        seeds, images = rng.multinomial(s, np.full(s, 1 / s), r), rng.multinomial(n, np.full(n, 1 / n), r)
-        means.append(((seeds @ values) * images).sum(1) / (s * n))
-    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
+    drawn = rng.multinomial(s, np.full(s, 1 / s), resamples) @ values / s
+    means = drawn.mean(1) + np.sqrt(drawn.var(1) / n) * rng.standard_normal(resamples)
+    low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 
 
 def old(hits: np.ndarray, resamples: int = 400) -> np.ndarray:
-    """The test up to version 0.1: McNemar's exact test over images with Holm's correction, and the percentile
-    interval over images and seeds, which is drawn only where the first agrees (400 resamples instead of 10,000)."""
+    """The test this one replaced: McNemar's exact test over images with Holm's correction, and the percentile interval
+    over images and seeds, which is drawn only where the first agrees (400 resamples instead of 10,000)."""
     score = hits.sum(1, dtype=int)
     score = score[1:] - score[0]
     better, worse = (score > 0).sum(1), (score < 0).sum(1)

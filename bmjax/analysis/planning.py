@@ -114,7 +114,7 @@ def look_level(at: tuple[int, ...], comparisons: int, level: float = LEVEL) -> f
     seeds = np.array(at, float)
     between = np.sqrt(np.minimum.outer(seeds, seeds) / np.maximum.outer(seeds, seeds))
     family = np.full((comparisons, comparisons), 0.5) + 0.5 * np.eye(comparisons)
-    one = largest_of_family(family)
+    one = np.sort(largest_of_family(family))
     roots = np.linalg.cholesky(between), np.linalg.cholesky(family)
     rng, smallest = np.random.default_rng(0), []
     for _ in range(20):  # a block at a time, for memory
