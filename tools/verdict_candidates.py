@@ -138,14 +138,3 @@ CANDIDATES: dict[str, Test] = {
     "crossed, pooled": lambda hits: crossed(hits, pool=True),
     "new": new,
 }
-
-
-def corrected_resampled_t(differences: np.ndarray, test_share: float) -> float:
-    """p of the mean of differences [folds] (of any number of repetitions), whose trainings share images.
-
-    `test_share`: test images for each training image. Nadeau and Bengio 2003,
-    https://doi.org/10.1023/A:1024068626366; a share of 0 is Student's t, which takes the folds as independent.
-    """
-    folds = len(differences)
-    error = np.sqrt(max(differences.var(ddof=1), TINY) * (1 / folds + test_share))
-    return float(2 * stats.t.sf(abs(differences.mean()) / error, folds - 1))

@@ -241,6 +241,27 @@ def compare(hits: Mapping[str, np.ndarray], baseline: str, *, level: float = LEV
     return rows
 
 
+def corrected_resampled_t(differences: np.ndarray, test_share: float) -> float:
+    """p-value of the mean of differences [f], one a fold, of any number of repetitions of a cross-validation.
+
+    The folds' trainings share images, so their mean is less certain than their spread says. test_share: test images
+    for each training image, 1 / (k - 1) for k folds; 0 would be Student's t, which takes the folds as independent.
+    One comparison, not corrected for others. Nadeau and Bengio 2003, https://doi.org/10.1023/A:1024068626366.
+
+    Raises:
+      ValueError: fewer than two differences.
+    """
+    from scipy.stats import t as student
+
+    f = len(differences)
+    if f < 2:
+        raise ValueError(f"{f} differences; expected at least two folds")
+    mean, error = float(np.mean(differences)), float(np.sqrt(np.var(differences, ddof=1) * (1 / f + test_share)))
+    if error == 0:
+        return 1.0 if mean == 0 else 0.0
+    return float(2 * student.sf(abs(mean) / error, f - 1))
+
+
 def verdict(row: Row, baseline: str, n: int, seeds: int) -> str:
     """What a row says, in words."""
     many = f"{seeds} seed" + "s" * (seeds != 1)

@@ -5,7 +5,7 @@ import pytest
 from scipy import optimize, stats
 
 from bmjax.analysis import comparison
-from bmjax.analysis.comparison import compare, largest_of_family, moderated, verdict
+from bmjax.analysis.comparison import compare, corrected_resampled_t, largest_of_family, moderated, verdict
 
 
 def draw(rng, v, s, n, luck, worse=0.0):
@@ -194,3 +194,14 @@ def test_order_of_variants_does_not_matter():
         assert (row.difference, row.p) == (pytest.approx(back[name].difference), pytest.approx(back[name].p))
         assert row.p_corrected == pytest.approx(back[name].p_corrected, abs=0.01)
     assert comparison.FEWEST_SEEDS == 3
+
+
+def test_corrected_resampled_t_by_hand():
+    differences = np.array([0.02, 0.04, 0.03, 0.01, 0.05])
+    plain = stats.ttest_1samp(differences, 0.0).pvalue
+    assert corrected_resampled_t(differences, 0.0) == pytest.approx(plain)
+    t = 0.03 / np.sqrt(0.00025 * (1 / 5 + 1 / 4))  # their variance is 0.00025
+    assert corrected_resampled_t(differences, 1 / 4) == pytest.approx(2 * stats.t.sf(t, 4))
+    assert corrected_resampled_t(np.zeros(5), 0.25) == 1.0
+    with pytest.raises(ValueError, match="at least two folds"):
+        corrected_resampled_t(np.zeros(1), 0.25)
