@@ -107,9 +107,10 @@ def look_level(at: tuple[int, ...], comparisons: int, level: float = LEVEL) -> f
     """The level each look's simultaneous intervals need, for all intervals of all looks to hold together at `level`.
 
     Equal at each look (Pocock 1977), and 0.8 of that error: the first looks' few degrees of freedom are an
-    approximation, which matters more the smaller the error (by simulation 6 instead of 5 % of two variants). The looks' statistics are taken to be normal and correlated as those of a mean
-    over seeds, sqrt(s_1 / s_2); the images they share correlate them further, which errs on the safe side. The
-    variants are taken to be correlated by the baseline they share (0.5).
+    approximation, which matters more the smaller the error (by simulation 6 instead of 5 % of two variants). The
+    looks' statistics are taken to be normal and correlated as those of a mean over seeds, sqrt(s_1 / s_2); the images
+    they share correlate them further, which errs on the safe side. The variants are taken to be correlated by the
+    baseline they share (0.5).
     """
     if len(at) == 1:
         return level
