@@ -259,7 +259,7 @@ def find_shortcuts(dataset: Dataset, facts: Sequence[FileFacts], units: np.ndarr
 
 def find_label_errors(dataset: Dataset, features: np.ndarray, units: np.ndarray) -> tuple[LabelErrors, list[Finding]]:
     """Labels that contradict out-of-fold predictions from a network's features [n, c]."""
-    from bmjax.runs.metrics import balanced_accuracy, confusion_matrix
+    from bmjax.runs.confusion import balanced_accuracy, confusion_matrix
 
     k = len(dataset.classes)
     rows, probs = shortcuts.likely_label_errors(features, dataset.labels, units, k)
