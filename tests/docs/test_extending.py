@@ -23,7 +23,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_the_page_has_a_command_for_each_part():
-    parts = ("attention", "loss", "metrics", "optim.name", "source", "backbone", "head", "extra", "watched.py")
+    parts = ("attention", "loss", "metrics", "optim.name", "source", "attach", "head", "extra", "watched.py")
     assert [part for part in parts if not any(part in command for command in COMMANDS)] == []
 
 
@@ -43,7 +43,7 @@ def test_its_commands_train(command, folder, monkeypatch, capsys):
     words = shlex.split(command)
     assert main(words[1:]) == 0
     assert (folder / "runs/tiny/results.json").is_file()
-    own = [word for word in words if word.endswith(".py")]
+    own = [word for word in words if word.endswith(".py")] + ["net.py"]
     copies = {path.name for path in (folder / "runs/tiny/code").rglob("*.py")}
     assert copies == set(own)
     if "watched.py" in own:
