@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent / "_ext"))
 project = "bmjax"
 author = "the bmjax maintainers"
 release = version = metadata.version("bmjax")
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "notebook"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "docstrings", "notebook"]
 exclude_patterns = ["_ext"]
 
 html_theme = "furo"
@@ -27,9 +27,6 @@ myst_heading_anchors = 3
 myst_links_external_new_tab = False
 suppress_warnings: list[str] = []  # none: a warning is an error
 
-# Docstrings are written for people: single backticks are code, "Raises:" is a section.
-default_role = "literal"
-napoleon_use_rtype = False
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
