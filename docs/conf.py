@@ -20,6 +20,8 @@ html_copy_source = False
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 templates_path: list[str] = []
+highlight_language = "text"
+toc_object_entries = False
 pygments_style = "friendly"
 pygments_dark_style = "monokai"
 
