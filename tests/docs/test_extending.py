@@ -3,10 +3,10 @@
 import shlex
 
 import pytest
-from tests.helpers import pages
 
 from bmjax.analysis.report import report
 from bmjax.cli import main
+from tests.helpers import pages
 
 PAGE = pages.DOCS / "extending.md"
 COMMANDS = pages.commands(PAGE)

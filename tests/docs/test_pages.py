@@ -5,6 +5,7 @@ import importlib
 import re
 
 import pytest
+
 from tests.helpers import pages
 
 ROOMS = ("", "attention", "backbones", "cli", "config", "data", "layers", "model", "runs", "training", "weights")

@@ -8,6 +8,7 @@ import urllib.parse
 from pathlib import Path
 
 import pytest
+
 from tests.helpers import pages
 from tests.test_floors import FLOORS, PACKAGE
 
@@ -35,7 +36,9 @@ def test_files_that_pages_name_exist():
 
 
 def test_the_maps_modules_exist():
-    named = re.findall(r"`((?:layers|training|runs|analysis|model|data)/[\w/]+\.py)`", (DOCS / "architecture.md").read_text())
+    named = re.findall(
+        r"`((?:layers|training|runs|analysis|model|data)/[\w/]+\.py)`", (DOCS / "architecture.md").read_text()
+    )
     named += re.findall(r"(?:data|training|model|weights)/[\w/]+\.py", (DOCS / "architecture.svg").read_text())
     assert named
     assert [name for name in named if not (PACKAGE / name).is_file()] == []
@@ -92,7 +95,9 @@ def test_the_site_has_no_broken_link(site):
 
 def test_the_site_works_offline(site):
     """Nothing is loaded from elsewhere, no machine's path is shown, and no package registry is named."""
-    loads = re.compile(r"""<(?:script|img|iframe)[^>]+src=["']?(?:https?:)?//|<link[^>]+rel=["']stylesheet["'][^>]+//""")
+    loads = re.compile(
+        r"""<(?:script|img|iframe)[^>]+src=["']?(?:https?:)?//|<link[^>]+rel=["']stylesheet["'][^>]+//"""
+    )
     fetched = re.compile(r"@import|url\([\"']?(?:https?:)?//")
     for path in site.rglob("*.html"):
         text = path.read_text()
