@@ -17,6 +17,7 @@ PAGES = [p for p in pages.PAGES if p not in OWN_TEST and any(b.language == "pyth
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(pages.ROOT)))
 def test_its_python_runs(page, tmp_path, monkeypatch):
     monkeypatch.setenv("BMJAX_CACHE", str(tmp_path / "cache"))
+    pages.write_files(page, tmp_path)
     with pages.in_folder(tmp_path, monkeypatch):
         pages.run_blocks(page, {})
 
