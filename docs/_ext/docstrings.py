@@ -53,6 +53,13 @@ def process(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: li
     lines[:] = restructured(lines)
 
 
+def short(app: Sphinx, what: str, name: str, obj: Any, options: Any, *signature: str | None) -> tuple[str, ...] | None:
+    """The signature with names that Sphinx left long cut to their last part, as in `tuple[~bmjax.x.Y, ...]`."""
+    found = [re.sub(r"~[\w.]+\.(?=\w)", "", part or "") for part in signature]
+    return None if found == [part or "" for part in signature] else tuple(found)
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     app.connect("autodoc-process-docstring", process)
+    app.connect("autodoc-process-signature", short)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
