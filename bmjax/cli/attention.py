@@ -100,7 +100,7 @@ def check(options: argparse.Namespace, rest: Sequence[str]) -> int:
         raise ValueError(f"--shape is {options.shape}; expected four positive numbers")
     import jax
 
-    from bmjax.analysis.contract.checks import examine
+    from bmjax.analysis.contract.attention import examine
     from bmjax.attention._registry import create_attention
 
     if "device_count" not in os.environ.get("XLA_FLAGS", ""):

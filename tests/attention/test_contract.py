@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bmjax.analysis.contract.checks import CHECKS, examine
+from bmjax.analysis.contract.attention import CHECKS, examine
 from bmjax.attention._placing import IdentityGate
 from bmjax.attention._registry import create_attention, list_attention
 from tests.helpers import formulas
