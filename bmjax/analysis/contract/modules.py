@@ -104,9 +104,9 @@ def gradients(s: Subject) -> str | None:
     return gradients_in(s.usual["training"])
 
 
-def gradients_in(out: dict[str, Any]) -> str | None:
+def gradients_in(out: dict[str, Any], least: float = _LEAST_GRADIENT) -> str | None:
     """`gradients`, of what `Subject.with_gradients` gave."""
-    dead = [path for path, g in leaves(out["gradients"]) if np.abs(g).max() < _LEAST_GRADIENT]
+    dead = [path for path, g in leaves(out["gradients"]) if np.abs(g).max() < least]
     if dead:
         hint = "Is the layer's result used? Look for a stop_gradient, a rounding, a factor 0, or a bias that cancels."
         return say(f"no gradient at {', '.join(dead)}", "one at every parameter", hint)
@@ -190,7 +190,7 @@ def devices(s: Subject) -> str | None:
     return devices_differ(s, step, "result", "statistics")
 
 
-def devices_differ(s: Subject, step: Any, per_image: str, shared: str) -> str | None:
+def devices_differ(s: Subject, step: Any, per_image: str, shared: str, tolerance: float = 1e-10) -> str | None:
     """A message where step(variables, {"x"}) -> (equal on every device, arrays [b, ...]) depends on how many devices
     run it; the two are called `shared` and `per_image`."""
     try:
@@ -212,9 +212,9 @@ def devices_differ(s: Subject, step: Any, per_image: str, shared: str) -> str | 
             )
             results.append({per_image: parallel.batch_to_host(y), shared: parallel.to_host(same)})
     for (kind, _), result in zip(kinds[1:], results[1:], strict=True):
-        if differs := unequal(result, results[0], 1e-10):
+        if differs := unequal(result, results[0], tolerance):
             hint = (
                 "Use bmjax.layers.BatchNorm and Dropout, and all_sum for sums over the batch; cast to no fixed float32."
             )
-            return say(f"four devices under {kind} and one differ in {differs}", "at most 1e-10", hint)
+            return say(f"four devices under {kind} and one differ in {differs}", f"at most {tolerance:g}", hint)
     return None
