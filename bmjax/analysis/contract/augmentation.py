@@ -49,7 +49,7 @@ def call(s: Subject) -> str | None:
     """Takes an image [h, w, 3] and a key, under vmap and jit, and gives an image of that shape, at any size."""
     for size in (SIZE, 48):
         images = jax.ShapeDtypeStruct((2, size, size, 3), jnp.float32)
-        found = jax.eval_shape(jax.vmap(s.part), images, jax.eval_shape(lambda: s.keys[:2]))
+        found = jax.eval_shape(jax.vmap(s.part), images, s.keys[:2])
         shape = getattr(found, "shape", None)
         if shape != (2, size, size, 3):
             seen = f"an image {[size, size, 3]} became {list(shape[1:]) if shape else type(found).__name__}"
@@ -62,7 +62,7 @@ def dtype(s: Subject) -> str | None:
     for name in ("float32", "float64"):
         with jax.enable_x64(name == "float64"):
             image = jax.ShapeDtypeStruct((SIZE, SIZE, 3), jnp.dtype(name))
-            got = jax.eval_shape(s.part, image, jax.eval_shape(lambda: jax.random.key(0))).dtype
+            got = jax.eval_shape(s.part, image, s.keys[0]).dtype
         if got != jnp.dtype(name):
             return say(f"a {name} image became {got}", name, "Cast what is drawn: .astype(image.dtype).")
     return None

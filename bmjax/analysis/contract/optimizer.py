@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bmjax.analysis.contract.verdict import Contract, Tree, leaves, not_finite, say, unequal
+from bmjax.analysis.contract.verdict import Contract, Tree, leaves, say, unequal
 
 STEPS = 50
 LR = 1e-3
@@ -108,8 +108,9 @@ def zero_gradient(s: Subject) -> str | None:
     found = s.tx.init(params)
     for _ in range(2):
         updates, found = jax.jit(s.tx.update)(zero, found, params)
-        if path := not_finite(updates) or not_finite(found):
-            return say(f"{path} is not finite", "finite numbers", "Add an epsilon to the root or quotient.")
+        for path, leaf in leaves({"update": updates, "state": found}):
+            if np.isnan(np.asarray(leaf, np.float64)).any():  # a best value so far may be infinite
+                return say(f"{path} is not a number", "numbers", "Add an epsilon to the root or quotient.")
     return None
 
 
