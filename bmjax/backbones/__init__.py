@@ -4,7 +4,13 @@ A backbone is a Flax module, called `(x, *, train, mode, tap)`; it names its sta
 `tap(stage, x) -> x` on each stage's output, so that attention can go after any of them.
 """
 
-from bmjax.backbones._registry import create_backbone, default_preprocess, family_of, list_backbones, stage_of_parameters
+from bmjax.backbones._registry import (
+    create_backbone,
+    default_preprocess,
+    family_of,
+    list_backbones,
+    stage_of_parameters,
+)
 
 __all__ = [
     "create_backbone",

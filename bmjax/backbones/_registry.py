@@ -61,7 +61,7 @@ def create_backbone(name: str, **options: Any) -> nn.Module:
 
 
 def fault_of(backbone: nn.Module) -> str | None:
-    """What keeps a Flax module from being a backbone, as far as it shows without running it; None where nothing does."""
+    """What keeps a Flax module from being a backbone, as far as it shows before it runs; None where nothing does."""
     stages = getattr(backbone, "stages", None)
     if not isinstance(stages, (tuple, list)) or not stages or not all(isinstance(s, str) for s in stages):
         return f"has stages {stages!r}; expected a tuple of names, first to last"

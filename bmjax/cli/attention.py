@@ -8,6 +8,7 @@ from typing import Any
 
 _COST_NOTE = "A step is forward and all gradients, in training mode; FLOPs are those that XLA counts."
 
+
 def print_costs(variant: str, shape: tuple[int, int, int, int], options: dict[str, Any] | None = None) -> None:
     """A variant's parameters, FLOPs and times beside those of se and cbam, on features [b, h, w, c]."""
     import jax

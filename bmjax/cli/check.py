@@ -25,7 +25,7 @@ def add_parser(verbs: Any) -> None:
     p.set_defaults(run=run)
     p.add_argument("words", nargs="+", metavar="[KIND] NAME", help="a built-in name, a path.py, or module:name")
     p.add_argument("--kind", choices=KINDS, help="the kind of part")
-    p.add_argument("--options", default="{}", help='the part\'s options as JSON, as in \'{"ratio": 8}\'')
+    p.add_argument("--options", default="{}", help="the part's options as JSON, as in '{\"ratio\": 8}'")
     p.add_argument("--root", default="", help="source: where its images are; by default a few made-up ones")
     text = "attention: features to measure its cost on (default: 8 7 7 1024)"
     p.add_argument("--shape", type=int, nargs=4, default=(8, 7, 7, 1024), metavar=("B", "H", "W", "C"), help=text)

@@ -70,7 +70,9 @@ class Recorder:
         self.stop = False
         """Whether a callback asked for the end."""
 
-    def event(self, kind: Any, step: int, figures: dict[str, Any], variables: Callable[[], Any] = variables_refused) -> None:
+    def event(
+        self, kind: Any, step: int, figures: dict[str, Any], variables: Callable[[], Any] = variables_refused
+    ) -> None:
         """Calls the callbacks."""
         for callback in self._callbacks:
             if callback(Event(kind, step, figures, variables)) is True:

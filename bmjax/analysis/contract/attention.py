@@ -112,5 +112,3 @@ CHECKS = CONTRACT.names
 def examine(make: Callable[[], nn.Module]) -> list[Verdict]:
     """Every check of the contract, in order, of the module that `make` makes."""
     return list(CONTRACT.verdicts(make))
-
-

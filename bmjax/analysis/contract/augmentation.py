@@ -70,9 +70,7 @@ def dtype(s: Subject) -> str | None:
 
 def in_range(s: Subject) -> str | None:
     """Values stay finite and within 0..255, of random, black, white and grey images."""
-    cases = {"random": s.repeated()} | {
-        f"all {v}": jnp.full((KEYS, SIZE, SIZE, 3), float(v)) for v in (0, 128, 255)
-    }
+    cases = {"random": s.repeated()} | {f"all {v}": jnp.full((KEYS, SIZE, SIZE, 3), float(v)) for v in (0, 128, 255)}
     for what, images in cases.items():
         found = s.batch(images, s.keys)
         if not_finite(found) is not None:
@@ -125,6 +123,4 @@ def float64(s: Subject) -> str | None:
     return None
 
 
-CONTRACT = Contract(
-    "augmentation", Subject, (call, dtype, in_range, pure, by_key, changes, float64), basis=("call",)
-)
+CONTRACT = Contract("augmentation", Subject, (call, dtype, in_range, pure, by_key, changes, float64), basis=("call",))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bmjax.analysis.contract import modules
-from bmjax.analysis.contract.subject import BATCH, MODES, Subject, init_keys
+from bmjax.analysis.contract.subject import BATCH, Subject, init_keys
 from bmjax.analysis.contract.verdict import Contract, Tree, first_line, leaves, say, unequal
 from bmjax.backbones._registry import fault_of
 from bmjax.layers.collectives import all_sum
@@ -213,7 +213,10 @@ def devices(s: _Backbone) -> str | None:
 
         grads, out = jax.grad(loss, has_aux=True)(variables["params"])
         evaluated = s.apply(variables, batch["x"], False)
-        return {"gradients": all_sum(grads), "stats": out["stats"]}, {"training": out["y"], "evaluation": evaluated["y"]}
+        return {"gradients": all_sum(grads), "stats": out["stats"]}, {
+            "training": out["y"],
+            "evaluation": evaluated["y"],
+        }
 
     return modules.devices_differ(s, step, "map", "gradients or statistics", 1e-9)
 

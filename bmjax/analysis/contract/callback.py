@@ -12,7 +12,8 @@ import numpy as np
 from bmjax.analysis.contract.verdict import Contract, Tree, leaves, say
 from bmjax.training.progress import Event, variables_refused
 
-KINDS: tuple[Literal["start", "step", "epoch", "end"], ...] = ("start", "step", "epoch", "end")
+Kind = Literal["start", "step", "epoch", "end"]
+KINDS: tuple[Kind, ...] = ("start", "step", "epoch", "end")
 SECONDS = 0.1
 """The most that a callback may take at a step: the device waits meanwhile."""
 _FIGURES: dict[str, dict[str, Any]] = {
@@ -38,7 +39,7 @@ class Subject:
         params = {"backbone": {"conv": {"kernel": np.ones((3, 3, 3, 4), np.float32)}}, "head": {"kernel": kernel}}
         return {"params": params, "batch_stats": {"backbone": {"norm": {"mean": np.zeros(4, np.float32)}}}}
 
-    def event(self, kind: Literal["start", "step", "epoch", "end"], step: int = 3, held: Any = None) -> Event:
+    def event(self, kind: Kind, step: int = 3, held: Any = None) -> Event:
         """An event as training makes it."""
         given = held if held is not None else self.variables()
         return Event(kind, step, copy.deepcopy(_FIGURES[kind]), variables_refused if kind == "step" else lambda: given)
@@ -46,7 +47,8 @@ class Subject:
 
 def call(s: Subject) -> str | None:
     """Called with an event of each kind: start, step, epoch, end, in a run's order."""
-    for kind, step in (("start", 0), ("step", 1), ("step", 2), ("epoch", 2), ("end", 2)):
+    run: tuple[tuple[Kind, int], ...] = (("start", 0), ("step", 1), ("step", 2), ("epoch", 2), ("end", 2))
+    for kind, step in run:
         s.part(s.event(kind, step))
     return None
 

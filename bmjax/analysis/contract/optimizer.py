@@ -94,7 +94,9 @@ def state(s: Subject) -> str | None:
     kinds = [[(path, v.shape, jnp.dtype(v.dtype)) for path, v in leaves(tree)] for tree in (first, after)]
     for before, now in zip(*kinds, strict=False):
         if before != now:
-            return say(f"{now[0]} became {now[2]}{list(now[1])}", f"{before[2]}{list(before[1])}", "Each step compiles.")
+            return say(
+                f"{now[0]} became {now[2]}{list(now[1])}", f"{before[2]}{list(before[1])}", "Each step compiles."
+            )
     if len(kinds[0]) != len(kinds[1]):
         seen = f"an update took the state from {len(kinds[0])} arrays to {len(kinds[1])}"
         return say(seen, "the same number", "What is kept is made by init().")
@@ -130,9 +132,7 @@ def rate(s: Subject) -> str | None:
     """The learning rate decides the size of an update."""
     params = s.params()
     gradient = jax.grad(s.distance)(params)
-    small, large = (
-        optax.tree.norm(tx.update(gradient, tx.init(params), params)[0]) for tx in (s.tx, s.part(10 * LR))
-    )
+    small, large = (optax.tree.norm(tx.update(gradient, tx.init(params), params)[0]) for tx in (s.tx, s.part(10 * LR)))
     if not large > small:
         hint = "Pass learning_rate on: optim.lr and lr_scale would change nothing."
         return say(f"10 times the rate took an update from {small:.3g} to {large:.3g}", "a larger one", hint)
