@@ -1,4 +1,4 @@
-"""A transformer and a ConvNeXt in plain Flax: they keep the contract, train, take attention, freeze, resume, explain."""
+"""A transformer and a ConvNeXt in plain Flax keep the contract, train, take attention, freeze, resume and explain."""
 
 import os
 import signal
@@ -54,7 +54,12 @@ def test_it_trains_freezes_explains_and_resumes_bit_for_bit(foreign, tmp_path, m
     images, targets = np.asarray(dataset.images[splits.val[:3]]), dataset.labels[splits.val[:3]]
     for at in (stage, "last"):
         maps = Explainer(run.model, at).maps(run.variables, images, targets)
-        assert maps.keys() == {f"attention_{stage}", f"attention_{run.model.backbone.stages[-1]}", "Grad-CAM", "Grad-CAM++"}
+        assert maps.keys() == {
+            f"attention_{stage}",
+            f"attention_{run.model.backbone.stages[-1]}",
+            "Grad-CAM",
+            "Grad-CAM++",
+        }
         assert all(m.shape == (3, 32, 32) and np.isfinite(m).all() for m in maps.values())
     assert np.ptp(maps["Grad-CAM"]) > 0
 

@@ -123,7 +123,11 @@ def test_optax_by_name(small, tmp_path):
         ("def bad(counts):\n    return lambda x, y: x.mean()\n", "train.loss", r"gives \[\] of logits \[2, 7\]"),
         ("def bad(labels, probs):\n    return probs\n", "train.metrics", "expected a number"),
         ("def bad(image, key):\n    return image[1:]\n", "augment.extra", "expected the same shape"),
-        ("def bad(learning_rate):\n    return learning_rate\n", "optim.name", "expected an optax.GradientTransformation"),
+        (
+            "def bad(learning_rate):\n    return learning_rate\n",
+            "optim.name",
+            "expected an optax.GradientTransformation",
+        ),
     ],
 )
 def test_a_broken_part_is_said_before_anything_is_written(source, field, message, experiment, tmp_path, capsys):

@@ -31,7 +31,9 @@ class ConvNeXt(nn.Module):
         return [f"stage{i}" for i in range(len(self.widths))]
 
     def setup(self) -> None:
-        halve = [nn.Conv(w, (4, 4) if i == 0 else (2, 2), strides=4 if i == 0 else 2) for i, w in enumerate(self.widths)]
+        halve = [
+            nn.Conv(w, (4, 4) if i == 0 else (2, 2), strides=4 if i == 0 else 2) for i, w in enumerate(self.widths)
+        ]
         self.halve, self.blocks = halve, [Block() for _ in self.widths]
 
     def __call__(self, x: jax.Array, **keywords: Any) -> jax.Array:

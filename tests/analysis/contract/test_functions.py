@@ -258,7 +258,10 @@ SOURCES = {
     "call": (lambda one: [one.ids], "it gave list; expected a bmjax.Listing"),
     "lengths": (lambda one: dataclasses.replace(one, groups=("x",)), "1 groups for 8 ids; expected 8, one an image"),
     "ids": (lambda one: dataclasses.replace(one, ids=(one.ids[0], *one.ids[:-1])), "'a/a0.png' comes twice"),
-    "labels": (lambda one: dataclasses.replace(one, labels=one.labels + 1), "labels range from 1 to 2; expected 0 to 1"),
+    "labels": (
+        lambda one: dataclasses.replace(one, labels=one.labels + 1),
+        "labels range from 1 to 2; expected 0 to 1",
+    ),
     "groups_and_sides": (lambda one: dataclasses.replace(one, sides=("dev",) * 8), "a side is 'dev'; expected 'train'"),
     "reads": (lambda one: dataclasses.replace(one, read=lambda i: b"no image"), "image 'a/a0.png' raised "),
     "threads": (lambda one: dataclasses.replace(one, read=Moving(one.read)), "read by 8 threads at once an image had"),
