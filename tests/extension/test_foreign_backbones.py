@@ -27,7 +27,7 @@ NETS = {"vit": (ViT, "early"), "convnext": (ConvNeXt, "stage0")}
 
 @pytest.fixture(params=NETS)
 def foreign(request, small):
-    """(configuration: frozen, then all with rates by depth; attention after the first stage and the last; the stage)."""
+    """(frozen, then all with rates by depth; attention after the first stage and the last; the first stage)."""
     net, stage = NETS[request.param]
     model = replace(small.model, backbone=net, attention="cbam", attach=(stage, "last"))
     stages = (StageConfig(epochs=1, train=("attention", "head")), StageConfig(epochs=1))

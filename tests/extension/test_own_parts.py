@@ -1,4 +1,4 @@
-"""Each kind of part is one file outside the package: dropped into a folder, checked, trained with by name and by object."""
+"""Each kind of part is one file outside the package: dropped into a folder, trained with by name and by object."""
 
 import dataclasses
 import json
@@ -175,7 +175,8 @@ def test_a_backbone_that_lacks_something_is_refused_before_training(
 def test_a_head_without_train_is_refused(experiment, tmp_path, capsys):
     path = tmp_path / "head.py"
     path.write_text(
-        "import flax.linen as nn\nclass H(nn.Module):\n    num_classes: int\n    def __call__(self, x):\n        return x\n"
+        "import flax.linen as nn\nclass H(nn.Module):\n    num_classes: int\n"
+        "    def __call__(self, x):\n        return x\n"
     )
     assert main(["train", experiment(), "--model.head", str(path), "--run_dir", str(tmp_path / "run")]) == 2
     assert "takes no train in __call__" in capsys.readouterr().err

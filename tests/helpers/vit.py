@@ -1,4 +1,4 @@
-"""A vision transformer (Dosovitskiy et al. 2021) in plain Flax: a backbone that knows nothing of bmjax but the contract."""
+"""A vision transformer (Dosovitskiy et al. 2021) in plain Flax: it knows of bmjax the contract of a backbone alone."""
 
 from typing import Any
 
