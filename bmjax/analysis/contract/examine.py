@@ -140,7 +140,14 @@ def _built_in(name: str, lr: float) -> optax.GradientTransformation:
 def _maker(kind: str, name: str, options: dict[str, Any]) -> Callable[..., Any]:
     """What makes a module. One of the user's own is the class itself, so that its contract says what it lacks."""
     if kind == "attention":
-        return functools.partial(create_attention, name, **options)
+        make = functools.partial(create_attention, name, **options)
+        try:
+            make()
+        except (ValueError, OSError):  # there is no such variant
+            raise
+        except Exception:  # the contract says what is wrong with it
+            pass
+        return make
     if kind == "head":
         if not is_own(name):
             return functools.partial(create_head, HeadConfig(name=name))

@@ -71,8 +71,7 @@ def variables(s: Subject) -> str | None:
 
 
 def dtype(s: Subject) -> str | None:
-    """Returns the type it was given: float32, bfloat16 (a head is given none), and float64, in which runs on many
-    devices are proven equal."""
+    """Returns the type it was given: float32, bfloat16, and float64, in which runs on many devices are proven equal."""
     for name in s.dtypes:
         with jax.enable_x64(name == "float64"):
             for mode, train in MODES.items():
