@@ -8,6 +8,8 @@ from bmjax.backbones._registry import (
     create_backbone,
     default_preprocess,
     family_of,
+    fault_of,
+    is_module_class,
     list_backbones,
     stage_of_parameters,
 )
@@ -16,6 +18,8 @@ __all__ = [
     "create_backbone",
     "default_preprocess",
     "family_of",
+    "fault_of",
+    "is_module_class",
     "list_backbones",
     "stage_of_parameters",
 ]

@@ -14,7 +14,7 @@ def print_costs(variant: str, shape: tuple[int, int, int, int], options: dict[st
     import jax
 
     from bmjax.analysis.cost import measure
-    from bmjax.attention._registry import create_attention
+    from bmjax.attention import create_attention
 
     names = list(dict.fromkeys([variant, "se", "cbam"]))
     made = {name: create_attention(name, **(options or {}) if name == variant else {}) for name in names}
@@ -33,7 +33,7 @@ def print_costs(variant: str, shape: tuple[int, int, int, int], options: dict[st
 
 def first_lines() -> dict[str, str]:
     """Variant -> the first line of its file: what it is, and its paper."""
-    from bmjax.attention._registry import list_attention
+    from bmjax.attention import list_attention
     from bmjax.registry import modules
 
     files = modules("bmjax.attention")
@@ -48,7 +48,7 @@ def print_table(shape: tuple[int, int, int, int] = (8, 7, 7, 1024)) -> None:
     import numpy as np
 
     from bmjax.analysis.cost import measure
-    from bmjax.attention._registry import create_attention
+    from bmjax.attention import create_attention
 
     texts = first_lines()
     variants = {name: create_attention(name) for name in texts}

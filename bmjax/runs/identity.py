@@ -105,7 +105,7 @@ def _paths(config: Config) -> dict[str, str]:
 
 
 def located(config: Config, run_dir: Path) -> Config:
-    """The configuration with relative paths that lead nowhere from the current folder as they led when it was trained."""
+    """The configuration with relative paths that lead nowhere from here as they led when the run was trained."""
     resolved = read_environment(run_dir).get("resolved", {})
     for field, (written, path) in resolved.items():
         section, name = field.split(".")

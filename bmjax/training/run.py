@@ -13,10 +13,11 @@ import jax
 import numpy as np
 
 from bmjax.config.base import Config
-from bmjax.data.augment.augment import augment
+from bmjax.data.augment.augment import augment, load_extra
 from bmjax.data.batches import steps_per_epoch
 from bmjax.data.dataset import Dataset
-from bmjax.data.splits import Splits
+from bmjax.data.load import load_dataset
+from bmjax.data.splits import Splits, split_dataset
 from bmjax.model.classifier import Classifier
 from bmjax.model.create import create, resolve
 from bmjax.runs import folder, identity
@@ -118,7 +119,8 @@ def train_run(
         if resume and (found := _finished(config, run_dir)) is not None:
             return Result(run_dir, found, next(iter(found.values()))["step"], (plan.dataset, plan.splits))
         with watched.gently():
-            return _train(config, run_dir, plan, resume, callbacks, watched, files)
+            one = _One(resume, callbacks, watched, files, quiet=signals is not None)
+            return _train(config, run_dir, plan, one)
 
 
 def complete(config: Config, data: Dataset | None = None) -> Config:
@@ -131,15 +133,16 @@ def complete(config: Config, data: Dataset | None = None) -> Config:
         size = data.images.shape[1]
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, source="arrays", image_size=size))
     config = dataclasses.replace(config, model=resolve(config.model))
-    model = create(config.model, 2, config.train.dtype)
+    create(config.model, 2, config.train.dtype)
     load_metrics(config.train.metrics)
-    _check_statistics(config, model)
+    load_extra(config.augment)
+    _check_statistics(config)
     if config.features.cached:
         check_cached(config)
     return config
 
 
-def _check_statistics(config: Config, model: Classifier) -> None:
+def _check_statistics(config: Config) -> None:
     """A batch-norm by the statistics of one image learns nothing; refuses it by name."""
     size = config.train.batch_size // config.train.accumulate
     modes = {dataclasses.astuple(stage.resolved_batch_norm()) for stage in config.stages}
@@ -149,7 +152,6 @@ def _check_statistics(config: Config, model: Classifier) -> None:
             f"{config.train.batch_size}: a batch-norm would see one image at a time and learn nothing; expected at "
             "least 2 images to a micro-batch, or stages.batch_norm with no part in mode 'train'"
         )
-    del model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,11 +220,16 @@ def prepare(config: Config, data: tuple[Dataset, Splits] | None = None, shared: 
     if shared is not None:
         dataset, splits, features = shared.dataset, shared.splits, shared.features
     else:
-        dataset, splits = data or folder.load_data(Path(), config)
+        dataset, splits = data or _new_data(config)
         features = FeatureMaps(config, dataset)
     per_epoch = steps_per_epoch(len(splits.train), config.train.batch_size)
     loss = loss_of(config, dataset, splits)
     return Prepared(dataset, splits, features, Programs(config, len(dataset.classes), features.shape, per_epoch, loss))
+
+
+def _new_data(config: Config) -> tuple[Dataset, Splits]:
+    dataset = load_dataset(config.data)
+    return dataset, split_dataset(dataset, config.data)
 
 
 def _wanted(config: Config) -> tuple[SplitName, ...]:
@@ -237,20 +244,23 @@ def _finished(config: Config, run_dir: Path) -> dict[str, dict[str, Any]] | None
     return wanted if whole and (run_dir / "checkpoints" / "best").is_dir() else None
 
 
-def _train(
-    config: Config,
-    run_dir: Path,
-    plan: _Plan,
-    resume: bool,
-    callbacks: Sequence[Callback],
-    signals: Signals,
-    files: Sequence[Path],
-) -> Result:
-    engine, dataset, splits = plan.engine, plan.dataset, plan.splits
-    newest = _newest(run_dir) if resume else None
+@dataclasses.dataclass(frozen=True)
+class _One:
+    """How one run is trained, whatever it is; `quiet` where it is one of several."""
+
+    resume: bool
+    callbacks: Sequence[Callback]
+    signals: Signals
+    files: Sequence[Path]
+    quiet: bool
+
+
+def _train(config: Config, run_dir: Path, plan: _Plan, one: _One) -> Result:
+    engine, dataset, splits, signals = plan.engine, plan.dataset, plan.splits, one.signals
+    newest = _newest(run_dir) if one.resume else None
     # A checkpoint holds every array, so a resume needs the weights' file no longer.
     state = plan.start(newest is None)
-    _record(config, run_dir, dataset, splits, files)
+    _record(config, run_dir, dataset, splits, one.files)
     cached = config.features.cached
     keeper = Keeper(run_dir, engine, least_seconds=_MAPS_CHECKPOINT_SECONDS if cached else 0.0, one_at_a_time=cached)
     progress = Progress(run_id=identity.read_environment(run_dir).get("run_id") or new_run_id())
@@ -262,7 +272,7 @@ def _train(
     total = engine.plans[-1].end
     log.info("%d images to train on, %d steps an epoch, %d steps", len(splits.train), engine.per_epoch, total)
     tracker = make_tracker(config.tracking, run_dir, progress.run_id, dataclasses.asdict(config), jax.process_index())
-    recorder = Recorder(progress, tracker, dataset, callbacks, total=total)
+    recorder = Recorder(progress, tracker, dataset, one.callbacks, total=total, quiet=one.quiet)
     with contextlib.closing(tracker), contextlib.closing(keeper), contextlib.closing(recorder):
         step, whole = fit(config, engine, state, recorder, keeper, signals)
         results: dict[str, dict[str, Any]] = {}

@@ -9,7 +9,7 @@ import pytest
 from flax import traverse_util
 
 from bmjax import registry
-from bmjax.backbones._registry import create_backbone, list_backbones, stage_of_parameters
+from bmjax.backbones import create_backbone, list_backbones, stage_of_parameters
 from bmjax.layers import BATCH_AXIS, all_sum
 
 

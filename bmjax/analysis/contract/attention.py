@@ -12,7 +12,7 @@ from bmjax.analysis.contract import modules
 from bmjax.analysis.contract.modules import shapes
 from bmjax.analysis.contract.subject import BATCH, MODES, Subject, init_keys
 from bmjax.analysis.contract.verdict import Contract, Verdict, first_line, say, unequal
-from bmjax.attention._placing import commutes_with_pooling
+from bmjax.attention import commutes_with_pooling
 
 SIZES = ((1, 1), (1, 5), (8, 8))
 """Further heights and widths."""

@@ -24,8 +24,8 @@ from bmjax.analysis.contract import (
     source,
 )
 from bmjax.analysis.contract.verdict import Contract, Verdict
-from bmjax.attention._registry import create_attention, list_attention
-from bmjax.backbones._registry import create_backbone, is_module_class, list_backbones
+from bmjax.attention import create_attention, list_attention
+from bmjax.backbones import create_backbone, is_module_class, list_backbones
 from bmjax.config import DataConfig, HeadConfig, OptimConfig, TrainConfig
 from bmjax.config.data import SOURCES
 from bmjax.config.training import LOSSES, OPTIMIZERS
