@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import pkgutil
 import re
 import sys
@@ -141,6 +142,15 @@ def load_own(kind: str, name: str, accepts: Callable[[object], bool], expected: 
     if not accepts(value):
         raise ValueError(f"{kind} {name!r} is {value!r}; expected {expected}")
     return value
+
+
+def missing_keywords(function: Callable[..., Any], keywords: Iterable[str]) -> list[str]:
+    """Those of `keywords` that a function can't be called with by name."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return []
+    named = {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+    return [name for name in keywords if name not in named]
 
 
 def name_of(kind: str, value: object) -> str:

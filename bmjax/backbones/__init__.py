@@ -8,16 +8,18 @@ from bmjax.backbones._registry import (
     create_backbone,
     default_preprocess,
     family_of,
+    fault_of,
     is_module_class,
     list_backbones,
-    stage_of_layers,
+    stage_of_parameters,
 )
 
 __all__ = [
     "create_backbone",
     "default_preprocess",
     "family_of",
+    "fault_of",
     "is_module_class",
     "list_backbones",
-    "stage_of_layers",
+    "stage_of_parameters",
 ]

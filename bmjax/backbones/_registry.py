@@ -11,8 +11,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
 from bmjax import registry
+
+KEYWORDS = ("train", "mode", "tap")
+"""What a backbone's `__call__` is given beside the images."""
 
 
 def _families() -> dict[str, ModuleType]:
@@ -51,10 +55,25 @@ def create_backbone(name: str, **options: Any) -> nn.Module:
     fields = {field.name for field in dataclasses.fields(made_by)}
     # A compute type is passed on to those that have the field.
     backbone = made_by(**{key: value for key, value in fixed.items() if key != "dtype" or key in fields})
+    if fault := fault_of(backbone):
+        raise ValueError(f"backbone {name!r} {fault}")
+    return backbone
+
+
+def fault_of(backbone: nn.Module) -> str | None:
+    """What keeps a Flax module from being a backbone, as far as it shows before it runs; None where nothing does."""
     stages = getattr(backbone, "stages", None)
     if not isinstance(stages, (tuple, list)) or not stages or not all(isinstance(s, str) for s in stages):
-        raise ValueError(f"backbone {name!r} has stages {stages!r}; expected a tuple of names, first to last")
-    return backbone
+        return f"has stages {stages!r}; expected a tuple of names, first to last"
+    if len(set(stages)) < len(stages):
+        return f"has stages {stages!r}; expected names that differ"
+    if missing := registry.missing_keywords(type(backbone).__call__, KEYWORDS):
+        return (
+            f"takes no {', '.join(missing)} in __call__; expected __call__(self, x, *, train=False, mode='train', "
+            "tap=None): `train` switches dropout, `mode` is that of its batch-norms (a net without any may ignore it), "
+            "tap(stage, x) is called after each stage and its result goes on"
+        )
+    return None
 
 
 def is_module_class(value: object) -> bool:
@@ -68,20 +87,27 @@ def default_preprocess(name: str) -> str:
 
 
 @functools.lru_cache(maxsize=8)
-def stage_of_layers(backbone: nn.Module) -> dict[str, str]:
-    """The stage of each layer with parameters: the first that is reached after it; of a top's, the last stage."""
-    stages: dict[str, str] = {}
+def stage_of_parameters(backbone: nn.Module, size: int = 128) -> dict[tuple[str, ...], str]:
+    """Path of a parameter -> its stage: the first that is reached after it is made; of a top's, the last stage.
+
+    `size` is that of the square images that it is traced on.
+    """
+    stages: dict[tuple[str, ...], str] = {}
 
     def trace() -> None:
         def run(module: Any, x: jax.Array) -> None:
+            def enter(stage: str) -> None:
+                paths = traverse_util.flatten_dict(dict(module.variables.get("params", {})))
+                stages.update(dict.fromkeys(paths.keys() - stages.keys(), stage))
+
             def tap(stage: str, x: jax.Array) -> jax.Array:
-                stages.update(dict.fromkeys(module.variables["params"].keys() - stages.keys(), stage))
+                enter(stage)
                 return x
 
             module(x, tap=tap)
-            stages.update(dict.fromkeys(module.variables["params"].keys() - stages.keys(), module.stages[-1]))
+            enter(module.stages[-1])
 
-        nn.init(run, backbone)(jax.random.key(0), jnp.zeros((1, 128, 128, 3)))
+        nn.init(run, backbone)(jax.random.key(0), jnp.zeros((1, size, size, 3)))
 
     jax.eval_shape(trace)
     return stages

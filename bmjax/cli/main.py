@@ -12,12 +12,12 @@ import sys
 from collections.abc import Sequence
 
 from bmjax import environment
-from bmjax.cli import attention, compare, completion, data, doctor, explain, names, predict, show, train, weights
+from bmjax.cli import check, compare, completion, data, doctor, explain, names, new, predict, show, train, weights
 from bmjax.cli.configured import help_asked, print_fields
 from bmjax.config.experiment import load_experiment
 from bmjax.training.signals import Interrupted, Signals
 
-VERBS = (train, compare, show, predict, names, weights, attention, explain, data, doctor, completion)
+VERBS = (train, compare, show, predict, names, weights, new, check, explain, data, doctor, completion)
 
 
 def make_parser() -> argparse.ArgumentParser:

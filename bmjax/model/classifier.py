@@ -79,13 +79,19 @@ class Classifier(nn.Module):
         names = {stage: f"attention_{stage}" if len(self.attention) > 1 else "attention" for stage, _ in self.attention}
         modules = {stage: module.clone(parent=self, name=names[stage]) for stage, module in self.attention}
 
+        reached: list[str] = []
+
         def tap(stage: str, x: jax.Array) -> jax.Array:
+            reached.append(stage)
             if stage == last:
                 kept.append(x)
             if stage in modules:
                 # A variant knows `train` alone, so any mode but `train` is evaluation to it.
                 y = modules[stage](x, train=train and batch_norm.attention == "train")
                 x = IdentityGate(name=f"{names[stage]}_gate", parent=self)(x, y) if self.attention_gate else y
+            # Both do nothing unless their collection is asked for; bmjax.analysis.explain asks.
+            x = x if self.is_initializing() else self.perturb(stage_name(stage), x)
+            self.sow("intermediates", stage_name(stage), x)
             return x
 
         if start == "feature_map":
@@ -93,6 +99,7 @@ class Classifier(nn.Module):
         else:
             x = preprocess(images.astype(at_least_float32(self.dtype)), self.preprocess).astype(self.dtype)
             x = self.backbone(x, train=train, mode=batch_norm.backbone, tap=tap)
+            _check_taps(self.backbone, reached, x)
         if output == "feature_map":
             return kept[0]
         x = global_average(x)
@@ -111,6 +118,23 @@ class Classifier(nn.Module):
     def feature_map(self, images: jax.Array, train: bool = False, batch_norm: BatchNormConfig = ALL_TRAIN) -> jax.Array:
         """Images as in `__call__` -> the last stage's output [b, h, w, c], before attention there."""
         return self(images, train=train, batch_norm=batch_norm, output="feature_map")
+
+
+def stage_name(stage: str) -> str:
+    """What a stage's result is sown as, and may be perturbed as: in the collections intermediates and perturbations."""
+    return f"stage_{stage}"
+
+
+def _check_taps(backbone: nn.Module, reached: list[str], x: jax.Array) -> None:
+    """Attention stands where a backbone calls `tap`: one that leaves a stage out would train without it, silently."""
+    stages, kind = stages_of(backbone), type(backbone).__name__
+    if tuple(reached) != stages:
+        raise ValueError(
+            f"backbone {kind} calls tap for {', '.join(reached) or 'no stage'}; expected once for each of its stages, "
+            f"in order: {', '.join(stages)}"
+        )
+    if x.ndim != 4:
+        raise ValueError(f"backbone {kind} gives {list(x.shape)}; expected a feature map [b, h, w, c]")
 
 
 def stages_of(backbone: nn.Module) -> tuple[str, ...]:

@@ -94,6 +94,11 @@ def create_head(config: HeadConfig, num_classes: int) -> nn.Module:
     if not registry.is_own(config.name):
         return Head(num_classes, config)
     cls = registry.load_own("head", config.name, is_module_class, "a Flax module")
+    if registry.missing_keywords(cls.__call__, ["train"]):
+        raise ValueError(
+            f"head {config.name!r} takes no train in __call__; expected __call__(self, x, *, train=False), "
+            "features [b, c] to logits [b, k]"
+        )
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in config.options.items()}
     try:
         return cls(num_classes, **options)

@@ -39,6 +39,22 @@ def load_metrics(names: Sequence[str]) -> dict[str, Metric]:
     return found
 
 
+def try_metrics(names: Sequence[str], k: int) -> None:
+    """Calls metrics of one's own on made-up predictions of k classes, so that one that gives no number is known early.
+
+    Raises:
+      ValueError, FileNotFoundError: as `load_metrics`, or a metric gives no number.
+    """
+    r = np.random.default_rng(0)
+    labels, probs = np.repeat(np.arange(k), 4).astype(np.int32), r.dirichlet(np.ones(k), 4 * k).astype(np.float32)
+    for name, metric in load_metrics(names).items():
+        try:
+            value = metric(labels.copy(), probs.copy())
+        except Exception as e:
+            raise ValueError(f"metric {name!r} of labels [n] and probabilities [n, {k}]: {e!r}") from e
+        _number(name, value)
+
+
 def classification_metrics(
     labels: np.ndarray, probs: np.ndarray, own: Mapping[str, Metric] | None = None, *, intervals: bool = False
 ) -> dict[str, Any]:

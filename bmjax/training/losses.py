@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +56,15 @@ def effective_class_weights(counts: np.ndarray, beta: float) -> np.ndarray:
     return weights * len(counts) / weights.sum()
 
 
+def _check_shape(name: str, loss: Callable[..., Any], k: int) -> None:
+    """A mean in place of a value an image would silently be divided by the batch again."""
+    found = jax.eval_shape(loss, jax.ShapeDtypeStruct((2, k), jnp.float32), jax.ShapeDtypeStruct((2,), jnp.int32))
+    shape = getattr(found, "shape", None)
+    if shape != (2,):
+        given = list(shape) if shape is not None else repr(found)
+        raise ValueError(f"loss {name!r} gives {given} of logits [2, {k}]; expected [2], one value an image")
+
+
 def make_loss(config: TrainConfig, counts: np.ndarray) -> Loss:
     """The loss to train on, as configured, for classes of `counts` training images, int [k].
 
@@ -73,6 +82,7 @@ def make_loss(config: TrainConfig, counts: np.ndarray) -> Loss:
             raise ValueError(f"loss {config.loss!r} can't be made with options {config.loss_options!r}: {e}") from e
         if not callable(own):
             raise ValueError(f"loss {config.loss!r} gives {own!r}; expected a function of (logits, labels)")
+        _check_shape(config.loss, own, len(counts))
         return cast(Loss, own)
     corrected = config.class_weights != "none" or config.logit_adjustment
     if corrected and (counts == 0).any():

@@ -42,7 +42,7 @@ Callback = Callable[[Event], Any]
 else, so that a resume stays exact."""
 
 
-def _not_now() -> dict[str, Tree]:
+def variables_refused() -> dict[str, Tree]:
     raise RuntimeError("an event of kind 'step' has no variables; expected 'start', 'epoch' or 'end'")
 
 
@@ -65,7 +65,9 @@ class Recorder:
         self.stop = False
         """Whether a callback asked for the end."""
 
-    def event(self, kind: Any, step: int, figures: dict[str, Any], variables: Callable[[], Any] = _not_now) -> None:
+    def event(
+        self, kind: Any, step: int, figures: dict[str, Any], variables: Callable[[], Any] = variables_refused
+    ) -> None:
         """Calls the callbacks."""
         for callback in self._callbacks:
             if callback(Event(kind, step, figures, variables)) is True:

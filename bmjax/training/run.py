@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from bmjax.config.base import Config
-from bmjax.data.augment.augment import load_extra
+from bmjax.data.augment.augment import augment, load_extra
 from bmjax.data.batches import steps_per_epoch
 from bmjax.data.dataset import Dataset
 from bmjax.data.load import load_dataset
@@ -22,7 +22,7 @@ from bmjax.model.classifier import Classifier
 from bmjax.model.create import create, resolve
 from bmjax.runs import folder, identity
 from bmjax.runs.folder import Run
-from bmjax.runs.metrics import load_metrics
+from bmjax.runs.metrics import load_metrics, try_metrics
 from bmjax.runs.state import Progress, TrainState, create_state
 from bmjax.runs.tracking import make_tracker, new_run_id
 from bmjax.training.cached import MapEngine, Programs
@@ -177,6 +177,8 @@ def _plan(config: Config, run_dir: Path, data: Dataset | None, prepared: Prepare
             )
     else:
         dataset, splits = folder.load_data(run_dir, config, data)
+    try_metrics(config.train.metrics, len(dataset.classes))
+    _try_augmentations(config)
     per_epoch = steps_per_epoch(len(splits.train), config.train.batch_size)
     if config.features.cached:
         prepared = prepared or prepare(config, (dataset, splits))
@@ -197,6 +199,14 @@ def _plan(config: Config, run_dir: Path, data: Dataset | None, prepared: Prepare
         return create_state(variables, first.optimizer.tx, first.is_trainable, seed=config.seed, ema=ema)
 
     return _Plan(dataset, splits, model, images, start)
+
+
+def _try_augmentations(config: Config) -> None:
+    """Traces those of one's own, so that one that does not fit is known before anything is written."""
+    if config.augment.extra:
+        size = config.data.image_size
+        images = jax.ShapeDtypeStruct((2, size, size, 3), folder.image_dtype(config))
+        jax.eval_shape(lambda x, keys: augment(x, keys, config.augment), images, jax.random.split(jax.random.key(0), 2))
 
 
 def loss_of(config: Config, dataset: Dataset, splits: Splits) -> Loss:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
-from bmjax.backbones import stage_of_layers
+from bmjax.backbones import stage_of_parameters
 from bmjax.config.base import Config
 from bmjax.config.training import BatchNormConfig, StageConfig
 from bmjax.model.classifier import Classifier
@@ -56,7 +56,9 @@ def plan_stages(config: Config, per_epoch: int, model: Classifier, batch_stats: 
     plans, start = [], 0
 
     def stage_of(path: ParamPath) -> str | None:
-        return stage_of_layers(model.backbone)[path[1]] if part_of(path) == "backbone" else None
+        if part_of(path) != "backbone":
+            return None
+        return stage_of_parameters(model.backbone, config.data.image_size)[path[1:]]
 
     for stage in config.stages:
         end = start + stage.epochs * per_epoch

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from einops import rearrange, reduce
 
-from bmjax.analysis.contract.checks import CHECKS, examine
+from bmjax.analysis.contract.attention import CHECKS, examine
 from bmjax.layers import Conv, Dropout
 
 calls = []

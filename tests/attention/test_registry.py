@@ -38,7 +38,7 @@ def mylab(tmp_path, monkeypatch):
 def test_a_class_of_another_package_is_found(mylab):
     module = create_attention("mylab_attn:Twice", gain=3.0)
     assert np.array_equal(module.apply({}, features()), 3 * features())
-    with pytest.raises(ValueError, match="expected a subclass of flax"):
+    with pytest.raises(ValueError, match="expected a Flax module"):
         create_attention("mylab_attn:other")
     with pytest.raises(ValueError, match="unknown name in module 'mylab_attn' 'Twise'; did you mean 'Twice'"):
         create_attention("mylab_attn:Twise")

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from bmjax import registry
-from bmjax.backbones import create_backbone, list_backbones, stage_of_layers
+from bmjax.backbones import create_backbone, list_backbones, stage_of_parameters
 from bmjax.layers import BATCH_AXIS, all_sum
 
 
@@ -67,10 +68,12 @@ def test_stages_are_tapped_in_order_and_once(name):
 )
 def test_each_layer_is_of_the_stage_that_comes_next(name, some):
     model = create_backbone(name, include_top=True)
-    stages = stage_of_layers(model)
-    assert stages.keys() == jax.eval_shape(model.init, jax.random.key(0), images())["params"].keys()
+    stages = stage_of_parameters(model)
+    params = jax.eval_shape(model.init, jax.random.key(0), images())["params"]
+    assert stages.keys() == traverse_util.flatten_dict(dict(params)).keys()
     assert set(stages.values()) == set(model.stages)
-    assert {layer: stages[layer] for layer in some} == some
+    of_layer = {path[0]: stage for path, stage in stages.items()}
+    assert {layer: of_layer[layer] for layer in some} == some
 
 
 @functools.cache

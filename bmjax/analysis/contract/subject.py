@@ -1,4 +1,4 @@
-"""An attention variant under examination: what the checks of its contract need of it, computed once.
+"""A Flax module under examination: what the checks of its contract need of it, computed once.
 
 One program that holds both modes and their gradients is compiled for each kind of input, and serves most checks.
 """
@@ -18,17 +18,26 @@ from bmjax.attention import sown_maps
 from bmjax.layers.ops import at_least_float32
 
 Tree = Any
-BATCH, SIZE, CHANNELS = 4, (5, 7), 64
-SIZES = ((1, 1), (1, 5), (8, 8))
-"""Further heights and widths; SIZE itself is odd and not square."""
+BATCH = 4
 MODES = {"evaluation": False, "training": True}
+HUGE = 1e4
 
 
 class Subject:
-    """A variant under examination, and what several checks need of it, computed once.
+    """A module under examination, and what several checks need of it, computed once; here an attention variant.
 
     `make` makes the module with its default options.
     """
+
+    word, unit = "features", "places"
+    size: tuple[int, ...] = (5, 7)
+    """Odd and not square; further ones are the contract's."""
+    channels = 64
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float64")
+    constants: tuple[float, ...] = (0.0, 1.0, -300.0, 1e4)
+    huge = HUGE
+    tolerance = 1e-5
+    """Of two ways to compute the same in float32."""
 
     def __init__(self, make: Callable[[], nn.Module]):
         self.make = make
@@ -51,21 +60,39 @@ class Subject:
         # A variance must stay positive.
         return jax.tree.map(lambda v: v + jnp.asarray(0.1 * np.abs(r.standard_normal(v.shape)), v.dtype), self.initial)
 
-    def features(self, size: tuple[int, int] = SIZE, dtype: str = "float32", seed: int = 0) -> jax.Array:
-        """Random features [BATCH, h, w, CHANNELS], standard normal."""
-        values = np.random.default_rng(seed).standard_normal((BATCH, *size, CHANNELS))
+    def shape(self, size: tuple[int, ...] | None = None) -> tuple[int, ...]:
+        """The shape of an input: [BATCH, h, w, channels]."""
+        return (BATCH, *(self.size if size is None else size), self.channels)
+
+    def features(self, size: tuple[int, ...] | None = None, dtype: str = "float32", seed: int = 0) -> jax.Array:
+        """Random input, standard normal."""
+        values = np.random.default_rng(seed).standard_normal(self.shape(size))
         return jnp.asarray(values, jnp.dtype(dtype))
+
+    def described(self, size: tuple[int, ...], dtype: str) -> str:
+        """An input in words."""
+        places = f" of {'x'.join(map(str, size))} {self.unit}" if size else ""
+        return f"{dtype} {self.word}{places}"
+
+    def finite_at(self) -> list[tuple[tuple[int, ...], str]]:
+        """Sizes and types at which results must be finite."""
+        return [(self.size, dtype) for dtype in self.dtypes if dtype != "float64"]
 
     def apply(self, variables: Tree, x: jax.Array, train: bool, dropout: int = 1) -> dict[str, Any]:
         """{"y", "maps", "stats"}; `dropout` seeds the dropout's key."""
         mutable = [*(k for k in self.initial if k != "params"), "intermediates"]
         rngs = {"dropout": jax.random.key(dropout)}
-        y, new = self.module.apply(variables, x, train=train, rngs=rngs, mutable=mutable)
+        y, new = self.module.apply(variables, x, train=train, rngs=rngs, mutable=mutable, **self.keywords(x))
         return {"y": y, "maps": sown_maps(dict(new)), "stats": dict(new).get("batch_stats", {})}
 
-    def abstract(self, size: tuple[int, int], dtype: str, train: bool) -> dict[str, Any]:
+    def keywords(self, x: jax.Array) -> dict[str, Any]:
+        """Further arguments of the module's call."""
+        del x
+        return {}
+
+    def abstract(self, size: tuple[int, ...], dtype: str, train: bool) -> dict[str, Any]:
         """As `apply`, shapes and types alone: nothing is compiled."""
-        x = jax.ShapeDtypeStruct((BATCH, *size, CHANNELS), jnp.dtype(dtype))
+        x = jax.ShapeDtypeStruct(self.shape(size), jnp.dtype(dtype))
         variables = as_dtype(self.initial, "float64") if dtype == "float64" else self.initial
         return jax.eval_shape(functools.partial(self.apply, train=train), variables, x)
 
@@ -75,26 +102,27 @@ class Subject:
 
         def both(variables: Tree, x: jax.Array) -> dict[str, Any]:
             self.traces += 1
-            rest = {k: v for k, v in variables.items() if k != "params"}
-            found = {}
-            for mode, train in MODES.items():
-
-                def loss(params: Tree, x: jax.Array, train: bool = train) -> tuple[jax.Array, Any]:
-                    out = self.apply(rest | {"params": params}, x, train)
-                    y = out["y"].astype(at_least_float32(out["y"].dtype))
-                    # Weights without a pattern of any axis, so that no sum over places or channels cancels.
-                    return (y * jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)).sum(), out
-
-                grad = jax.grad(loss, argnums=(0, 1), has_aux=True)
-                (gradients, of_input), out = grad(variables.get("params", {}), x)
-                found[mode] = out | {"gradients": gradients, "input gradient": of_input}
-            return found
+            return {mode: self.with_gradients(variables, x, train) for mode, train in MODES.items()}
 
         return jax.jit(both)
 
+    def with_gradients(self, variables: Tree, x: jax.Array, train: bool) -> dict[str, Any]:
+        """What `apply` gives, and the gradients of a sum of it without symmetry, by params and x."""
+        rest = {k: v for k, v in variables.items() if k != "params"}
+
+        def loss(params: Tree, x: jax.Array) -> tuple[jax.Array, Any]:
+            out = self.apply(rest | {"params": params}, x, train)
+            y = out["y"].astype(at_least_float32(out["y"].dtype))
+            # Weights without a pattern of any axis, so that no sum over places or channels cancels.
+            return (y * jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)).sum(), out
+
+        grad = jax.grad(loss, argnums=(0, 1), has_aux=True)
+        (gradients, of_input), out = grad(variables.get("params", {}), x)
+        return out | {"gradients": gradients, "input gradient": of_input}
+
     @functools.cached_property
     def usual(self) -> dict[str, Any]:
-        """The program's results for random float32 features."""
+        """The program's results for random float32 input."""
         return self.program(self.variables, self.features())
 
     @functools.cached_property

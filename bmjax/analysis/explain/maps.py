@@ -13,7 +13,7 @@ import numpy as np
 from scipy import ndimage
 
 from bmjax.attention import sown_maps
-from bmjax.model.classifier import Classifier
+from bmjax.model.classifier import Classifier, stage_name, stages_of
 from bmjax.registry import unknown
 
 Tree = Any
@@ -32,30 +32,14 @@ def in_batches(fn: Callable[..., Any], *arrays: np.ndarray, size: int = _AT_ONCE
     return jax.tree.map(lambda *parts: np.concatenate(parts), *results)
 
 
-def _forward(model: Classifier, stage: str, variables: Tree, images: jax.Array, change: jax.Array | None) -> Any:
-    """(logits [n, k], maps by path, what the stage hands on [n, h, w, c], `change` added to it).
+def _forward(model: Classifier, stage: str, variables: Tree, images: jax.Array) -> Any:
+    """(logits [n, k], maps by path, what the stage hands on [n, h, w, c]).
 
-    That is what `Classifier` gets from its own `tap`, so after attention where the stage has it, whatever it is.
+    The last is what `Classifier` perturbs and sows, so after attention where the stage has it, whatever it is.
     """
-    kept = []
-
-    def intercept(following: Callable, arguments: tuple, keywords: dict, context: Any) -> Any:
-        if context.module.path != ("backbone",) or context.method_name != "__call__":
-            return following(*arguments, **keywords)
-        own = keywords["tap"]
-
-        def tap(name: str, x: jax.Array) -> jax.Array:
-            x = own(name, x)
-            if name == stage:
-                x = x if change is None else x + change
-                kept.append(x)
-            return x
-
-        return following(*arguments, **keywords | {"tap": tap})
-
-    with nn.intercept_methods(intercept):
-        logits, new = model.apply(variables, images, train=False, mutable=["intermediates"])
-    return logits, sown_maps(dict(new)), kept[0]
+    logits, new = model.apply(variables, images, train=False, mutable=["intermediates"])
+    found: Any = new["intermediates"]
+    return logits, sown_maps(dict(new)), found[stage_name(stage)][-1]
 
 
 def grad_cam(activations: jax.Array, gradients: jax.Array) -> jax.Array:
@@ -83,7 +67,7 @@ class Explainer:
     """
 
     def __init__(self, model: Classifier, stage: str = "last"):
-        stages = tuple(model.backbone.stages)
+        stages = stages_of(model.backbone)
         self.stage = stages[-1] if stage == "last" else stage
         if self.stage not in stages:
             raise unknown("stage of the backbone", stage, (*stages, "last"))
@@ -96,13 +80,19 @@ class Explainer:
     def compute(self, variables: Tree, images: jax.Array, targets: jax.Array) -> dict[str, jax.Array]:
         """As `maps`, of all images at once and not compiled."""
 
+        def unchanged() -> Tree:
+            return self._model.apply(variables, images, train=False, mutable=["perturbations"])[1]["perturbations"]
+
+        zeros = jax.tree.map(lambda v: jnp.zeros(v.shape, v.dtype), dict(jax.eval_shape(unchanged)))
+        name = stage_name(self.stage)
+
         def score(change: jax.Array) -> tuple[jax.Array, Any]:
-            logits, maps, kept = _forward(self._model, self.stage, variables, images, change)
+            changed = dict(variables) | {"perturbations": zeros | {name: change}}
+            logits, maps, kept = _forward(self._model, self.stage, changed, images)
             # The sum's gradient holds each image's own: in evaluation mode they do not touch each other.
             return jnp.take_along_axis(logits, targets.reshape(-1, 1), axis=1).sum(), (maps, kept)
 
-        kept = jax.eval_shape(lambda: _forward(self._model, self.stage, variables, images, None)[2])
-        gradients, (maps, activations) = jax.grad(score, has_aux=True)(jnp.zeros(kept.shape, kept.dtype))
+        gradients, (maps, activations) = jax.grad(score, has_aux=True)(zeros[name])
         activations, gradients = activations.astype(jnp.float32), gradients.astype(jnp.float32)
         found = {name: m.astype(jnp.float32) for name, m in maps.items() if m.ndim == 3}
         found |= {"Grad-CAM": grad_cam(activations, gradients)}
