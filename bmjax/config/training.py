@@ -132,6 +132,10 @@ class TrainConfig:
     """Micro-batches per update; divides batch_size. Batch-norm sees micro-batches."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Compute type; parameters stay float32 (float64 is for proofs and needs JAX_ENABLE_X64)."""
+    precision: Literal["default", "highest", "bfloat16_3x"] = "default"
+    """Of products and convolutions in float32. `default`: the device's own, which on GPUs is TF32 (10 bits of
+    mantissa), on TPUs bfloat16, on CPUs float32. `highest`: float32 everywhere, several times slower on GPUs and TPUs.
+    `bfloat16_3x`: on TPUs three products of bfloat16, near float32; on GPUs it is TF32. Other types do not care."""
     parallel: Literal["jit", "pmap"] = "jit"
     devices: int | None = None
     """Number of devices; none: all."""

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from bmjax.files import read_json
 from bmjax.runs.metrics import wilson_interval
 
 SPLITS = ("test", "val", "train")

@@ -31,7 +31,7 @@ from bmjax.runs.metrics import classification_metrics, load_metrics
 from bmjax.runs.tracking import Tracker
 from bmjax.training.parallel import Parallel
 from bmjax.training.signals import Signals
-from bmjax.training.steps import make_eval_step
+from bmjax.training.steps import at_precision, make_eval_step
 
 log = logging.getLogger(__name__)
 SplitName = Literal["train", "val", "test"]
@@ -56,7 +56,7 @@ class Predictor:
         self.batch_size = math.ceil(config.train.eval_batch_size / self._parallel.size) * self._parallel.size
         self._signals = signals
         self._metrics = load_metrics(config.train.metrics)
-        step = make_eval_step(model, image_dtype=image_dtype(config))
+        step = at_precision(make_eval_step(model, image_dtype=image_dtype(config)), config.train.precision)
         self._step = self._parallel.compile_step(step, donate=False)
 
     def __call__(self, variables: Tree, dataset: Dataset, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

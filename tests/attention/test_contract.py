@@ -23,6 +23,7 @@ def test_the_variants_are_listed_and_have_their_formulas():
     assert all(hasattr(formulas, name) for name in expected.split())
 
 
+@pytest.mark.accelerator
 @every_variant
 def test_the_contract_is_kept(name):
     verdicts = examine(functools.partial(create_attention, name))

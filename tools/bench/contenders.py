@@ -109,8 +109,13 @@ def bmjax_config(job: Job, **changes: Any) -> Any:
         optim=OptimConfig(name="adamax", preset="keras", schedule=ScheduleConfig(kind="cosine")),
         stages=(StageConfig(epochs=EPOCHS),),
         train=TrainConfig(
-            batch_size=job.batch, eval_batch_size=job.batch, dtype=job.dtype, train_eval_epochs=0, workers=8, devices=1
-        ),  # type: ignore[arg-type]
+            batch_size=job.batch,
+            eval_batch_size=job.batch,
+            dtype=job.dtype,  # type: ignore[arg-type]
+            train_eval_epochs=0,
+            workers=8,
+            devices=1,
+        ),
         **changes,
     )
 
@@ -188,7 +193,7 @@ def flax_stepper(job: Job) -> Stepper:
     init = jax.jit(lambda key: model.init(key, jnp.zeros((1, job.size, job.size, 3)), False))
     variables = init(jax.random.key(0))
     tx = optax.adamax(1e-3, eps=1e-7)
-    carry = (variables["params"], variables["batch_stats"], tx.init(variables["params"]))
+    carry: tuple[Any, ...] = (variables["params"], variables["batch_stats"], tx.init(variables["params"]))
 
     def one(params, stats, opt_state, images, labels, key):
         def loss_fn(params):
