@@ -1,7 +1,7 @@
 """All checks, in the order of their cost: `python tools/check.py`. Format, lint, types, tests.
 
-`--accelerator`: only the tests marked so, on whatever devices jax finds (a GPU, a TPU, else CPUs), in files that need no
-more than jax and what bmjax needs to train. Further arguments go to pytest. Exits with the first failure.
+`--accelerator`: only the tests marked so, on whatever devices jax finds (a GPU, a TPU, else CPUs); they need no more
+than what bmjax trains with. Further arguments go to pytest. Exits with the first failure.
 """
 
 import os

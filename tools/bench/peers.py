@@ -9,8 +9,12 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-BLOCKS: dict[str, tuple[int, ...]] = {"densenet121": (6, 12, 24, 16), "densenet169": (6, 12, 32, 32), "densenet201": (6, 12, 48, 32)}
-BLOCKS["densenet_tiny"] = (1, 2, 2)  # for dry runs
+BLOCKS: dict[str, tuple[int, ...]] = {
+    "densenet121": (6, 12, 24, 16),
+    "densenet169": (6, 12, 32, 32),
+    "densenet201": (6, 12, 48, 32),
+    "densenet_tiny": (1, 2, 2),  # for dry runs
+}
 HIDDEN, CLASSES = 256, 7
 
 
