@@ -1,4 +1,4 @@
-"""A norm away from CPUs: one pass, two sums each way, derivatives by hand; and the formulations that can be asked for."""
+"""A norm away from CPUs: one pass, two sums each way, derivatives by hand; and formulations that can be asked for."""
 
 import flax.linen as nn
 import jax
@@ -12,16 +12,17 @@ from bmjax.layers.dispatch import traced_for, wants, with_forms
 from bmjax.layers.norm import affine, moments, norm_affine, norm_relu
 
 
-def normal(seed, *shape, dtype=np.float64):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+def normal(seed, *shape):
+    """In the widest float that is switched on."""
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape).astype(jax.dtypes.canonicalize_dtype(float)))
 
 
 @pytest.mark.parametrize("shape", [(16, 14, 14, 32), (64, 32), (2, 1, 7, 5)])
 @pytest.mark.parametrize("deviations", [0, 1, 1000])
 def test_one_pass_is_two_passes(shape, deviations):
     """To 1e-5 where the mean is a thousand standard deviations, and means of either sign."""
-    x = 3 * normal(0, *shape, dtype=np.float32) + 3 * deviations * jnp.where(jnp.arange(shape[-1]) % 2, 1.0, -1.0)
-    x = x.astype(jnp.float32)
+    signs = np.where(np.arange(shape[-1]) % 2, 1.0, -1.0)
+    x = jnp.asarray(np.asarray(3 * normal(0, *shape)) + 3 * deviations * signs, jnp.float32)
     with traced_for("gpu"):
         mean, var = jax.jit(lambda x: moments(x))(x)
     expected_mean, expected_var = ops.moments(x)
@@ -122,12 +123,13 @@ def reductions(function, *args):
             depth.update({v: max(before, default=0) + sums for v in equation.outvars})
         return [depth.get(v, 0) if not hasattr(v, "val") else 0 for v in jaxpr.outvars]
 
-    return count, max(walk(jaxpr, [0] * len(jaxpr.invars)))
+    longest = max(walk(jaxpr, [0] * len(jaxpr.invars)))
+    return count, longest
 
 
 def test_a_norm_on_a_gpu_has_fewer_sums_and_waits_for_fewer():
     """Forward two sums side by side, where two passes wait for one another; with the way back four, not five."""
-    args = normal(0, 3, 5, 4, 6, dtype=np.float32), normal(1, 6, dtype=np.float32), normal(2, 6, dtype=np.float32)
+    args = normal(0, 3, 5, 4, 6), normal(1, 6), normal(2, 6)
 
     def step(norm):
         return jax.grad(lambda *args: (norm(*args) ** 2).sum((0, 1, 2)).sum(), (0, 1, 2))
@@ -213,7 +215,7 @@ def test_forms_are_named_and_never_of_cpus(monkeypatch):
 
 
 def test_a_norm_on_a_gpu_computes_what_it_does_on_a_cpu():
-    x, norm = 3 + normal(0, 8, 6, 6, 5, dtype=np.float32), BatchNorm()
+    x, norm = 3 + normal(0, 8, 6, 6, 5), BatchNorm()
     variables = norm.init(jax.random.key(0), x)
 
     def both(x):
