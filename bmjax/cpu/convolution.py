@@ -165,5 +165,5 @@ def dilated_convolution(x: jax.Array, kernel: jax.Array, dilation: int, groups: 
     x = rearrange(x, "b (h i) (w j) c -> (b i j) h w c", i=dilation, j=dilation)
     around = in_pixels("SAME", (x.shape[1], x.shape[2]), (kernel.shape[0], kernel.shape[1]), (1, 1))
     y = _conv(x, kernel, (1, 1), around, groups)
-    whole: jax.Array = rearrange(y, "(b i j) h w c -> b (h i) (w j) c", i=dilation, j=dilation)
+    whole: Any = rearrange(y, "(b i j) h w c -> b (h i) (w j) c", i=dilation, j=dilation)
     return whole[:, :h, :w]

@@ -11,9 +11,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import importlib.util
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -106,7 +106,7 @@ def for_partition(function: Callable[P, R]) -> Callable[P, R]:
 
 @functools.cache
 def _replacements() -> dict[str, Callable[..., Any]]:
-    if importlib.util.find_spec("bmjax.cpu") is None:
+    if not (Path(__file__).parents[1] / "cpu").is_dir():
         return {}
     return importlib.import_module("bmjax.cpu").REPLACEMENTS
 

@@ -181,5 +181,7 @@ def _renamed(config: Config, names: dict[str, str]) -> Config:
         data=replace(config.data, source=new(config.data.source)),
         optim=replace(config.optim, name=new(config.optim.name)),
         augment=replace(config.augment, extra=tuple(map(new, config.augment.extra))),
-        train=replace(config.train, loss=new(config.train.loss), metrics=tuple(map(new, config.train.metrics))),
+        train=replace(
+            config.train, loss=new(config.train.loss), metrics=tuple(map(new, config.train.metrics))
+        ),
     )

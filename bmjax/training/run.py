@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from bmjax.config.base import Config
+from bmjax.data.augment.augment import load_extra
 from bmjax.data.batches import steps_per_epoch
 from bmjax.data.dataset import Dataset
 from bmjax.data.splits import Splits
@@ -130,15 +131,16 @@ def complete(config: Config, data: Dataset | None = None) -> Config:
         size = data.images.shape[1]
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, source="arrays", image_size=size))
     config = dataclasses.replace(config, model=resolve(config.model))
-    model = create(config.model, 2, config.train.dtype)
+    create(config.model, 2, config.train.dtype)
     load_metrics(config.train.metrics)
-    _check_statistics(config, model)
+    load_extra(config.augment)
+    _check_statistics(config)
     if config.features.cached:
         check_cached(config)
     return config
 
 
-def _check_statistics(config: Config, model: Classifier) -> None:
+def _check_statistics(config: Config) -> None:
     """A batch-norm by the statistics of one image learns nothing; refuses it by name."""
     size = config.train.batch_size // config.train.accumulate
     modes = {dataclasses.astuple(stage.resolved_batch_norm()) for stage in config.stages}
@@ -148,7 +150,6 @@ def _check_statistics(config: Config, model: Classifier) -> None:
             f"{config.train.batch_size}: a batch-norm would see one image at a time and learn nothing; expected at "
             "least 2 images to a micro-batch, or stages.batch_norm with no part in mode 'train'"
         )
-    del model
 
 
 @dataclasses.dataclass(frozen=True)

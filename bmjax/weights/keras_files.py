@@ -205,7 +205,7 @@ def _kind_of(weight: str, layer: str) -> str:
 
 
 def preprocess_within(path: Path, layers: Sequence[KerasLayer]) -> str | None:
-    """The mode of bmjax.weights.preprocess that stands in for the Normalization layer of keras.applications.efficientnet.
+    """The mode of bmjax.weights.preprocess that stands in for keras.applications.efficientnet's Normalization layer.
 
     The published files keep ImageNet's standard deviation in place of the variance; keras.applications makes up for it
     behind the layer. A network built without weights has an identity there and so sees 0..1.

@@ -123,7 +123,7 @@ def test_wrong_input_is_one_clear_line(capsys, arguments, message):
 def test_a_process_of_one_device_makes_itself_four():
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     root = pathlib.Path(__file__).resolve().parents[2]
-    command = [sys.executable, "-m", "bmjax.cli", "check", "none", *SHAPE]
+    command = [sys.executable, "-m", "bmjax", "check", "none", *SHAPE]
     environment |= {"PYTHONPATH": str(root)}
     out = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=True).stdout
     assert re.search(r"^ok +devices", out, re.MULTILINE)

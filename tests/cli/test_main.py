@@ -216,10 +216,8 @@ def test_predict_checks_its_output_before_it_works(trained, capsys):
 
 
 def test_sweep_runs_each_override(trained, monkeypatch):
-    from bmjax.cli import main as cli
-
     seen = []
-    monkeypatch.setattr(cli, "_train_one", lambda config, module, resume: seen.append(config) or 0)
+    monkeypatch.setattr("bmjax.cli.train._train_one", lambda config, module, options: seen.append(config) or 0)
     assert main(["train", str(trained / "experiment.py"), "--sweep", "--seed", "7"]) == 0
     assert [(c.name, c.optim.lr, c.seed) for c in seen] == [("a", 0.01, 7), ("b", 0.1, 7)]
     assert len({c.run_dir for c in seen}) == 2

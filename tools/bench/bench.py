@@ -1,6 +1,6 @@
 """Speed and memory of training and inference against other frameworks, and of the input pipeline.
 
-    python tools/bench/bench.py [--backbone densenet121 resnet50] [--size 224] [--batch 16 32] [--rounds 5] [--plot speed.png]
+    python tools/bench/bench.py [--backbone densenet121 resnet50] [--size 224] [--batch 16 32] [--rounds 5]
 
 Contenders are plain Flax, keras.applications on JAX and, where the `bench` extra is installed, PyTorch in channels-last
 and keras.applications on TensorFlow. Each runs in a process of its own; rounds are interleaved, since a machine's speed

@@ -1,6 +1,6 @@
 """Speed of training heads on cached feature maps: bmjax against Keras on the JAX backend.
 
-    python tools/bench/bench_heads.py [--variants none se soft] [--seeds 5] [--epochs 15] [--images 1955] [--channels 1664]
+    python tools/bench/bench_heads.py [--variants none se soft] [--seeds 5] [--epochs 15] [--images 1955]
 
 A head goes from new weights to predictions of the test split: batches shuffled anew, validation after each epoch, the
 best epoch's weights kept. Keras does it by `compile`, `fit` and `predict`, a new model a head; bmjax by

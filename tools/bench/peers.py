@@ -1,5 +1,5 @@
-"""The networks that tools/bench/bench.py compares with: DenseNet in plain Flax and in PyTorch, written as one would at first,
-and any other network in plain Flax, layer by layer as keras.applications has it.
+"""The networks that tools/bench/bench.py compares with: DenseNet in plain Flax and in PyTorch, written as one would at
+first, and any other network in plain Flax, layer by layer as keras.applications has it.
 
 All have the architecture and the head of the bmjax network they stand beside: same parameters, same FLOPs.
 """

@@ -21,7 +21,7 @@ SIZE = 64  # pixels a side, of the images compared
 FREQUENCIES = 12  # of 32, each way, in the description
 NEIGHBOURS = 10  # candidates an image
 MAX_DISTANCE = 0.5  # of the descriptions of a candidate pair, whose length is 1
-# Correlations of detail, between those of copies and of different cells on real ones: `python tools/bench/bench_audit.py`.
+# Correlations of detail, between those of copies and of different cells on real ones: tools/bench/bench_audit.py.
 CERTAIN = 0.88
 SUSPECTED = 0.8
 
