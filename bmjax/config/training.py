@@ -166,7 +166,8 @@ class TrainConfig:
     checkpoint_steps: int | None = None
     """Also every so many steps."""
     train_eval_epochs: int = 1
-    """Epochs between evaluations of the train split in eval mode; 0: only at the end."""
+    """Epochs between evaluations of the train split in eval mode; 0: only at the end. Each costs a forward pass of the
+    whole train split, about a third of an epoch's time."""
     monitor: str = "accuracy"
     """Validation figure that picks the best checkpoint and drives early stopping: a built-in one (accuracy, macro_f1,
     balanced_accuracy, loss, ece) or one of `metrics`, by its short name. The largest is the best; the smallest after a
