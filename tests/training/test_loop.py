@@ -75,8 +75,8 @@ def test_a_step_waits_for_nothing_and_moves_nothing_but_its_batch(tiny_config, m
         monkeypatch.setattr(engine, "_step_of", lambda stage: step)
         recorder = Recorder(Progress("id"), NoTracker(), dataset, quiet=True)
         stretch = Stretch(0, 0, per_epoch, True)
+        rates = learning_rates(plans[0], engine, state, stretch)  # once a stretch
         with jax.transfer_guard("disallow"):  # what is put there in so many words is allowed
-            rates = learning_rates(plans[0], engine, state, stretch)
             _, reached = engine.run(state, stretch, rates, recorder)
     assert reached == per_epoch > 3
     for k in range(per_epoch):

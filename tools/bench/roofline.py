@@ -3,14 +3,14 @@
     python tools/bench/roofline.py [--backbone densenet121] [--size 224] [--batch 16 32 256]
 
 The step is traced and not run: every convolution, product, reduction, pooling and concatenation counts its FLOPs and
-its operands' and result's bytes, once each. A norm's two sums read the map once on the way forward, and gradient and map
-once on the way back; normalising, with the ReLU after it, is a pass of its own, for XLA puts it into no convolution:
-map in and out forward; gradient and map in, gradient out on the way back. What else is element by element (sums of
-residuals, the optimizer) is taken for free, so the bounds are still too high. A kind's time is the larger of FLOPs /
-peak and bytes / bandwidth (Williams et al. 2009, "Roofline"), and kinds follow one another. That is a bound for a program
-of one operation after another. The kernels of bmjax/cpu/kernels sum, normalise and concatenate within the passes of the
-convolutions beside them; for these a second bound leaves these out. This machine's limits are measured; an H100's are
-its maker's, and the shares of them that a program is assumed to reach are ours.
+its operands' and result's bytes, once each. A norm's two sums read the map once on the way forward, and gradient and
+map once on the way back; normalising, with the ReLU after it, is a pass of its own, for XLA puts it into no
+convolution: map in and out forward; gradient and map in, gradient out on the way back. What else is element by element
+(sums of residuals, the optimizer) is taken for free, so the bounds are still too high. A kind's time is the larger of
+FLOPs / peak and bytes / bandwidth (Williams et al. 2009, "Roofline"), and kinds follow one another. That is a bound for
+a program of one operation after another. The kernels of bmjax/cpu/kernels sum, normalise and concatenate within the
+passes of the convolutions beside them; for these a second bound leaves these out. This machine's limits are measured;
+an H100's are its maker's, and the shares of them that a program is assumed to reach are ours.
 """
 
 from __future__ import annotations
