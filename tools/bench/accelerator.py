@@ -5,8 +5,9 @@
 Rows come by priority, each printed as soon as it is measured; when the limit nears, what is left is named and left out.
 Each row is a process of its own, since a JAX process takes most of a card's memory. A row: four batches on the device,
 taken in turn; the first step (compiling), 5 steps of warm-up, 30 timed with one wait at their end. bmjax's own loop on
-rendered cells comes after the first network's rows; the first row again at the end, for the spread. What fails is a row
-with its reason. OUT/rows.jsonl holds every row, OUT/<row>.log what its process said.
+rendered cells comes after the first two networks' rows; the first row again at the end, for the spread. What fails is a
+row with its reason. OUT/rows.jsonl holds every row, OUT/<row>.log what its process said; with `--go-on` a second call
+measures what the first had no time for.
 
 `--dry-run` is the same plan with tiny networks and batches on whatever is there: it shows that every row runs, and its
 figures mean nothing.
@@ -47,7 +48,7 @@ LABELS = {
     "check": "tools/check.py --accelerator",
     "cells": "real cells",
 }
-MAIN = ("bmjax", "flax", "timm", "timm_compiled")
+MAIN = ("bmjax", "flax", "timm")
 WARM_UP, TIMED = 5, 30
 LONGEST = 170.0
 """Seconds after which a row's process is ended."""
@@ -71,22 +72,27 @@ HEADER = (
 
 def plan(dry: bool) -> list[Job]:
     """All measured rows, by priority."""
-    rows: list[tuple[str, str, int, int, tuple[str, ...]]] = [
-        ("densenet121", "bfloat16", 224, 256, MAIN),
-        ("resnet50", "bfloat16", 224, 256, MAIN),
-        ("densenet121", "bfloat16", 224, 256, ("bmjax_in_place", "bmjax_remat")),
-        ("densenet121", "float32", 224, 256, MAIN),
-        ("resnet50", "float32", 224, 256, MAIN),
-        ("mobilenet_v2", "bfloat16", 224, 256, ("bmjax", "bmjax_taps", "flax", "timm", "timm_compiled")),
-        ("xception", "bfloat16", 224, 256, ("bmjax", "bmjax_taps", "flax", "timm", "timm_compiled")),
-        ("efficientnetb5", "bfloat16", 224, 128, ("bmjax", "bmjax_taps", "flax", "timm", "timm_compiled")),
-        ("densenet121", "bfloat16", 224, 256, ("bmjax_pmap", "keras_jax")),
-        ("mobilenet_v2", "bfloat16", 224, 256, ("keras_jax",)),
+    dense, res = ("densenet121", 224, 256), ("resnet50", 224, 256)
+    wide, compiled = ("bmjax", "bmjax_taps", "flax", "timm", "timm_compiled"), ("timm_compiled",)
+    rows: list[tuple[tuple[str, int, int], str, tuple[str, ...]]] = [
+        (dense, "bfloat16", MAIN),
+        (res, "bfloat16", MAIN),
+        # Compiled by torch, a network takes minutes until its first step.
+        (dense, "bfloat16", compiled),
+        (res, "bfloat16", compiled),
+        (dense, "bfloat16", ("bmjax_in_place", "bmjax_remat")),
+        (dense, "float32", MAIN),
+        (res, "float32", MAIN),
+        (("mobilenet_v2", 224, 256), "bfloat16", wide),
+        (("xception", 224, 256), "bfloat16", wide),
+        (("efficientnetb5", 224, 128), "bfloat16", wide),
+        (dense, "bfloat16", ("bmjax_pmap", "keras_jax")),
+        (("mobilenet_v2", 224, 256), "bfloat16", ("keras_jax",)),
         # At the sizes of timm's public figures; 456 pixels of 128 images would not fit 80 GB.
-        ("xception", "bfloat16", 299, 256, ("bmjax", "timm")),
-        ("efficientnetb5", "bfloat16", 456, 32, ("bmjax", "timm")),
+        (("xception", 299, 256), "bfloat16", ("bmjax", "timm")),
+        (("efficientnetb5", 456, 32), "bfloat16", ("bmjax", "timm")),
     ]
-    jobs = [Job(who, backbone, kind, size, batch) for backbone, kind, size, batch, all_ in rows for who in all_]
+    jobs = [Job(who, name, kind, size, batch) for (name, size, batch), kind, all_ in rows for who in all_]
     if not dry:
         return jobs
     return [dataclasses.replace(j, size=48 if j.size == 224 else 64, batch=8, dry=True) for j in jobs]
@@ -123,7 +129,7 @@ def environment(job: Job, cache: Path) -> dict[str, str]:
     """The process's environment: programs compiled once in this run are kept for the first row's repetition."""
     own = {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "KERAS_BACKEND": "jax"}
     own |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "WANDB_MODE": "disabled", "TQDM_DISABLE": "1"}
-    own |= {"BMJAX_FORMS": FORMS.get(job.contender, "")}
+    own |= {"BMJAX_FORMS": FORMS.get(job.contender, ""), "JAX_TRACEBACK_FILTERING": "off"}
     if job.dry:  # compiles quickly, and builds nothing
         own |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true", "BMJAX_NATIVE": "0"}
     return os.environ | own
@@ -160,6 +166,21 @@ class Report:
     def __init__(self, folder: Path, limit: float):
         self.folder, self._limit, self._began = folder, limit, time.monotonic()
         self._rates: dict[tuple[str, str, int, int], float] = {}
+        self._known: dict[Job, dict[str, Any]] = {}
+
+    def go_on(self) -> None:
+        """Takes the measured rows of an earlier run in the same folder as known."""
+        path, names = self.folder / "rows.jsonl", {field.name for field in dataclasses.fields(Job)}
+        for record in map(json.loads, path.read_text().splitlines() if path.exists() else ()):
+            if "images_per_second" in record:
+                job = Job(**{name: value for name, value in record.items() if name in names})
+                self._known[job] = {name: value for name, value in record.items() if name not in names}
+
+    def known(self, job: Job) -> dict[str, Any] | None:
+        """A row that was measured before, printed once more."""
+        if (found := self._known.get(job)) is not None:
+            self._print(job, found, found["row_seconds"])
+        return found
 
     def left(self) -> float:
         """Seconds until the limit."""
@@ -179,6 +200,9 @@ class Report:
         record = dataclasses.asdict(job) | {"network": job.network, "row_seconds": took} | found
         with (self.folder / "rows.jsonl").open("a") as f:
             f.write(json.dumps(record) + "\n")
+        self._print(job, found, took)
+
+    def _print(self, job: Job, found: dict[str, Any], took: float) -> None:
         label = LABELS[job.contender] + (", again" if job.repeat else "")
         kind = "TF32" if job.dtype == "float32" else "bf16"
         head = (f"{job.network} {job.size}", label, kind, str(job.batch))
@@ -197,6 +221,8 @@ class Report:
 
 def run_job(job: Job, report: Report, cache: Path, keep: float = 0.0) -> dict[str, Any]:
     """Runs a row in a process of its own and reports it; `keep` seconds are kept for what must come after it."""
+    if not job.repeat and (known := report.known(job)) is not None:
+        return known
     seconds = min(LONGEST, report.left() - keep)
     if seconds < LEAST:
         found: dict[str, Any] = {"left out": "no time"}
@@ -211,7 +237,8 @@ def run_job(job: Job, report: Report, cache: Path, keep: float = 0.0) -> dict[st
     elif code:
         found = {"failed": reason_of(text, code)}
     else:
-        found = json.loads([line for line in text.splitlines() if line.startswith("{")][-1])
+        answers = [line for line in text.splitlines() if line.startswith("{")]
+        found = json.loads(answers[-1]) if answers else {"failed": "it gave no answer"}
     report.row(job, found, time.monotonic() - began)
     return found
 
@@ -259,17 +286,25 @@ def cells_command(options: argparse.Namespace, folder: Path) -> list[str]:
     """The experiment on real cells, from their folder and the weights' file."""
     best = ROOT / "experiments/bm7_best.py"
     experiment = best if best.exists() else ROOT / "experiments/bm7_densenet.py"
-    command = [sys.executable, "-m", "bmjax", "train", str(experiment), "--data.root", options.cells]
+    command = [
+        sys.executable,
+        "-m",
+        "bmjax",
+        "train",
+        str(experiment),
+        "--data.root",
+        str(Path(options.cells).resolve()),
+    ]
     command += ["--run_dir", str(folder / "cells_run"), "--data.cache_dir", str(folder / "cells_cache")]
     command += ["--train.dtype", "bfloat16", "--train.workers", "8"]
-    return [*command, "--model.weights", options.weights] if options.weights else command
+    return [*command, "--model.weights", str(Path(options.weights).resolve())] if options.weights else command
 
 
 def measured(options: argparse.Namespace, report: Report, cache: Path) -> None:
     """The rows by priority, with bmjax's loop after the first network's and the first row again at the end."""
     jobs = [j for j in plan(options.dry_run) if not options.only or j.backbone in options.only]
     jobs = [j for j in jobs if not options.contenders or j.contender in options.contenders]
-    first, early = jobs[0], len(MAIN)
+    first, early = jobs[0], 2 * len(MAIN)
     report.header()
     base = run_job(first, report, cache)
     for job in jobs[1:early]:
@@ -296,6 +331,7 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", choices=MAKERS, help="these contenders alone")
     parser.add_argument("--cells", help="folder of real cells, one sub-folder a class: trains on them at the end")
     parser.add_argument("--weights", help="file of ImageNet weights for that")
+    parser.add_argument("--go-on", action="store_true", help="measure only rows that OUT/rows.jsonl does not have yet")
     parser.add_argument("--dry-run", action="store_true", help="tiny networks and batches: shows that every row runs")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -305,6 +341,8 @@ def main() -> None:
     folder = Path(options.out).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     report, cache = Report(folder, options.limit), folder / "compiled"
+    if options.go_on:
+        report.go_on()
     print(f"{'DRY RUN: tiny networks, the figures mean nothing. ' if options.dry_run else ''}{card()}\n{versions()}\n")
     if "rows" in options.parts:
         measured(options, report, cache)
