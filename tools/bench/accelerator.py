@@ -286,15 +286,8 @@ def cells_command(options: argparse.Namespace, folder: Path) -> list[str]:
     """The experiment on real cells, from their folder and the weights' file."""
     best = ROOT / "experiments/bm7_best.py"
     experiment = best if best.exists() else ROOT / "experiments/bm7_densenet.py"
-    command = [
-        sys.executable,
-        "-m",
-        "bmjax",
-        "train",
-        str(experiment),
-        "--data.root",
-        str(Path(options.cells).resolve()),
-    ]
+    command = [sys.executable, "-m", "bmjax", "train", str(experiment)]
+    command += ["--data.root", str(Path(options.cells).resolve())]
     command += ["--run_dir", str(folder / "cells_run"), "--data.cache_dir", str(folder / "cells_cache")]
     command += ["--train.dtype", "bfloat16", "--train.workers", "8"]
     return [*command, "--model.weights", str(Path(options.weights).resolve())] if options.weights else command

@@ -244,8 +244,8 @@ def keras_stepper(job: Job) -> Stepper:
 
     def one(trainable, rest, opt_state, images, labels):
         def loss_fn(trainable):
-            logits, new = model.stateless_call(trainable, rest, _scaled(images), training=True)
-            return loss_of(labels, logits), new
+            found: Any = model.stateless_call(trainable, rest, _scaled(images), training=True)
+            return loss_of(labels, found[0]), found[1]
 
         (loss, rest), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
         trainable, opt_state = optimizer.stateless_apply(opt_state, grads, trainable)
