@@ -1,4 +1,4 @@
-"""What training does not need is not imported: wandb, tensorflow-datasets, TensorFlow, torch."""
+"""What training does not need is not imported: wandb, tensorflow-datasets."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from bmjax.config import to_json
 
-BLOCKED = ("wandb", "tensorflow_datasets", "tensorflow", "torch")
+BLOCKED = ("wandb", "tensorflow_datasets")
 PROGRAM = """
 import sys
 from pathlib import Path
