@@ -31,7 +31,7 @@ from bmjax.registry import file_and_attribute, is_own, source_file
 log = logging.getLogger(__name__)
 _PACKAGES = ("bmjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain")
 _FLAGS = ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION", "JAX_THREEFRY_PARTITIONABLE")
-_FLAGS += ("LIBTPU_INIT_ARGS", "XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_MEM_FRACTION", "BMJAX_NATIVE", "BMJAX_FORMS")
+_FLAGS += ("LIBTPU_INIT_ARGS", "XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_MEM_FRACTION", "BMJAX_NATIVE")
 
 
 def part_names(config: Config) -> list[str]:
@@ -105,7 +105,7 @@ def _paths(config: Config) -> dict[str, str]:
 
 
 def located(config: Config, run_dir: Path) -> Config:
-    """The configuration with relative paths that lead nowhere from the current folder as they led when it was trained."""
+    """The configuration with relative paths that lead nowhere from here as they led when the run was trained."""
     resolved = read_environment(run_dir).get("resolved", {})
     for field, (written, path) in resolved.items():
         section, name = field.split(".")
@@ -181,7 +181,5 @@ def _renamed(config: Config, names: dict[str, str]) -> Config:
         data=replace(config.data, source=new(config.data.source)),
         optim=replace(config.optim, name=new(config.optim.name)),
         augment=replace(config.augment, extra=tuple(map(new, config.augment.extra))),
-        train=replace(
-            config.train, loss=new(config.train.loss), metrics=tuple(map(new, config.train.metrics))
-        ),
+        train=replace(config.train, loss=new(config.train.loss), metrics=tuple(map(new, config.train.metrics))),
     )
