@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,24 @@ def remove_leftovers(folder: Path) -> None:
     for path in folder.glob(".*.*"):
         if time.time() - path.stat().st_mtime > 86400:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def temporary_folder(parent: Path, name: str, need: int, what: str) -> Iterator[Path]:
+    """A folder beside what it will replace, for something to be renamed out of it when it is whole; removed at the end.
+
+    Raises:
+      OSError: the disk has less than `need` bytes free for `what`: a memory map on a full disk would kill the process.
+    """
+    parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(parent)
+    if (free := shutil.disk_usage(parent).free) < need:
+        raise OSError(f"{parent} has {free / 1e9:.1f} GB free; {what} need {need / 1e9:.1f} GB")
+    temporary = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=parent))
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:

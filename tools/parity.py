@@ -31,7 +31,7 @@ import numpy as np
 from flax import traverse_util
 
 from bmjax import weights
-from bmjax.backbones._registry import create_backbone, list_backbones
+from bmjax.backbones import create_backbone, list_backbones
 from bmjax.weights import keras_oracle
 from tests.helpers import keras_parity, timm_golden
 

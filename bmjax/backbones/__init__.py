@@ -4,12 +4,20 @@ A backbone is a Flax module, called `(x, *, train, mode, tap)`; it names its sta
 `tap(stage, x) -> x` on each stage's output, so that attention can go after any of them.
 """
 
-from bmjax.backbones._registry import create_backbone, default_preprocess, family_of, list_backbones, stage_of_layers
+from bmjax.backbones._registry import (
+    create_backbone,
+    default_preprocess,
+    family_of,
+    is_module_class,
+    list_backbones,
+    stage_of_layers,
+)
 
 __all__ = [
     "create_backbone",
     "default_preprocess",
     "family_of",
+    "is_module_class",
     "list_backbones",
     "stage_of_layers",
 ]

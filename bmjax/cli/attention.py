@@ -101,7 +101,7 @@ def check(options: argparse.Namespace, rest: Sequence[str]) -> int:
     import jax
 
     from bmjax.analysis.contract.checks import examine
-    from bmjax.attention._registry import create_attention
+    from bmjax.attention import create_attention
 
     if "device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", 4)  # holds if nothing has been computed yet
@@ -130,7 +130,7 @@ def _print_costs(variant: str, shape: tuple[int, int, int, int]) -> None:
     import jax
 
     from bmjax.analysis.cost import measure
-    from bmjax.attention._registry import create_attention
+    from bmjax.attention import create_attention
 
     names = list(dict.fromkeys([variant, "se", "cbam"]))
     costs = measure({name: create_attention(name) for name in names}, shape)
@@ -148,7 +148,7 @@ def _print_costs(variant: str, shape: tuple[int, int, int, int]) -> None:
 
 def first_lines() -> dict[str, str]:
     """Variant -> the first line of its file: what it is, and its paper."""
-    from bmjax.attention._registry import list_attention
+    from bmjax.attention import list_attention
     from bmjax.registry import modules
 
     files = modules("bmjax.attention")
@@ -163,7 +163,7 @@ def print_table(shape: tuple[int, int, int, int] = (8, 7, 7, 1024)) -> None:
     import numpy as np
 
     from bmjax.analysis.cost import measure
-    from bmjax.attention._registry import create_attention
+    from bmjax.attention import create_attention
 
     texts = first_lines()
     variants = {name: create_attention(name) for name in texts}

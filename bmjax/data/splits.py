@@ -21,6 +21,7 @@ import numpy as np
 
 from bmjax.config.data import DataConfig
 from bmjax.data.dataset import Dataset
+from bmjax.data.groups import connected
 from bmjax.data.sources.table import read_columns
 from bmjax.files import write_text
 
@@ -114,9 +115,6 @@ def _duplicates(path: str, dataset: Dataset) -> list[str]:
 
 def _units(dataset: Dataset, config: DataConfig) -> _Units:
     """What stays together, and the sides that the source or a manifest gives."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
     n, keys = len(dataset), _keys(dataset, config)
     relations = [keys]
     if config.split_by != "image":
@@ -130,8 +128,7 @@ def _units(dataset: Dataset, config: DataConfig) -> _Units:
         ends.append(numbers + n_nodes)
         n_nodes += int(numbers.max(initial=-1)) + 1
     rows, shared = np.tile(np.arange(n), len(relations)), np.concatenate(ends)
-    graph = coo_array((np.ones(len(rows), np.int8), (rows, shared)), shape=(n_nodes, n_nodes))
-    of_row = _numbered(connected_components(graph, directed=False)[1][:n].tolist())
+    of_row = _numbered(connected(n_nodes, rows, shared)[:n].tolist())
 
     given_rows = _read_sides(config.manifest, dataset) if config.manifest else np.full(n, _FREE)
     if dataset.sides:

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bmjax.attention._placing import IdentityGate, commutes_with_pooling
+from bmjax.attention import IdentityGate, commutes_with_pooling
 from bmjax.config.model import HeadConfig
 from bmjax.config.training import BatchNormConfig
 from bmjax.layers.modules import BatchNorm, Dropout

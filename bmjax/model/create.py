@@ -11,9 +11,8 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from bmjax import registry, weights
-from bmjax.attention._placing import Chain
-from bmjax.attention._registry import create_attention
-from bmjax.backbones._registry import create_backbone, default_preprocess, is_module_class
+from bmjax.attention import Chain, create_attention
+from bmjax.backbones import create_backbone, default_preprocess, is_module_class
 from bmjax.config.model import HeadConfig, ModelConfig
 from bmjax.layers.dispatch import prepare
 from bmjax.model.classifier import Classifier, Head, stages_of

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bmjax.runs.metrics import wilson_interval
+from bmjax.runs.intervals import wilson_interval
 
 SPLITS = ("test", "val", "train")
 

@@ -13,7 +13,6 @@ import optax
 from bmjax.model.parameters import Path, Tree, split_params
 
 
-
 class TrainState(flax.struct.PyTreeNode):
     """State between two updates; `step` counts completed updates.
 

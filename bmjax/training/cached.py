@@ -169,9 +169,9 @@ class MapPredictor:
         maps = self._features.on_device(rows, self._programs.pooled)
         return softmax(np.asarray(self._programs.logits(_without_backbone(variables), maps))), rows
 
-    def metrics(self, labels: np.ndarray, probs: np.ndarray) -> dict[str, Any]:
+    def metrics(self, labels: np.ndarray, probs: np.ndarray, *, intervals: bool = False) -> dict[str, Any]:
         """As Predictor.metrics."""
-        return classification_metrics(labels, probs, self._metrics)
+        return classification_metrics(labels, probs, self._metrics, intervals=intervals)
 
 
 def _without_backbone(variables: dict[str, Tree]) -> dict[str, Tree]:

@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -22,14 +21,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from tqdm import tqdm
 
 from bmjax.config.base import Config
 from bmjax.data.augment.augment import augment
 from bmjax.data.batches import eval_batches
 from bmjax.data.dataset import Dataset
+from bmjax.data.progress import Meter
 from bmjax.environment import cache_folder
-from bmjax.files import remove_leftovers
+from bmjax.files import temporary_folder
 from bmjax.layers.ops import at_least_float32
 from bmjax.model.create import create, resolve
 from bmjax.model.parameters import Tree
@@ -118,19 +117,12 @@ class FeatureMaps:
             return self._on_device[key]
 
     def _write(self, path: Path, rows: np.ndarray, view: int | None, shape: tuple[int, ...]) -> np.ndarray:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(self._folder)
         need = int(np.prod(shape)) * self.dtype.itemsize
-        if (free := shutil.disk_usage(self._folder).free) < need:  # a memory map on a full disk kills the process
-            raise OSError(f"{self._folder} has {free / 1e9:.1f} GB free; the feature maps need {need / 1e9:.1f} GB")
-        temporary = path.with_name(f".{path.stem}.{os.getpid()}-{threading.get_ident()}")
-        try:
-            out = np.lib.format.open_memmap(temporary, mode="w+", dtype=self.dtype, shape=shape)
+        with temporary_folder(self._folder, path.stem, need, "the feature maps") as temporary:
+            out = np.lib.format.open_memmap(temporary / path.name, mode="w+", dtype=self.dtype, shape=shape)
             self._fill(out, rows, view)
             out.flush()
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+            os.replace(temporary / path.name, path)
         found = _read(path, shape, self.dtype)
         if found is None:
             raise OSError(f"{path} was removed while it was written; is another program emptying the cache?")
@@ -149,12 +141,12 @@ class FeatureMaps:
         extract = jax.jit(at_precision(features, config.train.precision))
         size = min(config.train.eval_batch_size, len(rows))
         done = 0
-        with tqdm(total=len(rows), desc="feature maps", unit="image", disable=None) as bar:
+        with Meter("feature maps", len(rows), "image") as meter:
             for batch in eval_batches(self.dataset, rows, size):
                 real = int(batch["weight"].sum())
                 out[done : done + real] = np.asarray(extract(self.backbone, batch["image"], batch["index"]))[:real]
                 done += real
-                bar.update(real)
+                meter.to(done)
 
 
 def pooled_features(config: Config, dataset: Dataset) -> np.ndarray:

@@ -202,7 +202,8 @@ def end_epoch(
 
 # Figures that classification_metrics gives of itself; any other is the user's.
 _BUILT_IN = {"n", "accuracy", "accuracy_low", "accuracy_high", "macro_f1", "macro_f1_low", "macro_f1_high"}
-_BUILT_IN |= {"balanced_accuracy", "loss", "ece", "per_class", "confusion"}
+_BUILT_IN |= {"balanced_accuracy", "balanced_accuracy_low", "balanced_accuracy_high", "loss", "ece", "per_class"}
+_BUILT_IN |= {"confusion"}
 
 
 class ImageEngine:

@@ -98,9 +98,9 @@ class Predictor:
             return self.batch_size
         return self._parallel.size * 2 ** (math.ceil(n / self._parallel.size) - 1).bit_length()
 
-    def metrics(self, labels: np.ndarray, probs: np.ndarray) -> dict[str, Any]:
+    def metrics(self, labels: np.ndarray, probs: np.ndarray, *, intervals: bool = False) -> dict[str, Any]:
         """The figures of labels int [n] and probabilities [n, k], those of the configuration's own included."""
-        return classification_metrics(labels, probs, self._metrics)
+        return classification_metrics(labels, probs, self._metrics, intervals=intervals)
 
 
 def evaluate(
@@ -147,7 +147,7 @@ def evaluate_run(
             "%s: the test split is opened for time %d; a choice made on it is no longer a test", run.run_dir, openings
         )
     probs, done = predictor(run.variables, dataset, getattr(splits, split))
-    metrics = predictor.metrics(dataset.labels[done], probs) | {"step": run.step, "checkpoint": which}
+    metrics = predictor.metrics(dataset.labels[done], probs, intervals=True) | {"step": run.step, "checkpoint": which}
     if jax.process_index() == 0:
         save_predictions(run.run_dir, split, dataset, probs, done)
         save_results(run.run_dir, split, metrics)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from bmjax.data.dataset import Dataset
+from bmjax.data.progress import Meter
 from bmjax.model.parameters import Tree
 from bmjax.runs.state import Progress
 from bmjax.runs.tracking import Tracker
@@ -22,8 +21,6 @@ from bmjax.training.parallel import Parallel
 
 log = logging.getLogger(__name__)
 Batch = dict[str, np.ndarray]
-LINE_SECONDS = 30.0
-"""Seconds between two lines of progress where the output is not a terminal."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +60,8 @@ class Recorder:
         quiet: bool = False,
     ):
         self.progress, self._tracker, self._dataset = progress, tracker, dataset
-        self._callbacks, self._total = tuple(callbacks), total
-        self._bar = tqdm(total=total, unit="step", disable=quiet or not sys.stderr.isatty(), dynamic_ncols=True)
-        self._lines = not quiet and self._bar.disable
-        self._said = time.monotonic()
+        self._callbacks = tuple(callbacks)
+        self._meter = Meter("training", total, "step", quiet=quiet)
         self.stop = False
         """Whether a callback asked for the end."""
 
@@ -96,12 +91,7 @@ class Recorder:
         record |= {"lr": lr, "images_per_second": speed}
         self._tracker.log(step, record, kind="train")
         self.event("step", step, record)
-        self._bar.n = step
-        self._bar.set_postfix_str(f"loss {values['loss']:.3f}, {speed:.0f} images/s", refresh=False)
-        self._bar.update(0)
-        if self._lines and time.monotonic() - self._said > LINE_SECONDS:
-            self._said = time.monotonic()
-            log.info("step %d of %d, loss %.4g, %.0f images/s", step, self._total, values["loss"], speed)
+        self._meter.to(step, f"loss {values['loss']:.3f}, {speed:.0f} images/s")
 
     def epoch(self, step: int, record: dict[str, Any], variables: Callable[[], dict[str, Tree]]) -> None:
         """Logs an epoch's figures."""
@@ -110,7 +100,7 @@ class Recorder:
         self.event("epoch", step, record, variables)
 
     def close(self) -> None:
-        self._bar.close()
+        self._meter.close()
 
 
 def announced(step: Callable[..., Any], stage: int) -> Callable[..., Any]:

@@ -16,7 +16,8 @@ from bmjax.config.base import Config
 from bmjax.data.augment.augment import load_extra
 from bmjax.data.batches import steps_per_epoch
 from bmjax.data.dataset import Dataset
-from bmjax.data.splits import Splits
+from bmjax.data.load import load_dataset
+from bmjax.data.splits import Splits, split_dataset
 from bmjax.model.classifier import Classifier
 from bmjax.model.create import create, resolve
 from bmjax.runs import folder, identity
@@ -118,7 +119,8 @@ def train_run(
         if resume and (found := _finished(config, run_dir)) is not None:
             return Result(run_dir, found, next(iter(found.values()))["step"], (plan.dataset, plan.splits))
         with watched.gently():
-            return _train(config, run_dir, plan, resume, callbacks, watched, files)
+            one = _One(resume, callbacks, watched, files, quiet=signals is not None)
+            return _train(config, run_dir, plan, one)
 
 
 def complete(config: Config, data: Dataset | None = None) -> Config:
@@ -208,11 +210,16 @@ def prepare(config: Config, data: tuple[Dataset, Splits] | None = None, shared: 
     if shared is not None:
         dataset, splits, features = shared.dataset, shared.splits, shared.features
     else:
-        dataset, splits = data or folder.load_data(Path(), config)
+        dataset, splits = data or _new_data(config)
         features = FeatureMaps(config, dataset)
     per_epoch = steps_per_epoch(len(splits.train), config.train.batch_size)
     loss = loss_of(config, dataset, splits)
     return Prepared(dataset, splits, features, Programs(config, len(dataset.classes), features.shape, per_epoch, loss))
+
+
+def _new_data(config: Config) -> tuple[Dataset, Splits]:
+    dataset = load_dataset(config.data)
+    return dataset, split_dataset(dataset, config.data)
 
 
 def _wanted(config: Config) -> tuple[SplitName, ...]:
@@ -227,20 +234,23 @@ def _finished(config: Config, run_dir: Path) -> dict[str, dict[str, Any]] | None
     return wanted if whole and (run_dir / "checkpoints" / "best").is_dir() else None
 
 
-def _train(
-    config: Config,
-    run_dir: Path,
-    plan: _Plan,
-    resume: bool,
-    callbacks: Sequence[Callback],
-    signals: Signals,
-    files: Sequence[Path],
-) -> Result:
-    engine, dataset, splits = plan.engine, plan.dataset, plan.splits
-    newest = _newest(run_dir) if resume else None
+@dataclasses.dataclass(frozen=True)
+class _One:
+    """How one run is trained, whatever it is; `quiet` where it is one of several."""
+
+    resume: bool
+    callbacks: Sequence[Callback]
+    signals: Signals
+    files: Sequence[Path]
+    quiet: bool
+
+
+def _train(config: Config, run_dir: Path, plan: _Plan, one: _One) -> Result:
+    engine, dataset, splits, signals = plan.engine, plan.dataset, plan.splits, one.signals
+    newest = _newest(run_dir) if one.resume else None
     # A checkpoint holds every array, so a resume needs the weights' file no longer.
     state = plan.start(newest is None)
-    _record(config, run_dir, dataset, splits, files)
+    _record(config, run_dir, dataset, splits, one.files)
     cached = config.features.cached
     keeper = Keeper(run_dir, engine, least_seconds=_MAPS_CHECKPOINT_SECONDS if cached else 0.0, one_at_a_time=cached)
     progress = Progress(run_id=identity.read_environment(run_dir).get("run_id") or new_run_id())
@@ -252,7 +262,7 @@ def _train(
     total = engine.plans[-1].end
     log.info("%d images to train on, %d steps an epoch, %d steps", len(splits.train), engine.per_epoch, total)
     tracker = make_tracker(config.tracking, run_dir, progress.run_id, dataclasses.asdict(config), jax.process_index())
-    recorder = Recorder(progress, tracker, dataset, callbacks, total=total)
+    recorder = Recorder(progress, tracker, dataset, one.callbacks, total=total, quiet=one.quiet)
     with contextlib.closing(tracker), contextlib.closing(keeper), contextlib.closing(recorder):
         step, whole = fit(config, engine, state, recorder, keeper, signals)
         results: dict[str, dict[str, Any]] = {}

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from bmjax.backbones._registry import create_backbone
+from bmjax.backbones import create_backbone
 from bmjax.weights.catalog import RECORDS
 
 Tree = Any

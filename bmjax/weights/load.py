@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bmjax.backbones._registry import create_backbone, family_of
+from bmjax.backbones import create_backbone, family_of
 from bmjax.files import checksum
 from bmjax.registry import unknown
 from bmjax.weights import catalog, download, keras_files, safetensors_files, timm

@@ -75,7 +75,8 @@ def test_a_killed_comparison_goes_on_where_it_was(experiment, tmp_path, monkeypa
         ]
         assert row["accuracy"] == pytest.approx(np.mean([f["accuracy"] for f in found]))
         assert saved["n"] == found[0]["n"]
-    assert "no difference to none can be shown with this n" in table
+    assert "se: no verdict with 2 seeds; at least 3 are needed" in table
+    assert all(row["shown"] is None for row in saved["rows"])
     assert "on cached features of the images as they are" in table
     # One seed's table is another comparison of the same runs; nothing is trained for it.
     monkeypatch.setattr("bmjax.training.loop.end_epoch", None)

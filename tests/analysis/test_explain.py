@@ -22,8 +22,8 @@ from bmjax.analysis.explain.faithfulness import (
 )
 from bmjax.analysis.explain.maps import Explainer, grad_cam, grad_cam_plus_plus, in_batches
 from bmjax.analysis.report.figures import explanations
-from bmjax.attention._registry import create_attention
-from bmjax.backbones._registry import create_backbone, list_backbones
+from bmjax.attention import create_attention
+from bmjax.backbones import create_backbone, list_backbones
 from bmjax.config import HeadConfig, ModelConfig
 from bmjax.layers import Conv
 from bmjax.model.classifier import Classifier, Head

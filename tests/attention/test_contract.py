@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from bmjax.analysis.contract.checks import CHECKS, examine
-from bmjax.attention._placing import IdentityGate
-from bmjax.attention._registry import create_attention, list_attention
+from bmjax.attention import IdentityGate, create_attention, list_attention
 from tests.helpers import formulas
 from tests.helpers.variants import C, features, ordinary
 

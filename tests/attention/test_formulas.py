@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bmjax.attention._registry import create_attention, list_attention
+from bmjax.attention import create_attention, list_attention
 from tests.helpers import formulas
 from tests.helpers.variants import SHAPE, SMALL, C, features, forward, ordinary, random_variables, variables_of
 

@@ -9,8 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from bmjax.attention._placing import IdentityGate
-from bmjax.attention._registry import create_attention
+from bmjax.attention import IdentityGate, create_attention
 from bmjax.registry import modules
 from tests.helpers import formulas
 from tests.helpers.variants import C, features, forward

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bmjax import registry
-from bmjax.backbones._registry import create_backbone, list_backbones, stage_of_layers
+from bmjax.backbones import create_backbone, list_backbones, stage_of_layers
 from bmjax.layers import BATCH_AXIS, all_sum
 
 

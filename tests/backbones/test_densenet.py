@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from keras.src.applications.densenet import DenseNet as KerasDenseNet
 
-from bmjax.backbones._registry import create_backbone
+from bmjax.backbones import create_backbone
 from bmjax.backbones.densenet import DenseNet
 from tests.helpers.keras_parity import assert_output_is_keras, assert_train_step_is_keras, count, images, random_keras
 

@@ -13,7 +13,7 @@ import pytest
 from flax.errors import InvalidRngError
 from keras.src.applications.efficientnet import EfficientNet as KerasEfficientNet
 
-from bmjax.backbones._registry import create_backbone
+from bmjax.backbones import create_backbone
 from bmjax.backbones.efficientnet import ROWS, EfficientNet, Row
 from bmjax.weights.network import network_shapes
 from tests.helpers.keras_parity import (

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from keras.applications import MobileNetV2 as KerasMobileNetV2
 
-from bmjax.backbones._registry import create_backbone
+from bmjax.backbones import create_backbone
 from bmjax.backbones.mobilenet_v2 import MobileNetV2
 from bmjax.weights.network import network_shapes
 from tests.helpers.keras_parity import (

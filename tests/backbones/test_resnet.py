@@ -6,7 +6,7 @@ import pytest
 from keras.src.applications.resnet import ResNet as KerasResNet
 from keras.src.applications.resnet import stack_residual_blocks_v1
 
-from bmjax.backbones._registry import create_backbone
+from bmjax.backbones import create_backbone
 from bmjax.backbones.resnet import ResNet
 from bmjax.weights.network import network_shapes
 from tests.helpers.keras_parity import (

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from keras.src.applications import xception as keras_applications
 
-from bmjax.backbones._registry import create_backbone
+from bmjax.backbones import create_backbone
 from bmjax.backbones.xception import Xception
 from bmjax.weights.network import network_shapes
 from tests.helpers.keras_parity import (

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import bmjax.attention
-from bmjax.attention._registry import create_attention, list_attention
+from bmjax.attention import create_attention, list_attention
 from bmjax.cli.attention import print_table
 from bmjax.cli.main import main
 from bmjax.model.create import create, init

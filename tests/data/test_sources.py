@@ -87,7 +87,7 @@ def test_resize_is_pillows_bilinear_to_a_square(tmp_path):
 
 def test_images_are_decoded_once(config, monkeypatch):
     first = load_dataset(config, progress=False)
-    monkeypatch.setattr("bmjax.data.cache.decode_images", lambda read, n, size: iter(()))
+    monkeypatch.setattr("bmjax.data.images.cache.decode_images", lambda read, n, size: iter(()))
     second = load_dataset(config, progress=False)
     np.testing.assert_array_equal(first.images, second.images)
     assert (first.fingerprint, first.hashes) == (second.fingerprint, second.hashes)
@@ -142,7 +142,7 @@ def test_a_kill_leaves_no_cache_that_is_read(config, tmp_path, monkeypatch):
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr("bmjax.data.cache.decode_images", half)
+        patch.setattr("bmjax.data.images.cache.decode_images", half)
         # As SIGKILL: nothing is cleaned up.
         patch.setattr(cache_module.shutil, "rmtree", lambda *a, **k: None)
         with pytest.raises(Killed):
@@ -161,7 +161,7 @@ KILLED = """
 import os, signal, sys
 import numpy as np
 from pathlib import Path
-from bmjax.data.cache import cached
+from bmjax.data.images.cache import cached
 
 def pictures():
     for i in range(100):

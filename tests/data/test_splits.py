@@ -10,7 +10,7 @@ import pytest
 from bmjax.config import Config, DataConfig, from_json, to_json
 from bmjax.data.dataset import Dataset
 from bmjax.data.splits import NAMES, cross_validation, dataset_summary, read_split, side_of, split_dataset, write_split
-from bmjax.runs.folder import load_data
+from bmjax.runs.folder import load_data, record_split
 
 
 def dataset_of(hashes, labels, classes=("a", "b")):
@@ -280,6 +280,7 @@ def test_a_run_keeps_its_split_when_a_list_it_was_made_with_changes(tmp_path):
     data = DataConfig(image_size=16, synthetic_per_class=30, cache_dir=str(tmp_path / "cache"), duplicates=str(near))
     (tmp_path / "run").mkdir()
     dataset, first = load_data(tmp_path / "run", Config(data=data))
+    record_split(tmp_path / "run", dataset, first)
     side = {dataset.ids[i]: name for name in NAMES for i in getattr(first, name)}
     assert side["BLA/00000"] == side["NGS/00003"]
     # Near duplicates of each side: the rule would now move some.

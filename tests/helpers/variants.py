@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bmjax.attention._registry import create_attention
+from bmjax.attention import create_attention
 
 C = 32
 SHAPE = (4, 5, 4, C)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from bmjax.backbones._registry import create_backbone, list_backbones
+from bmjax.backbones import create_backbone, list_backbones
 from bmjax.config import PARTS, BatchNormConfig, HeadConfig, ModelConfig
 from bmjax.model.create import create, init
 from bmjax.model.parameters import count_parameters, parameter_table, part_of

@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from bmjax.runs.metrics import bootstrap_interval, classification_metrics, confusion_matrix, macro_f1, wilson_interval
+from bmjax.runs.confusion import balanced_accuracy, confusion_matrix, macro_f1
+from bmjax.runs.intervals import (
+    bootstrap_interval,
+    class_draws,
+    class_intervals,
+    intervals_note,
+    macro_intervals,
+    proportion_intervals,
+    wilson_interval,
+)
+from bmjax.runs.metrics import classification_metrics
 
 
 def draw(n, k, strength=1.5):
@@ -80,6 +90,82 @@ def test_bootstrap_covers_the_truth():
         low, high = bootstrap_interval(lambda c: c[:, 0, 0] / c.sum((1, 2)), counts, seed=seed, resamples=200)
         covered += low <= 0.8 <= high
     assert 0.88 < covered / 200 < 0.99
+
+
+def test_proportions_intervals_are_wilsons():
+    low, high = proportion_intervals(np.array([37, 5, 0, 0]), np.array([50, 5, 4, 0]))
+    for i, (k, n) in enumerate([(37, 50), (5, 5), (0, 4)]):
+        assert (low[i], high[i]) == pytest.approx(wilson_interval(k, n))
+    assert (low[3], high[3]) == (0, 1), "of nothing, nothing is known"
+
+
+def test_class_intervals_by_hand():
+    counts = np.array([[6, 2], [1, 11]])
+    found = {name: (low[0], high[0]) for name, (low, high) in class_intervals(counts).items()}
+    assert found["recall"] == pytest.approx(wilson_interval(6, 8))
+    assert found["precision"] == pytest.approx(wilson_interval(6, 7))
+    low, high = wilson_interval(6, 9)  # six hits of nine images that are of the class or were taken for it
+    assert found["f1"] == pytest.approx((2 * low / (1 + low), 2 * high / (1 + high)))
+    f1 = 2 * 6 / (8 + 7)
+    assert found["f1"][0] < f1 < found["f1"][1]
+
+
+def test_intervals_on_demand():
+    labels, probs = draw(60, 7)
+    plain, full = classification_metrics(labels, probs), classification_metrics(labels, probs, intervals=True)
+    assert "intervals_note" not in plain
+    assert set(plain["per_class"][0]) == {"precision", "recall", "f1", "n"}
+    for c in full["per_class"]:
+        for name in ("precision", "recall", "f1"):
+            assert 0 <= c[f"{name}_low"] <= c[name] <= c[f"{name}_high"] <= 1
+    for found in (plain, full):
+        for name in ("accuracy", "macro_f1", "balanced_accuracy"):
+            assert found[f"{name}_low"] <= found[name] <= found[f"{name}_high"]
+    assert full["macro_f1_low"] == pytest.approx(plain["macro_f1_low"], abs=0.05), "few draws, but near"
+    assert json.loads(json.dumps(full)) == full
+
+
+def test_notes_say_where_intervals_rest_on_little():
+    assert intervals_note(np.diag([50, 20, 12])) == ""
+    note = intervals_note(np.array([[50, 0, 0], [1, 3, 0], [0, 0, 0]]))
+    assert "1 of 3 classes have no image" in note
+    assert "1 of 3 classes have fewer than 10 images" in note
+
+
+def test_means_of_many_images_have_the_bootstraps_interval():
+    """With every class frequent, the prior does not matter, and both are the sampling of images."""
+    labels, probs = draw(4000, 4, strength=1.0)
+    counts = confusion_matrix(labels, probs.argmax(-1), 4)
+    found = macro_intervals(counts)
+    for name, figure in (("macro_f1", macro_f1), ("balanced_accuracy", balanced_accuracy)):
+        assert found[name] == pytest.approx(bootstrap_interval(figure, counts, resamples=4000), abs=0.003)
+
+
+@pytest.mark.parametrize("counts", [[[5]], [[0, 0], [0, 1]], [[9, 0], [0, 9]], [[0, 3], [3, 0]]])
+def test_degenerate_matrices_have_intervals(counts):
+    counts = np.array(counts)
+    recall, f1 = class_draws(counts, resamples=50)
+    assert recall.shape == f1.shape == (50, len(counts))
+    assert np.isfinite(f1).all()
+    for name, (low, high) in macro_intervals(counts).items():
+        assert 0 <= low <= high <= 1, name
+    assert macro_intervals(counts)["macro_f1"] == macro_intervals(counts)["macro_f1"], "the same each time"
+
+
+@pytest.mark.parametrize(("k", "n", "decay"), [(21, 422, 0.75), (21, 30, 0.75), (7, 100, 0.9)])
+def test_means_of_unequal_classes_cover_the_population(k, n, decay):
+    """tools/simulate_verdicts.py has more settings, a thousand repeats and what the percentile bootstrap does there."""
+    rng, repeats = np.random.default_rng(1), 200
+    held = {"macro_f1": 0, "balanced_accuracy": 0}
+    for _ in range(repeats):
+        frequency, recall = decay ** np.arange(k), rng.beta(6.4, 1.6, k)
+        to = rng.exponential(size=(k, k)) * frequency**0.8 * (1 - np.eye(k))
+        p = frequency[:, None] * (np.diag(recall) + (1 - recall)[:, None] * to / to.sum(1, keepdims=True))
+        found = macro_intervals(rng.multinomial(n, p.ravel() / p.sum()).reshape(k, k), resamples=300)
+        held["macro_f1"] += found["macro_f1"][0] <= macro_f1(p) <= found["macro_f1"][1]
+        held["balanced_accuracy"] += found["balanced_accuracy"][0] <= recall.mean() <= found["balanced_accuracy"][1]
+    for name, count in held.items():
+        assert count / repeats > 0.95 - 3 * np.sqrt(0.95 * 0.05 / repeats), name
 
 
 def test_calibration_error_of_known_cases():

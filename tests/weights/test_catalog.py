@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from bmjax import weights
-from bmjax.backbones._registry import create_backbone
+from bmjax.backbones import create_backbone
 from bmjax.weights import catalog
 from bmjax.weights.preprocess import MODES
 from bmjax.weights.published import FAMILIES

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from bmjax import weights
-from bmjax.backbones._registry import create_backbone
+from bmjax.backbones import create_backbone
 from bmjax.weights import catalog, imagenet, safetensors_files
 
 

@@ -57,8 +57,7 @@ def test_preprocessing_can_be_told_when_porting(ported, tmp_path):
 
 def tiny_timm(tmp_path):
     """A file in timm's naming of the tiny ResNet."""
-    from bmjax.backbones import resnet
-    from bmjax.backbones._registry import create_backbone
+    from bmjax.backbones import create_backbone, resnet
 
     model = create_backbone("resnet_tiny", **resnet.TIMM)
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))
@@ -223,7 +222,7 @@ def test_another_output_than_keras_is_an_error(ported, keras_twin, monkeypatch):
     monkeypatch.setattr("bmjax.weights.verify.network", lambda record, classes: create_wrong(record))
 
     def create_wrong(record):
-        from bmjax.backbones._registry import create_backbone
+        from bmjax.backbones import create_backbone
 
         return create_backbone("resnet_test", **record.architecture | {"epsilon": 1e-2})
 

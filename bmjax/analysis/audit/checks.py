@@ -17,6 +17,7 @@ from bmjax.analysis.audit import shortcuts
 from bmjax.analysis.audit.shortcuts import Shortcut
 from bmjax.config.data import DataConfig
 from bmjax.data.dataset import Dataset
+from bmjax.data.groups import connected
 from bmjax.data.images.duplicates import Pairs, find_pairs, groups_of, thumbnails
 from bmjax.data.images.inspection import ENDINGS, FileFacts, inspect_files, metadata_features
 from bmjax.data.load import list_source, load_dataset
@@ -258,7 +259,7 @@ def find_shortcuts(dataset: Dataset, facts: Sequence[FileFacts], units: np.ndarr
 
 def find_label_errors(dataset: Dataset, features: np.ndarray, units: np.ndarray) -> tuple[LabelErrors, list[Finding]]:
     """Labels that contradict out-of-fold predictions from a network's features [n, c]."""
-    from bmjax.runs.metrics import balanced_accuracy, confusion_matrix
+    from bmjax.runs.confusion import balanced_accuracy, confusion_matrix
 
     k = len(dataset.classes)
     rows, probs = shortcuts.likely_label_errors(features, dataset.labels, units, k)
@@ -307,10 +308,5 @@ def audit(config: DataConfig, features: Any = None) -> Audit:
 
 def _joined(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """Numbers of groups that are equal where either of two numberings is, directly or through others."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    shape = (int(one.max()) + 1, int(other.max()) + 1)
-    n = sum(shape)
-    graph = coo_array((np.ones(len(one), np.int8), (one, other + shape[0])), shape=(n, n))
-    return connected_components(graph, directed=False)[1][one]
+    shift = int(one.max()) + 1
+    return connected(shift + int(other.max()) + 1, one, other + shift)[one]

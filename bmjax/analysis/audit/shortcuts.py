@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from bmjax.analysis.baseline import PROBE_C, logistic
-from bmjax.runs.metrics import balanced_accuracy, bootstrap_interval, confusion_matrix
+from bmjax.runs.confusion import balanced_accuracy, confusion_matrix
+from bmjax.runs.intervals import bootstrap_interval
 
 FOLDS = 5
 TOLD = 0.9

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bmjax.analysis.contract.subject import BATCH, CHANNELS, MODES, SIZE, SIZES, Subject, Tree, as_dtype, init_keys
-from bmjax.attention._placing import commutes_with_pooling
+from bmjax.attention import commutes_with_pooling
 from bmjax.training.parallel import Parallel
 
 CONSTANTS = (0.0, 1.0, -300.0, 1e4)

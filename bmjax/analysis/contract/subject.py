@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bmjax.attention._registry import sown_maps
+from bmjax.attention import sown_maps
 from bmjax.layers.ops import at_least_float32
 
 Tree = Any

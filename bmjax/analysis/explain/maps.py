@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import ndimage
 
-from bmjax.attention._registry import sown_maps
+from bmjax.attention import sown_maps
 from bmjax.model.classifier import Classifier
 from bmjax.registry import unknown
 

@@ -40,17 +40,19 @@ def _numbers(run_dir: Path, results: dict[str, Any], split: str | None) -> str:
     cards = [
         page.card(f"{m['accuracy']:.3f}", f"accuracy, {split}", between("accuracy")),
         page.card(f"{m['macro_f1']:.3f}", f"macro F1, {split}", between("macro_f1")),
-        page.card(f"{m['balanced_accuracy']:.3f}", "balanced accuracy"),
+        page.card(f"{m['balanced_accuracy']:.3f}", "balanced accuracy", between("balanced_accuracy")),
         page.card(f"{m['n']}", "images"),
     ]
     columns = ("accuracy", "macro_f1", "balanced_accuracy", "loss", "ece")
     rows = [[_NAMES[s], r["n"], *(interval_text(r, c) for c in columns)] for s, r in results.items() if s in _NAMES]
     openings = run_dir / "openings.jsonl"
     times = len(openings.read_text().splitlines()) if openings.is_file() else 0
-    note = "In brackets 95 % intervals: Wilson's for accuracy, the bootstrap's over images for macro F1. "
+    note = "In brackets 95 % intervals: Wilson's for accuracy, a Bayesian bootstrap's for the means over classes. "
     note += f"The {m.get('checkpoint', 'best')} checkpoint" + (f", of step {m['step']}. " if "step" in m else ". ")
     if times:
         note += f"The test split was opened {'once' if times == 1 else f'{times} times'}."
+    if m.get("intervals_note"):
+        note += f" {m['intervals_note'].capitalize()}."
     header = ("split", "n", "accuracy", "macro F1", "balanced accuracy", "loss", "ECE")
     return f'<div class="cards">{"".join(cards)}</div>{page.table(header, rows)}<p class="note">{page.text(note)}</p>'
 

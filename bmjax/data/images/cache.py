@@ -10,19 +10,18 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from bmjax.config.data import DataConfig
 from bmjax.data.dataset import Dataset
 from bmjax.data.images.decode import decode_images
 from bmjax.data.images.stain import METHODS, normalised
+from bmjax.data.progress import Meter
 from bmjax.data.sources.listing import Listing, read_each
-from bmjax.files import remove_leftovers
+from bmjax.files import temporary_folder
 
 log = logging.getLogger(__name__)
 VERSION = 2  # of decoding, resizing and the cache's layout; a change makes every cache anew
@@ -101,21 +100,13 @@ def cached(
     found = _read(folder, n, size)
     if found is not None:
         return found
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(cache_dir)
-    need = n * size * size * 3
-    if (free := shutil.disk_usage(cache_dir).free) < need:  # writing to a memory map on a full disk kills the process
-        raise OSError(f"{cache_dir} has {free / 1e9:.1f} GB free; decoded images need {need / 1e9:.1f} GB")
-    temporary = Path(tempfile.mkdtemp(prefix=f".{key[:32]}.", dir=cache_dir))
-    try:
+    with temporary_folder(cache_dir, key[:32], n * size * size * 3, "decoded images") as temporary:
         errors = _fill(temporary / "images.npy", n, size, source, progress)
         (temporary / "skipped.json").write_text(json.dumps(list(errors.items())))
         # Another run may have made the same meanwhile; what it made is as good and may be in use.
         if _read(folder, n, size) is None:
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     found = _read(folder, n, size)
     if found is None:
         raise OSError(f"{folder} was removed while it was written; is another program emptying the cache?")
@@ -125,11 +116,13 @@ def cached(
 def _fill(path: Path, n: int, size: int, source: Iterable[np.ndarray | str], progress: bool) -> Errors:
     out = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(n, size, size, 3))
     errors: Errors = {}
-    for i, image in enumerate(tqdm(source, total=n, desc="images", unit="image", disable=None if progress else True)):
-        if isinstance(image, str):
-            errors[i] = image
-        else:
-            out[i - len(errors)] = image
+    with Meter("images", n, "image", quiet=not progress) as meter:
+        for i, image in enumerate(source):
+            if isinstance(image, str):
+                errors[i] = image
+            else:
+                out[i - len(errors)] = image
+            meter.to(i + 1)
     out.flush()
     if errors:  # The file's head says n, so what is there moves into a file of its own.
         short = path.with_name("short.npy")

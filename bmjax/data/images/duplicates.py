@@ -17,6 +17,8 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
+from bmjax.data.groups import connected
+
 SIZE = 64  # pixels a side, of the images compared
 FREQUENCIES = 12  # of 32, each way, in the description
 NEIGHBOURS = 10  # candidates an image
@@ -160,8 +162,4 @@ def find_pairs(grey: np.ndarray, least: float = SUSPECTED) -> Pairs:
 
 def groups_of(n: int, pairs: Pairs) -> np.ndarray:
     """The number of each of n images' group, int [n]: images that pairs connect, be it through others, share one."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    graph = coo_array((np.ones(len(pairs), np.int8), (pairs.first, pairs.second)), shape=(n, n))
-    return connected_components(graph, directed=False)[1]
+    return connected(n, pairs.first, pairs.second)

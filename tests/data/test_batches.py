@@ -192,8 +192,8 @@ import resource, sys
 import bmjax
 import numpy as np
 from bmjax.data import Dataset
-from bmjax.data.cache import cached
-from bmjax.data.pipeline import TrainBatches, eval_batches
+from bmjax.data.images.cache import cached
+from bmjax.data.batches import TrainBatches, eval_batches
 from pathlib import Path
 
 n, size, room = 4000, 160, 128 << 20

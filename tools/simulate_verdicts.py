@@ -1,0 +1,235 @@
+"""How often `bmjax compare` claims what is not so, and how often it shows what is: its level and power by simulation.
+
+    python tools/simulate_verdicts.py [--quick] [--only verdicts candidates luck folds sequential intervals]
+
+Answers come from a threshold: an image has a difficulty, a variant its own view of each image, a run its luck, and the
+rest is the single answer's. Prints the tables of docs/statistics.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Iterator
+
+import interval_coverage
+import numpy as np
+from scipy import stats
+from verdict_candidates import CANDIDATES, new, old
+
+from bmjax.analysis.compare.planning import detectable, looks, until_shown
+from bmjax.analysis.compare.statistics import compare, corrected_resampled_t
+
+UNEQUAL, EQUAL = (1.5, 0.25, 0.35), (0.0, 0.0, 1.0)  # spread over images, of a variant's view of them, of answers
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A comparison: variants, seeds, images, true accuracy, luck in points (of each variant in turn), difficulty."""
+
+    v: int = 8
+    s: int = 5
+    n: int = 422
+    accuracy: float = 0.64
+    luck: tuple[float, ...] = (1.0,)
+    unequal: bool = True
+
+    def draw(self, rng: np.random.Generator, effect: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+        """Hits [v, s, n] of equal variants, and the same draw with variant 1 worse by `effect`, from the same luck."""
+        image, view, answer = (np.float32(x) for x in (UNEQUAL if self.unequal else EQUAL))
+        sigma = float(np.sqrt(image**2 + view**2 + answer**2))
+        luck = np.resize(self.luck, self.v) / 100 * sigma / stats.norm.pdf(stats.norm.ppf(self.accuracy))
+        spread = np.sqrt(sigma**2 + luck**2)
+        fixed = image * rng.standard_normal(self.n, np.float32)[None]
+        fixed = fixed + view * rng.standard_normal((self.v, self.n), np.float32)
+        fixed += (stats.norm.ppf(self.accuracy) * spread)[:, None].astype(np.float32)
+        run = (luck[:, None] * rng.standard_normal((self.v, self.s))).astype(np.float32)
+        x = rng.standard_normal((self.v, self.s, self.n), np.float32)
+        x *= answer
+        x += fixed[:, None]
+        x += run[..., None]
+        hits = x > 0
+        worse = hits.copy()
+        low = max(self.accuracy - effect, 0.01)
+        worse[1] = x[1] > spread[1] * (stats.norm.ppf(self.accuracy) - stats.norm.ppf(low))
+        return hits, worse
+
+    def showable(self, rng: np.random.Generator, repeats: int = 20) -> float:
+        """The difference that the new test says it shows with 80 % power, the mean over draws."""
+        rows = [compare(dict(enumerate(self.draw(rng)[0])), 0)[1] for _ in range(repeats)]  # type: ignore[arg-type]
+        return float(np.mean([detectable(row.spread, self.s, self.n) for row in rows if row.spread]))
+
+    def cells(self) -> list[str]:
+        luck = " and ".join(f"{x:g}" for x in dict.fromkeys(self.luck))
+        difficulty = "unequal" if self.unequal else "equal"
+        return [str(self.v), str(self.s), str(self.n), f"{100 * self.accuracy:.0f}", luck, difficulty]
+
+
+SETTING_HEADER = ("variants", "seeds", "images", "accuracy, %", "luck, points", "difficulty")
+
+
+def settings(quick: bool) -> Iterator[Setting]:
+    """The settings of the level and power table."""
+    for v in (2, 8, 22):
+        for s in (3, 5, 20):
+            for luck in (0.0, 1.0, 2.0, 3.0):
+                if not quick or (v, s) in ((2, 3), (8, 5), (22, 3)):
+                    yield Setting(v, s, luck=(luck,))
+    for n, v, s in ((100, 2, 3), (100, 8, 3), (100, 22, 10), (5000, 2, 3), (5000, 8, 3), (5000, 22, 5)):
+        for accuracy in (0.6, 0.9, 0.99):
+            for unequal, luck in ((True, 0.0), (False, 1.0)) if n == 100 else ((True, 3.0), (False, 0.0)):
+                if not quick or (n == 100 and v == 8):
+                    yield Setting(v, s, n, accuracy, (luck,), unequal)
+
+
+def table(header: tuple[str, ...], rows: Iterator[list[str]]) -> None:
+    """Prints a table in Markdown, each row once it is known."""
+    print(f"\n| {' | '.join(header)} |\n|{'---|' * len(header)}", flush=True)
+    for row in rows:
+        print(f"| {' | '.join(row)} |", flush=True)
+
+
+def upper(k: int, n: int) -> float:
+    """Upper 95 % bound of k in n, in percent (Clopper and Pearson 1934, one-sided)."""
+    return 100 * float(stats.beta.ppf(0.95, k + 1, n - k)) if k < n else 100.0
+
+
+def verdicts(repeats: int, quick: bool) -> Iterator[list[str]]:
+    """Level and power of the old and the new test, the power at the difference the new one says it shows with 80 %."""
+    few = max(repeats // 5, 1)
+    for number, setting in enumerate(settings(quick)):
+        rng = np.random.default_rng([1, number])  # luck of its own, or one odd draw would be seen in many rows
+        effect = setting.showable(rng)
+        possible = effect < setting.accuracy - 0.02
+        level, power = np.zeros(2, int), np.zeros(2, int)
+        for i in range(repeats):
+            equal, worse = setting.draw(rng, effect)
+            level[1] += new(equal).any()
+            if i < few:
+                level[0] += old(equal).any()
+                power += [old(worse)[0], new(worse)[0]]
+        yield [
+            *setting.cells(),
+            f"{100 * level[0] / few:.1f}",
+            f"{100 * level[1] / repeats:.1f} ({upper(level[1], repeats):.1f})",
+            f"{100 * effect:.1f}",
+            *(f"{100 * x / few:.0f}" if possible else "" for x in power),
+        ]
+
+
+def candidates(repeats: int, quick: bool) -> Iterator[list[str]]:
+    """Level / power of every test; power at 4 points and 2 more for each point of luck."""
+    for v, s, luck in ((2, 3, 2), (8, 3, 0), (8, 3, 2), (8, 5, 0), (8, 5, 2), (8, 10, 1), (22, 3, 2), (22, 5, 2)):
+        if quick and (v, s, luck) not in ((8, 5, 0), (8, 5, 2)):
+            continue
+        setting, rng = Setting(v, s, luck=(float(luck),)), np.random.default_rng(2)
+        count = np.zeros((len(CANDIDATES), 2), int)
+        for _ in range(repeats):
+            equal, worse = setting.draw(rng, 0.04 + 0.02 * luck)
+            for i, test in enumerate(CANDIDATES.values()):
+                count[i] += test(equal).any(), test(worse)[0]
+        yield [str(v), str(s), str(luck), *(f"{100 * a / repeats:.1f} / {100 * b / repeats:.0f}" for a, b in count)]
+
+
+def unequal_luck(repeats: int, quick: bool) -> Iterator[list[str]]:
+    """Level where the variants' luck differs, which is beyond what was asked of the test."""
+    names = ("old", "crossed, own", "crossed, pooled", "new")
+    cases = {
+        "every second variant": (0.5, 3.0),
+        "one variant in eight": (*(0.5,) * 7, 3.0),
+        "the baseline alone": (3.0, *(0.5,) * 21),
+    }
+    for v, s in ((8, 3), (8, 5), (22, 3), (22, 5)):
+        for words, luck in cases.items():
+            if quick and (v, s) != (8, 5):
+                continue
+            setting, rng = Setting(v, s, luck=luck), np.random.default_rng(3)
+            count = np.zeros(len(names), int)
+            for _ in range(repeats):
+                equal, _ = setting.draw(rng)
+                count += [CANDIDATES[name](equal).any() for name in names]
+            yield [str(v), str(s), words, *(f"{100 * x / repeats:.1f}" for x in count)]
+
+
+def folds(repeats: int, quick: bool) -> Iterator[list[str]]:
+    """Level over five folds of 422 images, two variants: each fold's run has its luck, a fifth of whose variance the
+    folds share with all others, as their training images; each repetition trains anew on other folds."""
+    rng, k, n = np.random.default_rng(4), 5, 422
+    for repetitions in (1, 3):
+        for luck in (0.0, 2.0) if quick else (0.0, 1.0, 2.0, 3.0):
+            count = np.zeros(3, int)
+            for _ in range(repeats):
+                shared = rng.standard_normal((2, 1, 1))
+                own = rng.standard_normal((2, repetitions, k))
+                run = luck / 100 / 0.235 * (np.sqrt(0.2) * shared + np.sqrt(0.8) * own)
+                fold = rng.permuted(np.tile(np.arange(n) % k, (repetitions, 1)), axis=1)
+                x = 0.55 + 1.5 * rng.standard_normal(n) + 0.25 * rng.standard_normal((2, 1, n))
+                x = x + np.take_along_axis(run, np.broadcast_to(fold, (2, repetitions, n)), axis=2)
+                hits = x + 0.35 * rng.standard_normal((2, repetitions, n)) > 0
+                d = hits[1].astype(float) - hits[0]
+                each = np.array([d[r][fold[r] == j].mean() for r in range(repetitions) for j in range(k)])
+                count += [
+                    corrected_resampled_t(each, 0.0) < 0.05,
+                    corrected_resampled_t(each, 1 / (k - 1)) < 0.05,
+                    repetitions >= 3 and new(hits).any(),
+                ]
+            texts = [f"{100 * x / repeats:.1f}" for x in count]
+            yield [str(repetitions), f"{luck:g}", *texts[:2], texts[2] if repetitions >= 3 else "no verdict"]
+
+
+def sequential(repeats: int, quick: bool) -> Iterator[list[str]]:
+    """`until_shown` at 2 points and up to 20 seeds: its level, its power at 5 points, and the seeds it takes."""
+    at = looks(20)
+    for v in (2, 8):
+        for luck in (0.0, 2.0) if quick else (0.0, 1.0, 2.0, 3.0):
+            setting, rng = Setting(v, 20, n=1000, luck=(luck,)), np.random.default_rng([5, v, int(luck)])
+            wrong, right, took = 0, 0, []
+            for i in range(repeats):
+                equal, worse = setting.draw(rng, 0.05)
+                wrong += bool(until_shown(_named(equal), "0", 0.02, at).shown)
+                if i < repeats // 5:
+                    found = until_shown(_named(worse), "0", 0.02, at).shown
+                    right += "1" in found
+                    took.append(found.get("1", 20))
+            level = f"{100 * wrong / repeats:.1f} ({upper(wrong, repeats):.1f})"
+            yield [str(v), f"{luck:g}", level, f"{100 * right / (repeats // 5):.0f}", f"{np.median(took):.0f}"]
+
+
+def _named(hits: np.ndarray) -> dict[str, np.ndarray]:
+    return {str(i): h for i, h in enumerate(hits)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a tenth of the repeats and a few settings")
+    names = ("verdicts", "candidates", "luck", "folds", "sequential", "intervals")
+    parser.add_argument("--only", nargs="+", choices=names, default=names)
+    args = parser.parse_args()
+    repeats, began, quick = (100 if args.quick else 1000), time.process_time(), args.quick
+    tests = ("old: level, %", "new: level, % (bound)", "difference, points", "old: power, %", "new: power, %")
+    parts = {
+        "verdicts": ((*SETTING_HEADER, *tests), lambda: verdicts(repeats, quick)),
+        "candidates": (("variants", "seeds", "luck", *CANDIDATES), lambda: candidates(repeats // 4, quick)),
+        "luck": (
+            ("variants", "seeds", "luck of 3 points, others 0.5", "old", "crossed, own", "crossed, pooled", "new"),
+            lambda: unequal_luck(repeats // 4, quick),
+        ),
+        "folds": (
+            ("repetitions", "luck", "t over folds", "corrected resampled t", "new, over repetitions"),
+            lambda: folds(repeats, quick),
+        ),
+        "sequential": (
+            ("variants", "luck", "level, % (bound)", "power at 5 points, %", "seeds taken, median"),
+            lambda: sequential(repeats // 2, quick),
+        ),
+        "intervals": (interval_coverage.HEADER, lambda: interval_coverage.rows(repeats // 5, quick)),
+    }
+    for name in args.only:
+        header, rows = parts[name]
+        table(header, rows())
+        print(f"\n{name}: {time.process_time() - began:.0f} s of processor time so far", flush=True)
+
+
+if __name__ == "__main__":
+    main()
