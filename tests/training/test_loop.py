@@ -1,128 +1,141 @@
-"""The loop never makes the device wait: a step reads nothing of its own, and evaluation keeps batches in flight."""
+"""The loop's stretches, its callbacks, and how both engines resume."""
 
 import dataclasses
+import json
+import os
+import signal
+from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 
-from bmjax.config import ScheduleConfig
-from bmjax.data.batches import eval_batches, read_ahead, steps_per_epoch
-from bmjax.data.load import load_dataset
-from bmjax.data.splits import split_dataset
-from bmjax.model.create import create
-from bmjax.runs.folder import new_variables
-from bmjax.runs.state import Progress
-from bmjax.runs.tracking import NoTracker
-from bmjax.training.loop import ImageEngine, learning_rates
-from bmjax.training.losses import cross_entropy
-from bmjax.training.parallel import Parallel
-from bmjax.training.predict import IN_FLIGHT, Predictor
+import bmjax
+from bmjax.config import AugmentConfig, FeaturesConfig, StageConfig
+from bmjax.runs.checkpoint import Checkpoints
+from bmjax.runs.identity import read_environment
+from bmjax.runs.records import read_records
 from bmjax.training.progress import Recorder
-from bmjax.training.signals import Signals
-from bmjax.training.stages import Stretch, plan_stages
+from bmjax.training.stages import Stretch, stretches
+
+PLANS = [SimpleNamespace(start=0, end=8), SimpleNamespace(start=8, end=12)]
 
 
-class OnDevice:
-    """A value that is still being computed: reading it is written down."""
-
-    def __init__(self, name, events, value):
-        self._name, self._events, self._value = name, events, value
-
-    def __array__(self, dtype=None, copy=None):
-        self._events.append(("read", self._name))
-        return np.asarray(self._value, dtype)
-
-
-class Untouched:
-    """A state that only the step may look into."""
-
-    def __getattr__(self, name):
-        raise AssertionError(f"the loop looked at the state's {name}")
+def test_stretches_cover_every_step_once():
+    plain = list(stretches(PLANS, 4, 0, 0))
+    assert plain == [Stretch(0, 0, 4, True), Stretch(0, 4, 8, True), Stretch(1, 8, 12, True)]
+    assert list(stretches(PLANS, 4, 8, 2)) == plain[2:]
+    # Stopped between an epoch's last step and its evaluation.
+    assert list(stretches(PLANS, 4, 8, 1)) == [Stretch(0, 8, 8, True), Stretch(1, 8, 12, True)]
+    assert list(stretches(PLANS, 4, 12, 2)) == [Stretch(1, 12, 12, True)]
+    assert list(stretches(PLANS, 4, 12, 3)) == []
+    for every in (1, 2, 3, 5, 100):
+        for start in range(13):
+            found = list(stretches(PLANS, 4, start, start // 4, every))
+            assert [k for s in found for k in range(s.start, s.end)] == list(range(start, 12))
+            assert all(s.ends_epoch == (s.end % 4 == 0) for s in found)
+            assert all(s.end % every == 0 or s.ends_epoch for s in found)
 
 
-SCHEDULES = [
-    ScheduleConfig(kind="cosine", warmup_epochs=0.5),
-    ScheduleConfig(kind="step", step_epochs=0.5),
-    ScheduleConfig(kind="constant"),
-]
+@pytest.fixture
+def maps_config(tiny_config):
+    """Cached features, two stages, everything that a resume must bring back."""
+    stages = (StageConfig(epochs=2, train=("attention", "head")), StageConfig(epochs=2, train=("head",), lr_scale=0.3))
+    train = dataclasses.replace(tiny_config.train, accumulate=1, final_test=True)
+    off = AugmentConfig(flip=False, right_angles=False)
+    return dataclasses.replace(tiny_config, stages=stages, train=train, augment=off, features=FeaturesConfig(True))
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s.kind)
-def test_a_step_waits_for_nothing_and_moves_nothing_but_its_batch(tiny_config, monkeypatch, schedule):
-    """By a clock of steps sent and values read: those of step k are read once, when step k + 1 is under way."""
-    optim = dataclasses.replace(tiny_config.optim, schedule=schedule)
-    config = dataclasses.replace(tiny_config, optim=optim)
-    dataset = load_dataset(config.data)
-    splits = split_dataset(dataset, config.data)
-    model = create(config.model, len(dataset.classes), config.train.dtype)
-    per_epoch = steps_per_epoch(len(splits.train), config.train.batch_size)
-    statistics = jax.eval_shape(lambda: new_variables(config, model))["batch_stats"]
-    plans = plan_stages(config, per_epoch, model, statistics)
-    parallel, events, state = Parallel.create("jit", 1), [], Untouched()
-    with Signals() as signals:
-        shared = {"loss": cross_entropy, "per_epoch": per_epoch, "parallel": parallel, "signals": signals}
-        engine = ImageEngine(config, model, plans, (dataset, splits), **shared)
-
-        def step(given, batch):
-            assert given is state
-            assert all(isinstance(array, jax.Array) for array in batch.values())
-            k = sum(kind == "sent" for kind, _ in events)
-            events.append(("sent", k))
-            values = {"loss": 1.0, "correct": 1, "count": 16.0, "grad_norm": 1.0}
-            return state, {name: OnDevice((k, name), events, value) for name, value in values.items()}
-
-        monkeypatch.setattr(engine, "_step_of", lambda stage: step)
-        recorder = Recorder(Progress("id"), NoTracker(), dataset, quiet=True)
-        stretch = Stretch(0, 0, per_epoch, True)
-        rates = learning_rates(plans[0], engine, state, stretch)  # once a stretch
-        with jax.transfer_guard("disallow"):  # what is put there in so many words is allowed
-            _, reached = engine.run(state, stretch, rates, recorder)
-    assert reached == per_epoch > 3
-    for k in range(per_epoch):
-        reads = [i for i, (kind, of) in enumerate(events) if kind == "read" and of[0] == k]
-        assert len(reads) == 4
-        if k + 1 < per_epoch:
-            assert min(reads) > events.index(("sent", k + 1))
-    assert len(events) == 5 * per_epoch
+def arrays(run_dir):
+    checkpoints = Checkpoints(run_dir / "checkpoints/last")
+    found = checkpoints.raw(checkpoints.latest())
+    checkpoints.close()
+    return found
 
 
-def test_evaluation_keeps_batches_in_flight(tiny_config, monkeypatch):
-    """The logits of a batch are read when two more are under way; all come, once, in order."""
-    train = dataclasses.replace(tiny_config.train, eval_batch_size=8)
-    config = dataclasses.replace(tiny_config, train=train)
-    dataset = load_dataset(config.data)
-    model, events = create(config.model, len(dataset.classes)), []
-    predictor = Predictor(config, model, parallel=Parallel.create("jit", 1))
+def test_cached_features_resume_as_images_do(maps_config, tmp_path, monkeypatch):
+    """Stopped by a signal in every epoch: the same record, the same arrays, the same run id."""
+    monkeypatch.setattr("bmjax.training.run._MAPS_CHECKPOINT_SECONDS", 0.0)
+    whole = bmjax.train(dataclasses.replace(maps_config, run_dir=str(tmp_path / "whole")))
+    per_epoch = whole.steps // 4
+    stops = [per_epoch, 2 * per_epoch, 3 * per_epoch]
+    original = Recorder.step
 
-    def step(variables, batch):
-        k = sum(kind == "sent" for kind, _ in events)
-        events.append(("sent", k))
-        return {"logits": OnDevice(k, events, np.full((8, 7), float(k)))}
+    def stop_at(self, step, *arguments):
+        original(self, step, *arguments)
+        if stops and step == stops[0]:
+            stops.pop(0)
+            os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(predictor, "_step", step)
-    rows = np.arange(45)
-    probs, done = predictor.on_devices(None, dataset, rows)
-    np.testing.assert_array_equal(done, rows)
-    assert probs.shape == (45, 7)
-    for k in range(6 - IN_FLIGHT):
-        assert events.index(("read", k)) > events.index(("sent", k + IN_FLIGHT))
-    assert [of for kind, of in events if kind == "read"] == list(range(6))
+    monkeypatch.setattr(Recorder, "step", stop_at)
+    ids = set()
+    for expected in list(stops):
+        part = bmjax.train(maps_config, resume=True)
+        assert (part.interrupted, part.steps) == ("SIGTERM", expected)
+        ids.add(read_environment(part.run_dir)["run_id"])
+    end = bmjax.train(maps_config, resume=True)
+    assert end.steps == whole.steps
+    assert len(ids) == 1
+    one, other = arrays(whole.run_dir), arrays(end.run_dir)
+    assert one.keys() == other.keys()
+    for path, leaf in one.items():
+        np.testing.assert_array_equal(leaf, other[path], err_msg=path)
+    drop = {"time", "images_per_second"}
+    for kind in ("train", "epoch"):
+        pair = [
+            [{k: v for k, v in r.items() if k not in drop} for r in read_records(run, kind)]
+            for run in (whole.run_dir, end.run_dir)
+        ]
+        assert pair[0] == pair[1]
+    assert json.loads((whole.run_dir / "results.json").read_text()) == json.loads(
+        (end.run_dir / "results.json").read_text()
+    )
+    # The last checkpoint, too, is that of a whole network.
+    assert bmjax.evaluate(end.run_dir, "val", "last")["n"] == whole.metrics["val"]["n"]
 
 
-def test_reading_ahead_changes_nothing_and_passes_errors_on(tiny_config):
-    dataset = load_dataset(tiny_config.data)
-    plain = list(eval_batches(dataset, np.arange(21), 8))
-    ahead = list(read_ahead(eval_batches(dataset, np.arange(21), 8)))
-    assert len(ahead) == len(plain) == 3
-    for a, b in zip(ahead, plain, strict=True):
-        jax.tree.map(np.testing.assert_array_equal, a, b)
+def test_a_map_run_is_resumed_within_an_epoch(maps_config, tmp_path, monkeypatch):
+    monkeypatch.setattr("bmjax.training.run._MAPS_CHECKPOINT_SECONDS", 0.0)
+    whole = bmjax.train(dataclasses.replace(maps_config, run_dir=str(tmp_path / "whole")))
+    train = dataclasses.replace(maps_config.train, checkpoint_steps=2)
+    other = bmjax.train(dataclasses.replace(maps_config, train=train))
+    losses = [[r["loss"] for r in read_records(run.run_dir, "train")] for run in (whole, other)]
+    np.testing.assert_allclose(*losses, rtol=1e-6)
 
-    def broken():
-        yield 1
-        raise OSError("the disk is gone")
 
-    with pytest.raises(OSError, match="the disk is gone"):
-        list(read_ahead(broken()))
-    first = next(read_ahead(iter(range(1, 100))))  # what is left is not waited for
-    assert first == 1
+def test_callbacks_see_the_run_and_can_end_it(tiny_config):
+    seen = []
+
+    def watch(event):
+        seen.append((event.kind, event.step))
+        if event.kind == "step":
+            assert {"loss", "lr", "images_per_second"} <= event.figures.keys()
+            with pytest.raises(RuntimeError, match="has no variables"):
+                event.variables()
+        else:
+            assert event.variables()["params"].keys() == {"backbone", "attention", "head"}
+        return event.kind == "epoch" and event.figures["epoch"] == 2
+
+    result = bmjax.train(tiny_config, callbacks=[watch])
+    per_epoch = result.steps // 2
+    assert [s for kind, s in seen if kind == "step"] == list(range(1, result.steps + 1))
+    assert [s for kind, s in seen if kind == "epoch"] == [per_epoch, 2 * per_epoch]
+    assert seen[0] == ("start", 0)
+    assert seen[-1] == ("end", result.steps)
+    assert result.metrics.keys() == {"train", "val"}
+    # Ended so, the run is finished: a resume leaves it as it is.
+    assert bmjax.train(tiny_config, resume=True).steps == result.metrics["val"]["step"]
+
+
+def kappa(labels, probs):
+    """A metric of one's own."""
+    return float((probs.argmax(-1) == labels).mean() * 2 - 1)
+
+
+def test_a_metric_of_ones_own_is_computed_recorded_and_selects(tiny_config):
+    train = dataclasses.replace(tiny_config.train, metrics=(kappa,), monitor="-kappa")
+    assert train.metrics == (f"{__name__}:kappa",)
+    result = bmjax.train(dataclasses.replace(tiny_config, train=train, stages=tiny_config.stages[1:]))
+    values = [r["val/kappa"] for r in read_records(result.run_dir, "epoch")]
+    assert result.metrics["val"]["kappa"] == min(values), "the smallest is the best after a minus sign"
+    for m in result.metrics.values():
+        assert m["kappa"] == pytest.approx(2 * m["accuracy"] - 1)
