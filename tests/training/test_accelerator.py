@@ -14,6 +14,7 @@ from bmjax.backbones import family_of, list_backbones
 from bmjax.config import AugmentConfig, Config, DataConfig, ModelConfig, OptimConfig, StageConfig, TrainConfig
 from bmjax.data.batches import TrainBatches
 from bmjax.data.load import load_dataset
+from bmjax.layers.dispatch import traced_for, with_forms
 from bmjax.model.create import create
 from bmjax.runs.checkpoint import Checkpoints
 from bmjax.runs.folder import new_variables
@@ -22,7 +23,7 @@ from bmjax.training.losses import cross_entropy
 from bmjax.training.parallel import Parallel
 from bmjax.training.progress import StepLog
 from bmjax.training.run import train
-from bmjax.training.stages import compile_stage, plan_stages
+from bmjax.training.stages import compile_stage, plan_stages, stage_step
 
 pytestmark = pytest.mark.accelerator
 FAMILIES = sorted({family_of(name).__name__.split(".")[-1] for name in list_backbones()})
@@ -128,23 +129,37 @@ def precisions(jaxpr):
     return found
 
 
-def test_the_configured_precision_is_that_of_every_product_and_gradient():
-    from bmjax.training.stages import stage_step
+def step_and_shapes(config):
+    """A stage's step, not compiled, and the shapes of its arguments."""
+    model = create(config.model, 7, config.train.dtype)
+    variables = jax.eval_shape(lambda: new_variables(config, model))
+    plan = plan_stages(config, 10, model, variables["batch_stats"])[0]
+    state = jax.eval_shape(
+        lambda v: create_state(v, plan.optimizer.tx, plan.is_trainable, seed=0, ema=False), variables
+    )
+    shapes = {"image": ((4, 64, 64, 3), np.uint8), "label": ((4,), np.int32), "position": ((4,), np.int32)}
+    batch = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+    return stage_step(config, model, plan, cross_entropy), state, batch
 
+
+@pytest.mark.parametrize(
+    ("family", "form"),
+    [("densenet", ""), ("densenet", "dense_in_place"), ("densenet", "dense_remat"), ("mobilenet_v2", "depthwise_taps")],
+)
+def test_steps_lower_for_cuda_without_the_cpus_kernels(family, form):
+    """On any machine: the program that a GPU would compile, in bfloat16."""
+    step, state, batch = step_and_shapes(tiny(family, "bfloat16"))
+    with traced_for("gpu"), with_forms(*filter(None, [form])):
+        text = jax.jit(step).trace(state, batch).lower(lowering_platforms=("cuda",)).as_text()
+    assert "bmjax_" not in text
+    grouped = text.count("feature_group_count = 1 ") < text.count("feature_group_count")
+    assert grouped == (family == "mobilenet_v2" and form != "depthwise_taps")
+
+
+def test_the_configured_precision_is_that_of_every_product_and_gradient():
     for name, expected in (("highest", "HIGHEST"), ("bfloat16_3x", "HIGH"), ("default", "DEFAULT")):
-        config = tiny("resnet", "float32", name)
-        model = create(config.model, 7, config.train.dtype)
-        variables = jax.eval_shape(lambda c=config, m=model: new_variables(c, m))
-        plan = plan_stages(config, 10, model, variables["batch_stats"])[0]
-        state = jax.eval_shape(
-            lambda v, p=plan: create_state(v, p.optimizer.tx, p.is_trainable, seed=0, ema=False), variables
-        )
-        batch = {
-            "image": jax.ShapeDtypeStruct((4, 64, 64, 3), np.uint8),
-            "label": jax.ShapeDtypeStruct((4,), np.int32),
-            "position": jax.ShapeDtypeStruct((4,), np.int32),
-        }
+        step, state, batch = step_and_shapes(tiny("resnet", "float32", name))
         with jax.default_matmul_precision("default"):
-            found = precisions(jax.make_jaxpr(stage_step(config, model, plan, cross_entropy))(state, batch).jaxpr)
+            found = precisions(jax.make_jaxpr(step)(state, batch).jaxpr)
         assert found <= {f"(Precision.{expected}, Precision.{expected})"} | ({"None"} if name == "default" else set())
         assert found
