@@ -25,7 +25,7 @@ FLOORS = [
     ["cli", "__init__"],
     ["__main__"],
 ]
-MOST_ROOMS, MOST_FLOORS, FACE_LINES, MODULE_LINES = 18, 10, 40, 480
+MOST_ROOMS, MOST_FLOORS, FACE_LINES, MODULE_LINES = 18, 10, 40, 400
 FLOOR_OF = {name: number for number, names in enumerate(FLOORS) for name in names}
 
 # Library -> the one file that imports it.

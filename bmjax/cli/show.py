@@ -21,7 +21,7 @@ def add_parser(verbs: Any) -> None:
 def _classes_of(config: Config) -> tuple[int, str]:
     """(number of classes, where the number is from), without reading an image."""
     if config.data.source == "synthetic":
-        from bmjax.data.sources.synthetic import CLASSES
+        from bmjax.data.sources.cells import CLASSES
 
         return len(CLASSES), "rendered cells"
     from bmjax.data import list_source

@@ -14,7 +14,8 @@ from bmjax.analysis.audit.checks import audit
 from bmjax.analysis.audit.page import write_audit
 from bmjax.cli.main import main
 from bmjax.config import Config, DataConfig, to_json
-from bmjax.data.sources.synthetic import CLASSES, render
+from bmjax.data.sources.cells import CLASSES
+from bmjax.data.sources.synthetic import render
 
 PER_CLASS = 14
 

@@ -7,7 +7,8 @@ import pytest
 from PIL import Image, ImageEnhance
 
 from bmjax.data.images.duplicates import CERTAIN, SIZE, Pairs, correlate, describe, find_pairs, groups_of, thumbnails
-from bmjax.data.sources.synthetic import CLASSES, render
+from bmjax.data.sources.cells import CLASSES
+from bmjax.data.sources.synthetic import render
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from bmjax.cli.main import main
 from bmjax.config import DataConfig
 from bmjax.data.images import stain as stains
 from bmjax.data.load import load_dataset, read_files
-from bmjax.data.sources.synthetic import CLASSES, render
+from bmjax.data.sources.cells import CLASSES
+from bmjax.data.sources.synthetic import render
 
 macenko, macenko_statistics = jax.jit(stains.macenko), jax.jit(stains.macenko_statistics)
 

@@ -8,8 +8,9 @@ from sklearn.preprocessing import StandardScaler
 
 from bmjax.config import DataConfig
 from bmjax.data.load import load_dataset
-from bmjax.data.sources.synthetic import CLASSES, KINDS, Frame, canvas_of, draw_cell, render, synthetic_cells
-from bmjax.data.sources.synthetic import Density as OpticalDensity
+from bmjax.data.sources.cells import CLASSES, KINDS, Frame, canvas_of, draw_cell
+from bmjax.data.sources.cells import Density as OpticalDensity
+from bmjax.data.sources.synthetic import render, synthetic_cells
 from bmjax.data.splits import split_dataset
 
 

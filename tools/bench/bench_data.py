@@ -28,8 +28,9 @@ from bmjax.data.dataset import Dataset
 from bmjax.data.images.cache import cached, hash_images
 from bmjax.data.images.decode import decode_images
 from bmjax.data.load import list_source
+from bmjax.data.sources.cells import CLASSES
 from bmjax.data.sources.listing import Listing
-from bmjax.data.sources.synthetic import CLASSES, render
+from bmjax.data.sources.synthetic import render
 from bmjax.data.splits import split_dataset
 
 SIZE = 224
