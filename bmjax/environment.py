@@ -9,6 +9,7 @@ import ctypes
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from importlib import metadata, util
 from pathlib import Path
 
@@ -20,6 +21,12 @@ CPU_FLAGS = (
     "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
 )
 CPU_FLAGS_JAXLIB = ("0.10.2",)
+# Of GPUs, for programs on several: gradients are exchanged while others are still computed. On one GPU it changes
+# nothing. Set only for versions of jaxlib that are known to know it.
+GPU_FLAGS = ("--xla_gpu_enable_latency_hiding_scheduler=true",)
+GPU_FLAGS_JAXLIB = ("0.10.2", "0.11.2")
+# The same input gives the same bits on a GPU too: sums in a fixed order, at some cost.
+DETERMINISTIC_FLAG = "--xla_gpu_deterministic_ops=true"
 # Numbers of glibc's malloc.h, and values: hand back nothing, map nothing apart. Not fewer arenas, too: compiling is
 # slower then, and leaves them so fragmented that each later step is.
 _MALLOC = {"M_TRIM_THRESHOLD": (-1, -1), "M_MMAP_MAX": (-4, 0)}
@@ -47,6 +54,19 @@ def cpu_only() -> bool:
     return not metadata.entry_points(group="jax_plugins") and util.find_spec("libtpu") is None
 
 
+def gpu_expected() -> bool:
+    """Whether jax has a plugin for GPUs that it is not told to leave alone; looks at no device."""
+    asked = os.environ.get("JAX_PLATFORMS", "")
+    if asked and not {"cuda", "rocm", "gpu"} & set(asked.split(",")):
+        return False
+    return any("cuda" in point.name or "rocm" in point.name for point in metadata.entry_points(group="jax_plugins"))
+
+
+def forms() -> frozenset[str]:
+    """The alternative formulations that BMJAX_FORMS asks for, a comma between two; see bmjax/layers/dispatch.py."""
+    return frozenset(filter(None, os.environ.get("BMJAX_FORMS", "").split(",")))
+
+
 def keeps_freed_memory() -> bool:
     """Whether `apply` told malloc to keep what is freed."""
     return any(_malloc_set)
@@ -65,13 +85,36 @@ def _keep_freed_memory() -> bool:
     return all(libc.mallopt(number, value) for number, value in _MALLOC.values())
 
 
+def _add_flags(flags: Sequence[str]) -> None:
+    """Adds those to XLA_FLAGS that the user has not set."""
+    given = os.environ.get("XLA_FLAGS", "")
+    missing = [flag for flag in flags if flag.split("=")[0] not in given]
+    os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
+
+
+def make_deterministic() -> None:
+    """Has GPUs give the same bits for the same input; `--deterministic` of the command line.
+
+    Raises:
+      ValueError: jax is imported already, or XLA_FLAGS says otherwise.
+    """
+    if "jax" in sys.modules:
+        raise ValueError("--deterministic comes too late: jax is imported; expected BMJAX_DETERMINISTIC=1 before that")
+    _add_flags((DETERMINISTIC_FLAG,))
+    if DETERMINISTIC_FLAG not in os.environ["XLA_FLAGS"]:
+        raise ValueError(f"--deterministic, but XLA_FLAGS is {os.environ['XLA_FLAGS']!r}; expected it without a no")
+
+
 def apply() -> None:
-    """Sets the CPU flags, malloc and the persistent compilation cache, if jax is not imported yet."""
+    """Sets the flags for CPUs and GPUs, malloc and the persistent compilation cache, if jax is not imported yet."""
     if "jax" in sys.modules:
         return
     _malloc_set.append(_keep_freed_memory())
-    if metadata.version("jaxlib") in CPU_FLAGS_JAXLIB:
-        given = os.environ.get("XLA_FLAGS", "")
-        missing = [flag for flag in CPU_FLAGS if flag.split("=")[0] not in given]
-        os.environ["XLA_FLAGS"] = " ".join([given, *missing]).strip()
+    version = metadata.version("jaxlib")
+    if version in CPU_FLAGS_JAXLIB:
+        _add_flags(CPU_FLAGS)
+    if version in GPU_FLAGS_JAXLIB and gpu_expected():
+        _add_flags(GPU_FLAGS)
+    if os.environ.get("BMJAX_DETERMINISTIC", "0") not in ("", "0"):
+        _add_flags((DETERMINISTIC_FLAG,))
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "jax"))

@@ -1,13 +1,19 @@
-"""What every test sees: four CPU devices, strict rank promotion, the compilation cache, the folder of shared data."""
+"""What every test sees: four CPU devices, strict rank promotion, the compilation cache, the folder of shared data.
+
+With BMJAX_TEST_ACCELERATOR=1, as `python tools/check.py --accelerator` sets it, the tests marked `accelerator` see the
+devices that there are, and compute float32 in float32.
+"""
 
 import os
 import pathlib
 
-# Before jax is imported: the parallel tests need several devices.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-flags = os.environ.get("XLA_FLAGS", "")
-if "xla_force_host_platform_device_count" not in flags:
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=4".strip()
+ON_ACCELERATOR = os.environ.get("BMJAX_TEST_ACCELERATOR", "0") not in ("", "0")
+if not ON_ACCELERATOR:
+    # Before jax is imported: the parallel tests need several devices.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_force_host_platform_device_count" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=4".strip()
 os.environ.setdefault("KERAS_BACKEND", "jax")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
@@ -22,6 +28,13 @@ from bmjax.layers import prepare
 
 prepare()  # built before a test moves the cache
 jax.config.update("jax_numpy_rank_promotion", "raise")
+if ON_ACCELERATOR:
+    jax.config.update("jax_default_matmul_precision", "highest")  # TF32 would compare roundings
+
+
+def pytest_report_header() -> str:
+    kinds = ", ".join(sorted({device.device_kind for device in jax.devices()}))
+    return f"devices: {len(jax.devices())} {jax.default_backend()} ({kinds}), jax {jax.__version__}"
 
 
 @pytest.fixture(scope="session")

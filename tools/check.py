@@ -1,8 +1,11 @@
 """All checks, in the order of their cost: `python tools/check.py`. Format, lint, types, tests.
 
-Further arguments go to pytest. Exits with the first failure.
+`--accelerator`: only the tests marked so, on whatever devices jax finds (a GPU, a TPU, else CPUs); they need no more
+than what bmjax trains with. Further arguments go to pytest. Exits with the first failure.
 """
 
+import os
+import pathlib
 import subprocess
 import sys
 
@@ -13,13 +16,30 @@ CHECKS = (
     # Two processes: tracing and most compiling keep one core busy. A file's tests share what they compile.
     ("pytest", "-n", "2", "--dist", "loadfile"),
 )
+TESTS = pathlib.Path(__file__).resolve().parents[1] / "tests"
+
+
+def run(*arguments: str, **environment: str) -> int:
+    print("+", *arguments, flush=True)
+    return subprocess.run([sys.executable, "-m", *arguments], check=False, env=os.environ | environment).returncode
+
+
+def on_accelerator(extra: list[str]) -> int:
+    """Runs the marked tests in several processes, which share the device's memory; sums in a fixed order."""
+    files = sorted(str(path) for path in TESTS.rglob("test_*.py") if "mark.accelerator" in path.read_text())
+    processes = str(max(1, min(6, (os.cpu_count() or 2) // 2)))
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
+    environment = {"BMJAX_TEST_ACCELERATOR": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_FLAGS": flags}
+    return run("pytest", "-n", processes, "-m", "accelerator", *files, *extra, **environment)
 
 
 def main() -> int:
+    given = sys.argv[1:]
+    if "--accelerator" in given:
+        given.remove("--accelerator")
+        return on_accelerator(given)
     for module, *arguments in CHECKS:
-        extra = sys.argv[1:] if module == "pytest" else []
-        print("+", module, *arguments, *extra, flush=True)
-        code = subprocess.run([sys.executable, "-m", module, *arguments, *extra], check=False).returncode
+        code = run(module, *arguments, *(given if module == "pytest" else ()))
         if code:
             return code
     return 0

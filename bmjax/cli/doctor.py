@@ -19,6 +19,9 @@ Finding = tuple[str, str, str]
 # What bmjax requires, should its own record of it be missing (a checkout that was not installed).
 PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "wandb", "numpy", "tyro")
 
+# What the package does without until it is used, and what uses it.
+OPTIONAL = {"wandb": "tracking.wandb", "tensorflow-datasets": "data.source tfds and `bmjax data build`"}
+
 
 def add_parser(verbs: Any) -> None:
     """Adds `doctor` to a parser's verbs."""
@@ -59,7 +62,9 @@ def _packages() -> list[Finding]:
         try:
             version = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
-            found.append(("FAIL", requirement.name, f"not installed; {advice}"))
+            without = OPTIONAL.get(requirement.name)
+            level, why = ("WARN", f"needed only for {without}; ") if without else ("FAIL", "")
+            found.append((level, requirement.name, f"not installed; {why}{advice}"))
             continue
         good = requirement.specifier.contains(version, prereleases=True)
         found.append(("OK", requirement.name, version) if good else ("FAIL", requirement.name, f"{version}; {advice}"))
@@ -95,6 +100,8 @@ def _jax() -> list[Finding]:
         advice = 'there is an NVIDIA GPU that jax does not see; python -m pip install "jax[cuda13]" (or cuda12)'
         found = [("WARN", "devices", f"{text}; {advice}")]
     found.append(_precision(jax, platform))
+    if forms := environment.forms():
+        found.append(("WARN", "BMJAX_FORMS", f"{', '.join(sorted(forms))}: for measurements only; unset it otherwise"))
     if platform == "gpu":
         found += _gpu()
     if jax.config.jax_enable_x64:  # type: ignore[attr-defined]
@@ -114,20 +121,31 @@ def _precision(jax, platform: str) -> Finding:
     value = jax.config.jax_default_matmul_precision
     if platform == "cpu" or value in ("highest", "float32"):
         return ("OK", "float32 products", "exact to float32")
-    advice = f"on a {platform} they may use TF32 or bfloat16; JAX_DEFAULT_MATMUL_PRECISION=highest where parity matters"
-    return ("OK", "float32 products", advice)
+    how = {"gpu": "TF32, 10 bits of mantissa", "tpu": "bfloat16, 7 bits of mantissa"}.get(platform, "less than float32")
+    advice = f"{how}, where train.precision is default; --train.precision highest where parity matters (slower)"
+    return ("OK", "float32 products", f"{advice}; bmjax's own checks use highest")
 
 
 def _gpu() -> list[Finding]:
     preallocate = os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE", "true").lower() not in ("false", "0")
     share = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75")
-    advice = f"jax takes {share} of it at its start; if another program needs it: XLA_PYTHON_CLIENT_PREALLOCATE=false"
+    advice = f"jax takes {share} of it at its start; if another program needs it: XLA_PYTHON_CLIENT_PREALLOCATE=false; "
+    advice += "if a step does not fit: XLA_PYTHON_CLIENT_MEM_FRACTION=0.92"
     found: list[Finding] = [("OK", "GPU memory", advice if preallocate else "taken as needed")]
     if "xla_gpu_deterministic_ops=true" in os.environ.get("XLA_FLAGS", ""):
         found.append(("OK", "GPU determinism", "on"))
     else:
-        advice = "off: a resumed run is not the same bit for bit; XLA_FLAGS=--xla_gpu_deterministic_ops=true (slower)"
+        advice = "off: a resumed run is not the same bit for bit; --deterministic, or BMJAX_DETERMINISTIC=1 (slower)"
         found.append(("WARN", "GPU determinism", advice))
+    flags = os.environ.get("XLA_FLAGS", "")
+    missing = [flag for flag in environment.GPU_FLAGS if flag.split("=")[0] not in flags]
+    if not missing:
+        found.append(("OK", "GPU flags", "latency hiding is set: several GPUs exchange gradients while they compute"))
+    elif metadata.version("jaxlib") in environment.GPU_FLAGS_JAXLIB:
+        found.append(("WARN", "GPU flags", f"import bmjax before jax, or add to XLA_FLAGS: {' '.join(missing)}"))
+    else:
+        known = ", ".join(environment.GPU_FLAGS_JAXLIB)
+        found.append(("OK", "GPU flags", f"not set: {' '.join(missing)} is known to work with jaxlib {known} alone"))
     return found
 
 

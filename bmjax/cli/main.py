@@ -31,6 +31,9 @@ def make_parser() -> argparse.ArgumentParser:
         p.add_argument(
             "-v", "--verbose", action="store_true", default=argparse.SUPPRESS, help="say more, on errors too"
         )
+        p.add_argument(
+            "--deterministic", action="store_true", default=argparse.SUPPRESS, help="the same bits on GPUs too (slower)"
+        )
         p.add_argument("--quiet", action="store_true", default=argparse.SUPPRESS, help="say only what went wrong")
     return parser
 
@@ -50,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.parser.error(f"expected an experiment, as in: bmjax {options.verb} experiments/quickstart.py")
     if rest and not (configured or getattr(options, "takes_fields", False)):
         parser.error(f"{options.verb}: unrecognized arguments: {' '.join(rest)}")
+    if getattr(options, "deterministic", False):
+        environment.make_deterministic()
     verbose = getattr(options, "verbose", False) or bool(os.environ.get("BMJAX_DEBUG"))
     with Signals():
         try:

@@ -32,6 +32,19 @@ def _classes_of(config: Config) -> tuple[int, str]:
         return 7, "assumed, for data.root is not there"
 
 
+def _precision(config: Config) -> str:
+    """What `train.precision` comes to on the devices there are."""
+    import jax
+
+    platform = jax.default_backend()
+    if config.train.dtype != "float32":
+        return f"of no account: the network computes in {config.train.dtype}"
+    if platform == "cpu" or config.train.precision == "highest":
+        return f"float32 on this {platform}"
+    by_platform = {"gpu": "TF32", "tpu": "bfloat16" if config.train.precision == "default" else "three of bfloat16"}
+    return f"{by_platform.get(platform, 'less than float32')} on this {platform}"
+
+
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     config, _ = configuration(options, rest)
     print(to_json(config))
@@ -65,6 +78,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         trainable = count_parameters(split_params(variables["params"], plan.is_trainable)[0])
         modes = ", ".join(f"{k} {v}" for k, v in dataclasses.asdict(plan.batch_norm).items())
         print(f"stage {i}: {stage.epochs} epochs, {trainable:,} parameters train; batch-norm: {modes}")
+    print(f"float32 products: train.precision {config.train.precision}, {_precision(config)}")
     if options.compile:
         _print_cost(config, model, plans, variables)
     return 0

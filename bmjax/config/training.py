@@ -132,6 +132,10 @@ class TrainConfig:
     """Micro-batches per update; divides batch_size. Batch-norm sees micro-batches."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """Compute type; parameters stay float32 (float64 is for proofs and needs JAX_ENABLE_X64)."""
+    precision: Literal["default", "highest", "bfloat16_3x"] = "default"
+    """Of products and convolutions in float32. `default`: the device's own, which on GPUs is TF32 (10 bits of
+    mantissa), on TPUs bfloat16, on CPUs float32. `highest`: float32 everywhere, several times slower on GPUs and TPUs.
+    `bfloat16_3x`: on TPUs three products of bfloat16, near float32; on GPUs it is TF32. Other types do not care."""
     parallel: Literal["jit", "pmap"] = "jit"
     devices: int | None = None
     """Number of devices; none: all."""
@@ -162,7 +166,8 @@ class TrainConfig:
     checkpoint_steps: int | None = None
     """Also every so many steps."""
     train_eval_epochs: int = 1
-    """Epochs between evaluations of the train split in eval mode; 0: only at the end."""
+    """Epochs between evaluations of the train split in eval mode; 0: only at the end. Each costs a forward pass of the
+    whole train split, about a third of an epoch's time."""
     monitor: str = "accuracy"
     """Validation figure that picks the best checkpoint and drives early stopping: a built-in one (accuracy, macro_f1,
     balanced_accuracy, loss, ece) or one of `metrics`, by its short name. The largest is the best; the smallest after a

@@ -13,8 +13,9 @@ REPLACEMENTS = {
         convolution.fits_loop,
         convolution.convolution,
         convolution.dilated_convolution,
-        norm.batch_statistics,
-        norm.affine,
+        norm.by_hand,
+        norm.moments,
+        norm.channel_sums,
         pool.max_pool_in_pixels,
         dense_block.dense_layers,
     )

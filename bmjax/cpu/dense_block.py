@@ -17,14 +17,16 @@ import jax.numpy as jnp
 from bmjax.cpu.dense_layer import norm_conv, norm_conv_backward, norm_conv_into, norm_product_backward, write
 from bmjax.layers.collectives import batch_count
 from bmjax.layers.dense_block import Layer, Statistics
-from bmjax.layers.ops import apply_affine, norm_affine, through_statistics
+from bmjax.layers.dispatch import platform
+from bmjax.layers.norm import norm_affine, through_statistics
+from bmjax.layers.ops import apply_affine
 
 
 def dense_layers(
     epsilon: float, x: jax.Array, statistics: Statistics | None, params: tuple[Layer, ...], running: Any
 ) -> Any:
-    """Takes the place of bmjax.layers.dense_block.dense_layers, in float32 and float64."""
-    if x.dtype not in (jnp.float32, jnp.float64):
+    """Takes the place of bmjax.layers.dense_block.dense_layers; on CPUs in float32 and float64 alone."""
+    if platform() == "cpu" and x.dtype not in (jnp.float32, jnp.float64):
         return NotImplemented
     return _in_place(epsilon, x, statistics, params, running)
 
@@ -72,7 +74,7 @@ def _in_place_backward(epsilon, residuals, gradients):
         if statistics is not None:
             mean = statistics[0][c : c + growth]
             shift, slope = through_statistics(mean, tuple(g[c : c + growth] for g in into_statistics), count)
-            dy = dy + apply_affine(buffer[..., c : c + growth], slope, shift)
+            dy = (dy + apply_affine(buffer[..., c : c + growth], slope, shift)).astype(dy.dtype)
         y = kept[i]
         inner = running[i][1] if statistics is None else bottlenecks[i]
         affine, vjp = jax.vjp(lambda *a: norm_affine(a, epsilon, y.dtype), p.scale1, p.bias1, *inner)  # noqa: B023

@@ -19,11 +19,12 @@ from jax import lax
 
 from bmjax.cpu import build
 from bmjax.cpu.convolution import forward, input_gradient, kernel_gradient
-from bmjax.cpu.norm import channel_sums
+from bmjax.cpu.norm import sums
+from bmjax.layers import norm, ops
 from bmjax.layers.collectives import over_devices
 from bmjax.layers.dense_block import Statistics
 from bmjax.layers.dispatch import platform
-from bmjax.layers.ops import NO_PADDING, Pixels, apply_affine, moments, norm_relu, over_channels
+from bmjax.layers.ops import NO_PADDING, Pixels, apply_affine, norm_relu, over_channels
 
 Affine = tuple[jax.Array, jax.Array]
 
@@ -39,6 +40,10 @@ def _compute(name: str, reference: Callable[..., Any], *args: jax.Array, **optio
     return build.call(name, reference, *args, **options) if on_cpu else reference(*args)
 
 
+def _moments(y: jax.Array) -> Statistics:
+    return ops.moments(y) if platform() == "cpu" else norm.moments(y)
+
+
 def write(buffer: jax.Array, y: jax.Array, channel: int) -> jax.Array:
     """The buffer with y in its channels from `channel` on."""
     return lax.dynamic_update_slice(buffer, y, (0, 0, 0, channel))
@@ -50,7 +55,7 @@ def norm_conv(x: jax.Array, affine: Affine, kernel: jax.Array) -> tuple[jax.Arra
     def reference(x, factor, offset, kernel):
         y = norm_relu(x[..., : kernel.shape[2]], factor, offset)
         y = forward(y, kernel, (1, 1), _padding(kernel))
-        return y, *moments(y)
+        return y, *_moments(y)
 
     y, mean, var = _compute("norm_conv", reference, x, *affine, kernel, channel=0)
     return y, over_devices(mean, var)
@@ -63,7 +68,7 @@ def norm_conv_into(
 
     def reference(x, factor, offset, kernel, buffer):
         y = forward(norm_relu(x, factor, offset), kernel, (1, 1), _padding(kernel))
-        return write(buffer, y, channel), *moments(y)
+        return write(buffer, y, channel), *_moments(y)
 
     into = {"aliases": {4: 0}, "channel": channel}
     buffer, mean, var = _compute("norm_conv_into", reference, x, *affine, kernel, buffer, **into)
@@ -73,7 +78,7 @@ def norm_conv_into(
 def _through_relu(x, gradient, factor, offset):
     """The gradient before the ReLU, and its sums that the norm's parameters need: (dz, sum of dz, sum of dz * x)."""
     dz = jnp.where(apply_affine(x, factor, offset) > 0, gradient, 0)
-    return dz, *channel_sums(dz, x)
+    return dz, *sums(dz, x)
 
 
 def norm_conv_backward(
@@ -116,11 +121,11 @@ def norm_product_backward(
 
     def reference(x, factor, offset, kernel, dz, y, scale, shift, slope, into):
         x = x[..., : kernel.shape[2]]
-        dy = apply_affine(dz, scale, shift) + over_channels(slope, 4) * y
+        dy = (apply_affine(dz, scale, shift) + over_channels(slope, 4) * y).astype(y.dtype)
         dkernel = kernel_gradient(norm_relu(x, factor, offset), dy, kernel.shape, (1, 1), NO_PADDING)
         dx = input_gradient(dy, kernel, x.shape, (1, 1), NO_PADDING)
         dx, total, total_x = _through_relu(x, dx, factor, offset)
-        into = write(into, into[..., : x.shape[-1]] + over_channels(factor, 4) * dx, 0)
+        into = write(into, (into[..., : x.shape[-1]] + over_channels(factor, 4) * dx).astype(into.dtype), 0)
         return into, dkernel, total, total_x
 
     into, dkernel, total, total_x = _compute(

@@ -18,7 +18,7 @@ from einops import rearrange
 from jax import lax
 
 from bmjax.cpu import build
-from bmjax.layers.ops import NO_PADDING, Pixels
+from bmjax.layers.ops import NO_PADDING, Pixels, views
 from bmjax.layers.ops import plain_convolution as plain
 
 Operation = Literal["forward", "input_gradient", "kernel_gradient"]
@@ -58,19 +58,6 @@ def _rows(x: jax.Array) -> jax.Array:
 def _columns_product(a: jax.Array, b: jax.Array) -> jax.Array:
     """[n, i], [n, j] -> [i, j], summed over n."""
     return lax.dot_general(a, b, (((0,), (0,)), ((), ())))
-
-
-def views(x: jax.Array, size: tuple[int, int], strides: tuple[int, int], padding: Pixels) -> list[jax.Array]:
-    """For each place in a kernel of that size, row by row, what it sees of x [b, h, w, c]: [b, h', w', c]."""
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    b, h, w, c = x.shape
-    (kh, kw), (sh, sw) = size, strides
-    out_h, out_w = (h - kh) // sh + 1, (w - kw) // sw + 1
-    return [
-        lax.slice(x, (0, i, j, 0), (b, i + (out_h - 1) * sh + 1, j + (out_w - 1) * sw + 1, c), (1, sh, sw, 1))
-        for i in range(kh)
-        for j in range(kw)
-    ]
 
 
 def _patches(x: jax.Array, size: tuple[int, int], strides: tuple[int, int], padding: Pixels) -> jax.Array:

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bmjax.cpu import build
-from bmjax.cpu.formulations import views
-from bmjax.layers.ops import NO_PADDING, Pixels, plain_max_pool
+from bmjax.layers.ops import NO_PADDING, Pixels, plain_max_pool, views
 
 
 def max_pool_in_pixels(x: jax.Array, window: int, stride: int, pads: Pixels) -> jax.Array:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import math
 import sys
+from collections import deque
 from collections.abc import Iterator
-from typing import Any, Literal, cast
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, TypeVar, cast
 
 import grain
 import numpy as np
@@ -14,6 +16,7 @@ import numpy as np
 from bmjax.data.dataset import Dataset
 
 Sampling = Literal["uniform", "balanced"]
+T = TypeVar("T")
 
 
 def steps_per_epoch(n: int, batch_size: int) -> int:
@@ -144,6 +147,15 @@ class TrainBatches:
         """Batches from `start` on, without end, read ahead by threads."""
         options = grain.ReadOptions(num_threads=self._workers, prefetch_buffer_size=2 * self._workers)
         return iter(self._batches[start:].to_iter_dataset(options))
+
+
+def read_ahead(items: Iterator[T], count: int = 2) -> Iterator[T]:
+    """The items in their order; a thread reads the next ones while the last is used."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = deque(pool.submit(next, items, None) for _ in range(count))
+        while (item := waiting.popleft().result()) is not None:
+            waiting.append(pool.submit(next, items, None))
+            yield item
 
 
 def eval_batches(dataset: Dataset, rows: np.ndarray, batch_size: int) -> Iterator[dict[str, np.ndarray]]:

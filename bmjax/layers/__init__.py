@@ -3,9 +3,9 @@
 from bmjax.layers.collectives import BATCH_AXIS, all_reversed, all_sum
 from bmjax.layers.dispatch import platform, prepare, traced_for
 from bmjax.layers.modules import BatchNorm, Conv, Dropout, NormMode, Tap
+from bmjax.layers.norm import batch_statistics
 from bmjax.layers.ops import (
     at_least_float32,
-    batch_statistics,
     global_average,
     largest_divisor,
     max_pool,

@@ -6,15 +6,18 @@ times and keeps every copy for the backward pass. `bmjax.cpu` computes the layer
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name, checkpoint_policies
 
-from bmjax.layers.dispatch import replaceable
+from bmjax.layers.dispatch import replaceable, wants
 from bmjax.layers.modules import BatchNormVariables, Kernel, NormMode
-from bmjax.layers.ops import NO_PADDING, batch_statistics, convolution, norm_affine, norm_relu
+from bmjax.layers.norm import batch_statistics, norm_affine, norm_relu
+from bmjax.layers.ops import NO_PADDING, convolution
 
 Statistics = tuple[jax.Array, jax.Array]
 """Mean and biased variance over the batch, each [c]."""
@@ -81,22 +84,40 @@ def dense_block(
     return x, statistics
 
 
+def _layer(
+    epsilon: float, maps: tuple[jax.Array, ...], before: Statistics, p: Layer, inner: Statistics | None
+) -> tuple[jax.Array, Statistics, Statistics | None]:
+    """A layer of the concatenated maps -> (what it adds, the bottleneck's statistics, those of what it adds).
+
+    `before`: statistics of the concatenation. `inner`: the bottleneck's running ones, or None where norms go by the
+    batch.
+    """
+    x = jnp.concatenate(maps, axis=-1)
+    y = norm_relu(x, *norm_affine((p.scale0, p.bias0, *before), epsilon, x.dtype))
+    y = checkpoint_name(convolution(y, p.kernel1, (1, 1), NO_PADDING), "convolution")
+    by_batch = inner is None
+    used = batch_statistics(y) if inner is None else inner
+    y = norm_relu(y, *norm_affine((p.scale1, p.bias1, *used), epsilon, x.dtype))
+    y = checkpoint_name(convolution(y, p.kernel2, (1, 1), SAME_3X3), "convolution")
+    return y, used, batch_statistics(y) if by_batch else None
+
+
 @replaceable
 def dense_layers(
     epsilon: float, x: jax.Array, statistics: Statistics | None, params: tuple[Layer, ...], running: Any
 ) -> tuple[jax.Array, Statistics | None, list[Statistics]]:
     """-> the block's output, its statistics and those of the bottlenecks (none where norms don't go by the batch)."""
-    bottlenecks = []
+    bottlenecks, maps = [], (x,)
+    again = wants("dense_remat")
+    layer = functools.partial(_layer, epsilon)
+    if again:  # concatenation, norm and ReLU are computed again on the way back; what convolutions gave is kept
+        layer = jax.checkpoint(layer, policy=checkpoint_policies.save_only_these_names("convolution"))
     for i, p in enumerate(params):
-        before = running[i][0] if statistics is None else statistics
-        y = norm_relu(x, *norm_affine((p.scale0, p.bias0, *before), epsilon, x.dtype))
-        y = convolution(y, p.kernel1, (1, 1), NO_PADDING)
-        inner = running[i][1] if statistics is None else batch_statistics(y)
-        y = norm_relu(y, *norm_affine((p.scale1, p.bias1, *inner), epsilon, x.dtype))
-        y = convolution(y, p.kernel2, (1, 1), SAME_3X3)
-        x = jnp.concatenate([x, y], axis=-1)
+        before, inner = (statistics, None) if statistics is not None else running[i]
+        y, used, added = layer(maps, before, p, inner)
+        maps = (*maps, y) if again else (jnp.concatenate([*maps, y], axis=-1),)
         if statistics is not None:
             # Per channel, so those of the concatenation are the concatenated ones.
-            statistics = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), statistics, batch_statistics(y))
-            bottlenecks.append(inner)
-    return x, statistics, bottlenecks
+            statistics = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), statistics, added)
+            bottlenecks.append(used)
+    return jnp.concatenate(maps, axis=-1), statistics, bottlenecks

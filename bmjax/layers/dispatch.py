@@ -18,6 +18,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax
 
+from bmjax import environment
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -25,6 +27,14 @@ R = TypeVar("R")
 _platform: ContextVar[str | None] = ContextVar("_platform", default=None)
 _in_loop: ContextVar[bool] = ContextVar("_in_loop", default=False)
 _partitioned: ContextVar[bool] = ContextVar("_partitioned", default=False)
+_forms: ContextVar[frozenset[str] | None] = ContextVar("_forms", default=None)
+
+FORMS = {
+    "dense_in_place": "dense blocks in one buffer with a derivative of their own, as on CPUs",
+    "dense_remat": "dense blocks whose concatenations and norms are computed again on the way back",
+    "depthwise_taps": "depthwise convolutions as sums of shifted maps",
+}
+"""Alternatives away from CPUs, off unless BMJAX_FORMS names them; tools/bench/accelerator.py measures them."""
 
 
 @contextlib.contextmanager
@@ -48,6 +58,24 @@ def traced_for(name: str) -> contextlib.AbstractContextManager[None]:
     again.
     """
     return _set(_platform, name)
+
+
+def wants(form: str) -> bool:
+    """Whether an alternative formulation of `FORMS` is asked for; never on CPUs, which have their own.
+
+    Raises:
+      ValueError: one is asked for that is not listed.
+    """
+    chosen = _forms.get()
+    chosen = environment.forms() if chosen is None else chosen
+    if unknown := chosen - set(FORMS):
+        raise ValueError(f"BMJAX_FORMS holds {', '.join(sorted(unknown))}; expected some of {', '.join(FORMS)}")
+    return form in chosen and platform() != "cpu"
+
+
+def with_forms(*names: str) -> contextlib.AbstractContextManager[None]:
+    """Traces what is inside with these alternative formulations and no others."""
+    return _set(_forms, frozenset(names))
 
 
 def in_loop() -> bool:
@@ -91,7 +119,8 @@ def replaceable(function: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(function)
     def chosen(*args: P.args, **kwargs: P.kwargs) -> R:
-        if platform() == "cpu" and (replacement := _replacements().get(function.__name__)) is not None:
+        asked = platform() == "cpu" or (function.__name__ == "dense_layers" and wants("dense_in_place"))
+        if asked and (replacement := _replacements().get(function.__name__)) is not None:
             result = replacement(*args, **kwargs)
             if result is not NotImplemented:
                 return result

@@ -13,16 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from bmjax.layers.collectives import BATCH_AXIS, axis_size
-from bmjax.layers.ops import (
-    Padding,
-    affine,
-    batch_statistics,
-    convolution,
-    dilated_convolution,
-    in_pixels,
-    norm_affine,
-    over_channels,
-)
+from bmjax.layers.norm import affine, batch_statistics, norm_affine
+from bmjax.layers.ops import Padding, convolution, dilated_convolution, in_pixels, over_channels
 
 NormMode = Literal["train", "stats_frozen", "frozen"]
 

@@ -6,6 +6,7 @@ code (see bmjax/layers/dispatch.py), with the same result but for rounding.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,8 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bmjax.layers.collectives import all_sum, over_devices
-from bmjax.layers.dispatch import replaceable
+from bmjax.layers.dispatch import replaceable, wants
 
 Padding = str | int | Sequence[tuple[int, int]]
 """Of a convolution or a pool: "SAME" (as TensorFlow: more at the end where uneven), "VALID", or pixels before and after
@@ -53,6 +53,31 @@ def plain_convolution(
     )
 
 
+def views(x: jax.Array, size: tuple[int, int], strides: tuple[int, int], padding: Pixels) -> list[jax.Array]:
+    """For each place in a kernel of that size, row by row, what it sees of x [b, h, w, c]: [b, h', w', c]."""
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    b, h, w, c = x.shape
+    (kh, kw), (sh, sw) = size, strides
+    out_h, out_w = (h - kh) // sh + 1, (w - kw) // sw + 1
+    return [
+        lax.slice(x, (0, i, j, 0), (b, i + (out_h - 1) * sh + 1, j + (out_w - 1) * sw + 1, c), (1, sh, sw, 1))
+        for i in range(kh)
+        for j in range(kw)
+    ]
+
+
+def depthwise_taps(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Pixels) -> jax.Array:
+    """Convolution of each channel of x [b, h, w, c] by itself, kernel [kh, kw, 1, c], as a sum of shifted maps.
+
+    Summed in at least float32.
+    """
+    dtype = at_least_float32(x.dtype)
+    seen = views(x, (kernel.shape[0], kernel.shape[1]), strides, padding)
+    weights = kernel.astype(dtype).reshape(len(seen), 1, 1, 1, -1)
+    terms = [view.astype(dtype) * weight for view, weight in zip(seen, weights, strict=True)]
+    return functools.reduce(jnp.add, terms).astype(x.dtype)
+
+
 @replaceable
 def convolution(
     x: jax.Array, kernel: jax.Array, strides: tuple[int, int] = (1, 1), padding: Pixels = NO_PADDING, groups: int = 1
@@ -62,6 +87,8 @@ def convolution(
     On CPUs derivatives of any order work in reverse mode and forward-over-reverse; plain forward mode (`jax.jvp` of
     the convolution itself) does not, as with any `jax.custom_vjp`.
     """
+    if groups > 1 and groups == x.shape[-1] == kernel.shape[-1] and wants("depthwise_taps"):
+        return depthwise_taps(x, kernel, strides, padding)
     return plain_convolution(x, kernel, strides, padding, groups)
 
 
@@ -95,47 +122,9 @@ def moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return mean, jnp.square(x - over_channels(mean, x.ndim)).mean(axes)
 
 
-@replaceable
-def batch_statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean and biased variance [c] of [..., c] over every axis but the last, and over the devices.
-
-    Computed in at least float32.
-    """
-    return over_devices(*moments(x.astype(at_least_float32(x.dtype))))
-
-
-def through_statistics(
-    mean: jax.Array, gradients: tuple[jax.Array, jax.Array], count: int
-) -> tuple[jax.Array, jax.Array]:
-    """(shift, slope): the gradient of x that comes through its statistics over the batch is shift + slope * x.
-
-    `gradients`: those of mean and variance on this device, each [c]; `count` as `batch_count` gives it.
-    """
-    # Every device's loss depends on statistics of the whole batch.
-    dmean, dvar = all_sum(gradients)
-    slope = 2 * dvar / count
-    return dmean / count - slope * mean, slope
-
-
-def norm_affine(values: tuple[jax.Array, ...], epsilon: float, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Batch normalisation of an input in `dtype` as one affine map: (factor, offset), each [c], at least float32.
-
-    `values`: scale, bias, mean and variance, each [c].
-    """
-    scale, bias, mean, var = (v.astype(at_least_float32(dtype)) for v in values)
-    factor = scale * jax.lax.rsqrt(var + epsilon)
-    return factor, bias - mean * factor
-
-
 def apply_affine(x: jax.Array, factor: jax.Array, offset: jax.Array) -> jax.Array:
     """factor * x + offset per channel of x [..., c], in the type of the factor."""
     return x.astype(factor.dtype) * over_channels(factor, x.ndim) + over_channels(offset, x.ndim)
-
-
-@replaceable
-def affine(x: jax.Array, factor: jax.Array, offset: jax.Array) -> jax.Array:
-    """As `apply_affine`."""
-    return apply_affine(x, factor, offset)
 
 
 def norm_relu(x: jax.Array, factor: jax.Array, offset: jax.Array) -> jax.Array:

@@ -31,7 +31,8 @@ from bmjax.registry import file_and_attribute, is_own, source_file
 log = logging.getLogger(__name__)
 _PACKAGES = ("bmjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "grain")
 _FLAGS = ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_ENABLE_X64", "JAX_DEFAULT_MATMUL_PRECISION", "JAX_THREEFRY_PARTITIONABLE")
-_FLAGS += ("LIBTPU_INIT_ARGS", "XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_MEM_FRACTION", "BMJAX_NATIVE")
+_FLAGS += ("LIBTPU_INIT_ARGS", "XLA_PYTHON_CLIENT_PREALLOCATE", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+_FLAGS += ("BMJAX_NATIVE", "BMJAX_FORMS")
 
 
 def part_names(config: Config) -> list[str]:

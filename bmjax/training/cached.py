@@ -34,6 +34,7 @@ from bmjax.training.predict import SplitName, softmax
 from bmjax.training.progress import Recorder
 from bmjax.training.signals import Signals
 from bmjax.training.stages import StagePlan, Stretch, plan_stages, stage_step
+from bmjax.training.steps import at_precision
 
 _OFF = AugmentConfig(flip=False, right_angles=False)
 _VIEW = 0x76696577  # folded into a step's key for the draw of views, apart from the keys that every step draws
@@ -90,7 +91,7 @@ class Programs:
         template = jax.eval_shape(self._init, 0)
         self.plans = plan_stages(config, self.per_epoch, self.model, template["batch_stats"])
         self.init = jax.jit(self._init)
-        self.logits = jax.jit(self._logits)
+        self.logits = jax.jit(at_precision(self._logits, config.train.precision))
         self._epochs: dict[int, Callable[..., tuple[TrainState, dict[str, jax.Array]]]] = {}
         self.scans: dict[int, bool] = {}
         self._first = threading.Lock()

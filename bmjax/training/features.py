@@ -33,6 +33,7 @@ from bmjax.layers.ops import at_least_float32
 from bmjax.model.create import create, resolve
 from bmjax.model.parameters import Tree
 from bmjax.runs.folder import image_dtype, new_variables
+from bmjax.training.steps import at_precision
 
 log = logging.getLogger(__name__)
 VERSION = 1  # of how maps are computed and stored; a change makes every file anew
@@ -78,6 +79,7 @@ class FeatureMaps:
         seen = None if view is None else [config.features.seed, view, dataclasses.asdict(config.augment)]
         rows_digest = hashlib.sha256(np.asarray(rows, "<i8").tobytes()).hexdigest()
         model = [config.model.backbone, config.model.backbone_options, self._model.preprocess, str(self._model.dtype)]
+        model += [config.train.precision] if config.train.precision != "default" else []
         entries = [VERSION, self.dataset.fingerprint, rows_digest, model, self._weights_digest, str(self.dtype), seen]
         return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
@@ -130,13 +132,13 @@ class FeatureMaps:
         config, dtype = self.config, image_dtype(self.config)
         key = None if view is None else jax.random.fold_in(jax.random.key(config.features.seed), view)
 
-        @jax.jit
-        def extract(variables: Tree, images: jax.Array, index: jax.Array) -> Any:
+        def features(variables: Tree, images: jax.Array, index: jax.Array) -> Any:
             images = images.astype(dtype)
             if key is not None:
                 images = augment(images, jax.vmap(jax.random.fold_in, (None, 0))(key, index), config.augment)
             return self._model.apply(variables, images, method="feature_map")
 
+        extract = jax.jit(at_precision(features, config.train.precision))
         size = min(config.train.eval_batch_size, len(rows))
         done = 0
         with Meter("feature maps", len(rows), "image") as meter:

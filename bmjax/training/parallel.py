@@ -106,10 +106,11 @@ class Parallel:
 
     def put_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """This process's rows of a batch -> the global batch, split over the devices; sizes divide evenly."""
-        if self.kind == "pmap":
-            local = len([d for d in self.devices if d.process_index == jax.process_index()])
-            return {k: jnp.asarray(v.reshape(local, -1, *v.shape[1:])) for k, v in batch.items()}
         sharding = self._sharding(BATCH_AXIS)
+        if self.kind == "pmap":
+            # Each device gets its own rows from the host; an array made first would go through device 0.
+            local = len([d for d in self.devices if d.process_index == jax.process_index()])
+            batch = {k: v.reshape(local, -1, *v.shape[1:]) for k, v in batch.items()}
         return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
     def batch_to_host(self, outputs: dict[str, jax.Array]) -> dict[str, np.ndarray]:

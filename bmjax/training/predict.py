@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+from collections import deque
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 
 from bmjax.config.base import Config
-from bmjax.data.batches import eval_batches
+from bmjax.data.batches import eval_batches, read_ahead
 from bmjax.data.dataset import Dataset
 from bmjax.data.splits import Splits
 from bmjax.model.classifier import Classifier
@@ -31,10 +32,12 @@ from bmjax.runs.metrics import classification_metrics, load_metrics
 from bmjax.runs.tracking import Tracker
 from bmjax.training.parallel import Parallel
 from bmjax.training.signals import Signals
-from bmjax.training.steps import make_eval_step
+from bmjax.training.steps import at_precision, make_eval_step
 
 log = logging.getLogger(__name__)
 SplitName = Literal["train", "val", "test"]
+IN_FLIGHT = 2
+"""Batches that the device has before the host waits for the first of them."""
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -56,7 +59,7 @@ class Predictor:
         self.batch_size = math.ceil(config.train.eval_batch_size / self._parallel.size) * self._parallel.size
         self._signals = signals
         self._metrics = load_metrics(config.train.metrics)
-        step = make_eval_step(model, image_dtype=image_dtype(config))
+        step = at_precision(make_eval_step(model, image_dtype=image_dtype(config)), config.train.precision)
         self._step = self._parallel.compile_step(step, donate=False)
 
     def __call__(self, variables: Tree, dataset: Dataset, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -70,13 +73,22 @@ class Predictor:
     def on_devices(self, variables: Tree, dataset: Dataset, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """As a call, of variables that are on the devices already."""
         probs, done = [], []
-        for batch in eval_batches(dataset, rows, self.bucket(len(rows))):
-            if self._signals is not None:
-                self._signals.check()
-            outputs = self._step(variables, self._parallel.put_batch({"image": batch["image"]}))
+        flying: deque[tuple[Any, dict[str, np.ndarray]]] = deque()
+
+        def land() -> None:
+            outputs, batch = flying.popleft()
             real = batch["weight"] > 0
             probs.append(softmax(self._parallel.batch_to_host(outputs)["logits"][real]))
             done.append(batch["index"][real])
+
+        for batch in read_ahead(eval_batches(dataset, rows, self.bucket(len(rows)))):
+            if self._signals is not None:
+                self._signals.check()
+            flying.append((self._step(variables, self._parallel.put_batch({"image": batch["image"]})), batch))
+            if len(flying) > IN_FLIGHT:
+                land()
+        while flying:
+            land()
         return np.concatenate(probs), np.concatenate(done)
 
     def bucket(self, n: int) -> int:

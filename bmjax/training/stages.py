@@ -16,7 +16,7 @@ from bmjax.runs.folder import image_dtype
 from bmjax.training import optim
 from bmjax.training.losses import Loss
 from bmjax.training.parallel import Parallel
-from bmjax.training.steps import make_train_step
+from bmjax.training.steps import at_precision, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +106,7 @@ def stretches(
 
 def stage_step(config: Config, model: Classifier, plan: StagePlan, loss: Loss) -> Callable:
     """The train step of a stage, not compiled; see `make_train_step`."""
-    return make_train_step(
+    step = make_train_step(
         model,
         plan.optimizer.tx,
         plan.is_trainable,
@@ -117,6 +117,7 @@ def stage_step(config: Config, model: Classifier, plan: StagePlan, loss: Loss) -
         ema_decay=config.train.ema_decay,
         image_dtype=image_dtype(config),
     )
+    return at_precision(step, config.train.precision)
 
 
 def compile_stage(config: Config, model: Classifier, plan: StagePlan, parallel: Parallel, loss: Loss) -> Callable:

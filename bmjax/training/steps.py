@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,27 @@ from bmjax.model.parameters import Path, Tree, merge_params, split_params
 from bmjax.runs.state import TrainState
 from bmjax.training.losses import Loss, cross_entropy
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
+
+
+# A name of the configuration -> jax's; "default" leaves jax's setting as it stands.
+_PRECISIONS = {"highest": "highest", "bfloat16_3x": "high"}
+
+
+def at_precision(function: Callable[P, R], precision: str) -> Callable[P, R]:
+    """The function, its float32 products and convolutions traced at `train.precision`, gradients included."""
+    if precision == "default":
+        return function
+
+    @functools.wraps(function)
+    def traced(*args: P.args, **kwargs: P.kwargs) -> R:
+        with jax.default_matmul_precision(_PRECISIONS[precision]):
+            return function(*args, **kwargs)
+
+    return traced
 
 
 def micro_batches(batch: Batch, accumulate: int) -> Batch:

@@ -12,6 +12,7 @@ def test_every_family_has_golden_outputs():
     assert {backbones.family_of(name).__name__ for name in NAMES} == families
 
 
+@pytest.mark.accelerator
 @pytest.mark.parametrize("name", NAMES)
 def test_weights_named_as_timm_names_them_give_its_outputs(name):
     ours, theirs = outputs(name)

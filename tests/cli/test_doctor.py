@@ -103,10 +103,66 @@ def test_what_gpus_bring(monkeypatch):
     found = {name: (level, text) for level, name, text in doctor._gpu()}
     assert "takes 0.75" in found["GPU memory"][1]
     assert found["GPU determinism"][0] == "WARN"
-    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_deterministic_ops=true")
+    assert found["GPU flags"][0] == ("WARN" if metadata.version("jaxlib") in environment.GPU_FLAGS_JAXLIB else "OK")
+    monkeypatch.setenv("XLA_FLAGS", " ".join((environment.DETERMINISTIC_FLAG, *environment.GPU_FLAGS)))
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     found = {name: (level, text) for level, name, text in doctor._gpu()}
-    assert found == {"GPU memory": ("OK", "taken as needed"), "GPU determinism": ("OK", "on")}
+    assert found["GPU memory"] == ("OK", "taken as needed")
+    assert found["GPU determinism"] == ("OK", "on")
+    assert found["GPU flags"][0] == "OK"
+
+
+def test_what_precision_comes_to(monkeypatch):
+    assert doctor._precision(jax, "cpu")[2] == "exact to float32"
+    assert "TF32, 10 bits" in doctor._precision(jax, "gpu")[2]
+    assert "--train.precision highest" in doctor._precision(jax, "tpu")[2]
+    monkeypatch.setenv("BMJAX_FORMS", "dense_remat")
+    assert level("BMJAX_FORMS") == "WARN"
+
+
+def test_what_is_needed_for_one_field_alone_is_no_failure(monkeypatch):
+    def version(name):
+        if name in ("wandb", "tensorflow-datasets"):
+            raise metadata.PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr(metadata, "requires", lambda name: ["wandb>=0.31", "tensorflow-datasets"])
+    monkeypatch.setattr(metadata, "version", version)
+    found = {name: (level, text) for level, name, text in doctor._packages()}
+    assert found["wandb"][0] == found["tensorflow-datasets"][0] == "WARN"
+    assert "needed only for tracking.wandb" in found["wandb"][1]
+
+
+PRINT_FLAGS = "import os, sys, bmjax; print(os.environ.get('XLA_FLAGS', ''), 'jax' in sys.modules)"
+
+
+def flags(code=PRINT_FLAGS, **given):
+    env = {k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "JAX_PLATFORMS", "BMJAX_DETERMINISTIC")}
+    done = subprocess.run([sys.executable, "-c", code], env=env | given, capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+def test_determinism_is_asked_for_before_jax_is_imported():
+    assert environment.DETERMINISTIC_FLAG not in flags()
+    assert flags(BMJAX_DETERMINISTIC="1")[-2:] == [environment.DETERMINISTIC_FLAG, "False"]
+    own = flags(BMJAX_DETERMINISTIC="1", XLA_FLAGS="--xla_gpu_deterministic_ops=false")
+    assert own[0] == "--xla_gpu_deterministic_ops=false"
+    assert environment.DETERMINISTIC_FLAG not in own
+    main = "import os; from bmjax.cli.main import main; main(['list', 'optimizers', '--deterministic']); "
+    assert environment.DETERMINISTIC_FLAG in flags(main + "print(os.environ['XLA_FLAGS'])")
+    with pytest.raises(ValueError, match="comes too late: jax is imported"):
+        environment.make_deterministic()
+
+
+def test_flags_for_gpus_are_set_only_where_one_is_expected(monkeypatch):
+    point = metadata.EntryPoint("xla_cuda13", "jax_plugins.xla_cuda13", "jax_plugins")
+    monkeypatch.setattr(metadata, "entry_points", lambda group: [point])
+    for asked, expected in (("", True), ("cpu", False), ("cuda,cpu", True), ("tpu", False)):
+        monkeypatch.setenv("JAX_PLATFORMS", asked)
+        assert environment.gpu_expected() is expected
+    monkeypatch.setattr(metadata, "entry_points", lambda group: [])
+    monkeypatch.setenv("JAX_PLATFORMS", "")
+    assert not environment.gpu_expected()
 
 
 def test_wandb(monkeypatch):

@@ -120,7 +120,14 @@ def test_image_files_pass_over_hidden_ones_and_take_what_is_named(tmp_path):
 def test_show_prints_layers_norms_and_cost_without_training(trained, capsys):
     assert main(["show", str(trained / "experiment.py"), "--train.batch_size", "8"]) == 0
     out = capsys.readouterr().out
-    for text in ('"batch_size": 8', "backbone/conv1", "batch-norm: backbone train", "GFLOP", "MB temporary"):
+    for text in (
+        '"batch_size": 8',
+        "backbone/conv1",
+        "batch-norm: backbone train",
+        "GFLOP",
+        "MB temporary",
+        "train.precision default, float32 on this cpu",
+    ):
         assert text in out
     assert "7 classes (rendered cells)" in out
 

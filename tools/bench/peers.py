@@ -9,12 +9,18 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-BLOCKS = {"densenet121": (6, 12, 24, 16), "densenet169": (6, 12, 32, 32), "densenet201": (6, 12, 48, 32)}
+BLOCKS: dict[str, tuple[int, ...]] = {
+    "densenet121": (6, 12, 24, 16),
+    "densenet169": (6, 12, 32, 32),
+    "densenet201": (6, 12, 48, 32),
+    "densenet_tiny": (1, 2, 2),  # for dry runs
+}
 HIDDEN, CLASSES = 256, 7
 
 
-def flax_densenet(name: str) -> Any:
-    """A Linen module: images [b, h, w, 3], float -> logits [b, 7]; `flax.linen`'s own layers throughout."""
+def flax_densenet(name: str, dtype: Any = None) -> Any:
+    """A Linen module: images [b, h, w, 3], float -> logits [b, 7]; `flax.linen`'s own layers throughout, computing in
+    `dtype` (None: the input's)."""
     import flax.linen as nn
     import jax
     import jax.numpy as jnp
@@ -22,9 +28,9 @@ def flax_densenet(name: str) -> Any:
     class DenseNet(nn.Module):
         @nn.compact
         def __call__(self, x: Any, train: bool, train_backbone: bool = True) -> Any:
-            norm = functools.partial(nn.BatchNorm, momentum=0.99, epsilon=1.001e-5)
+            norm = functools.partial(nn.BatchNorm, momentum=0.99, epsilon=1.001e-5, dtype=dtype)
             by_running = not (train and train_backbone)
-            conv = functools.partial(nn.Conv, use_bias=False)
+            conv = functools.partial(nn.Conv, use_bias=False, dtype=dtype)
             x = conv(64, (7, 7), (2, 2), padding=((3, 3), (3, 3)))(x)
             x = nn.max_pool(nn.relu(norm(by_running)(x)), (3, 3), (2, 2), padding=((1, 1), (1, 1)))  # pyright: ignore
             for number, layers in enumerate(BLOCKS[name]):
@@ -43,10 +49,10 @@ def flax_densenet(name: str) -> Any:
     return DenseNet()
 
 
-def flax_from_keras(base: Any) -> Any:
+def flax_from_keras(base: Any, dtype: Any = None) -> Any:
     """The Linen module of a functional Keras model without top, each layer as `flax.linen` has it, with the same head.
 
-    Images [b, h, w, 3] as `base` takes them -> logits [b, 7].
+    Images [b, h, w, 3] as `base` takes them -> logits [b, 7]; computes in `dtype` (None: the input's).
     """
     import flax.linen as nn
     import jax
@@ -57,15 +63,15 @@ def flax_from_keras(base: Any) -> Any:
         if kind == "ZeroPadding2D":
             return jnp.pad(x, ((0, 0), *layer.padding, (0, 0)))
         if kind in ("Conv2D", "DepthwiseConv2D", "SeparableConv2D"):
-            settings: dict[str, Any] = {"padding": config["padding"].upper(), "use_bias": False}
+            settings: dict[str, Any] = {"padding": config["padding"].upper(), "use_bias": False, "dtype": dtype}
             size, strides, c = config["kernel_size"], config["strides"], x.shape[-1]
             if kind == "Conv2D":
                 settings["use_bias"] = config["use_bias"]
                 return nn.Conv(layer.filters, size, strides, **settings)(x)
             x = nn.Conv(c, size, strides, feature_group_count=c, **settings)(x)
-            return x if kind == "DepthwiseConv2D" else nn.Conv(layer.filters, (1, 1), use_bias=False)(x)
+            return x if kind == "DepthwiseConv2D" else nn.Conv(layer.filters, (1, 1), use_bias=False, dtype=dtype)(x)
         if kind == "BatchNormalization":
-            return nn.BatchNorm(by_running, momentum=layer.momentum, epsilon=layer.epsilon)(x)
+            return nn.BatchNorm(by_running, momentum=layer.momentum, epsilon=layer.epsilon, dtype=dtype)(x)
         if kind in ("Activation", "ReLU"):
             names = {"relu": nn.relu, "swish": nn.silu, "silu": nn.silu, "sigmoid": nn.sigmoid}
             return nn.relu6(x) if getattr(layer, "max_value", None) else names[config.get("activation", "relu")](x)

@@ -3,11 +3,14 @@
     python tools/bench/roofline.py [--backbone densenet121] [--size 224] [--batch 16 32 256]
 
 The step is traced and not run: every convolution, product, reduction, pooling and concatenation counts its FLOPs and
-its operands' and result's bytes, once each; what is element by element is taken for fused with those. A kind's time is
-the larger of FLOPs / peak and bytes / bandwidth (Williams et al. 2009, "Roofline"), and kinds follow one another. That
-is a bound for a program of one operation after another. The kernels of bmjax/cpu/kernels sum and concatenate within the
-passes of the convolutions beside them; for these a second bound leaves both out. This machine's limits are measured; an
-H100's are its maker's, and the shares of them that a program is assumed to reach are ours.
+its operands' and result's bytes, once each. A norm's two sums read the map once on the way forward, and gradient and
+map once on the way back; normalising, with the ReLU after it, is a pass of its own, for XLA puts it into no
+convolution: map in and out forward; gradient and map in, gradient out on the way back. What else is element by element
+(sums of residuals, the optimizer) is taken for free, so the bounds are still too high. A kind's time is the larger of
+FLOPs / peak and bytes / bandwidth (Williams et al. 2009, "Roofline"), and kinds follow one another. That is a bound for
+a program of one operation after another. The kernels of bmjax/cpu/kernels sum, normalise and concatenate within the
+passes of the convolutions beside them; for these a second bound leaves these out. This machine's limits are measured;
+an H100's are its maker's, and the shares of them that a program is assumed to reach are ours.
 """
 
 from __future__ import annotations
@@ -51,11 +54,11 @@ class Device:
     bandwidth: float
     bytes_each: int = 4
     fuses: bool = False
-    """Whether sums of norms and concatenations cost nothing beside convolutions."""
+    """Whether norms and concatenations cost nothing beside convolutions."""
 
     def step_seconds(self, found: dict[str, Cost]) -> float:
         """The bound of a train step, by its cost by kind."""
-        free = ("norms' sums", "concatenation") if self.fuses else ()
+        free = ("norms' sums", "normalise", "concatenation") if self.fuses else ()
         return sum(cost.seconds(self) for kind, cost in found.items() if not kind.startswith(free))
 
 
@@ -110,11 +113,43 @@ def _describe(equation: Any) -> tuple[str, float] | None:
     size = max((math.prod(v.aval.shape) for v in equation.invars if hasattr(v, "aval")), default=0)
     if name.startswith(("reduce_window", "select_and")):
         return f"pooling, {way}", float(size)
-    if name == "reduce_sum" and len(equation.invars[0].aval.shape) == 4:
-        return f"norms' sums, {way}", 2.0 * size
     if name in ("concatenate", "split"):
         return f"concatenation, {way}", 0.0
     return None
+
+
+@dataclasses.dataclass
+class _Norms:
+    """What a norm's sums tell of its passes: on the way back, one is over the gradient, one over gradient * map."""
+
+    products: dict[Any, Any] = dataclasses.field(default_factory=dict)
+    sums: list[Any] = dataclasses.field(default_factory=list)
+
+    def see(self, equation: Any) -> None:
+        if equation.primitive.name == "mul":
+            self.products[equation.outvars[0]] = equation.invars[0]
+        if equation.primitive.name == "reduce_sum" and len(equation.invars[0].aval.shape) == 4:
+            self.sums.append(equation)
+
+    def add_to(self, found: dict[str, Cost]) -> None:
+        backward = [e for e in self.sums if "transpose" in str(e.source_info.name_stack)]
+        paired = {self.products[e.invars[0]] for e in backward if e.invars[0] in self.products}
+        for equation in self.sums:
+            operand = equation.invars[0]
+            size = math.prod(operand.aval.shape)
+            if equation not in backward:  # of two sums that read the map together
+                _add(found, "norms' sums, forward", 1, 2.0 * size, size / 2)
+            elif operand in self.products:  # with its partner: reads gradient and map
+                _add(found, "norms' sums, backward", 2, 3.0 * size, 2.0 * size)
+                _add(found, "normalise and ReLU, forward", 1, 3.0 * size, 2.0 * size)
+                _add(found, "normalise and ReLU, backward", 1, 5.0 * size, 3.0 * size)
+            elif operand not in paired:  # a bias's gradient
+                _add(found, "biases' sums, backward", 1, float(size), float(size))
+
+
+def _add(found: dict[str, Cost], kind: str, count: int, flops: float, numbers: float) -> None:
+    cost = found[kind]
+    cost.count, cost.flops, cost.numbers = cost.count + count, cost.flops + flops, cost.numbers + numbers
 
 
 def costs(backbone: str, size: int, batch: int) -> tuple[dict[str, Cost], int]:
@@ -132,13 +167,13 @@ def costs(backbone: str, size: int, batch: int) -> tuple[dict[str, Cost], int]:
 
         step = jax.make_jaxpr(jax.grad(loss))(variables["params"], variables["batch_stats"], images)
     found: dict[str, Cost] = defaultdict(Cost)
+    norms = _Norms()
     for equation in _equations(step.jaxpr):
+        norms.see(equation)
         if (described := _describe(equation)) is not None:
             kind, flops = described
-            cost = found[kind]
-            cost.count += 1
-            cost.flops += flops
-            cost.numbers += _numbers([*equation.invars, *equation.outvars])
+            _add(found, kind, 1, flops, _numbers([*equation.invars, *equation.outvars]))
+    norms.add_to(found)
     return dict(sorted(found.items(), key=lambda item: -item[1].flops)), count_parameters(variables["params"])
 
 

@@ -6,8 +6,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import tensorflow_datasets as tfds
-
 from bmjax.data.sources.listing import Listing
 from bmjax.data.sources.parts import _listing, _Part
 
@@ -26,6 +24,7 @@ def list_tfds(root: str | Path) -> Listing:
             f"config field 'data.root' is {str(root)!r}; expected the folder that `bmjax data build` names, "
             "with a dataset_info.json"
         )
+    import tensorflow_datasets as tfds  # here alone: it is slow to import, and no other source needs it
 
     builder: Any = tfds.builder_from_directory(str(root))
     features = builder.info.features
