@@ -1,7 +1,7 @@
 """All checks, in the order of their cost: `python tools/check.py`. Format, lint, types, tests.
 
-`--quick`: lint, types and the tests that see most for their time, in under three minutes on 2 cores with compiled programs
-in the cache: floors, configuration, contracts of small members, one training and one resume by each engine.
+`--quick`: lint, types and the tests that see most for their time: floors, configuration, contracts of small members,
+one training and one resume by each engine; under three minutes on 2 cores with compiled programs in the cache.
 `--accelerator`: only the tests marked so, on whatever devices jax finds (a GPU, a TPU, else CPUs); they need no more
 than what bmjax trains with. Further arguments go to pytest. Exits with the first failure.
 """

@@ -22,6 +22,11 @@ with Signals() as signals, signals.gently():
 """
 
 
+def send(number):
+    os.kill(os.getpid(), number)
+    time.sleep(1)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_within_a_long_call_the_process_ends_after_some_seconds(number):
     env = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -36,8 +41,7 @@ def test_within_a_long_call_the_process_ends_after_some_seconds(number):
 def test_it_interrupts_at_once_unless_asked_to_be_gentle():
     before = signal.getsignal(signal.SIGTERM)
     with Signals() as signals, pytest.raises(Interrupted) as caught:
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(1)
+        send(signal.SIGTERM)
     assert caught.value.code == 143
     assert signals.stop == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) is before
@@ -56,8 +60,7 @@ def test_a_second_interrupt_from_the_keyboard_is_obeyed_at_once():
         time.sleep(0.01)
         assert signals.stop == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)
+            send(signal.SIGINT)
 
 
 def test_nested_watches_hand_the_signals_back():
