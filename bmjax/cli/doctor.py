@@ -228,7 +228,7 @@ def _wandb() -> Finding:
     from bmjax.runs.tracking import why_offline
 
     if mode := os.environ.get("WANDB_MODE"):
-        return ("WARN", "W&B", f"WANDB_MODE={mode} is passed over; set the field tracking.wandb")
+        return ("OK", "W&B", f"WANDB_MODE={mode} decides where the field tracking.wandb is auto")
     why = why_offline()
     if why is None:
         return ("OK", "W&B", "there is a key, and the server answers")

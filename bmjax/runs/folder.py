@@ -6,10 +6,14 @@ predictions_<split>.npz  results.json  openings.jsonl (each opening of the test 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import json
+import os
+import platform
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -177,6 +181,39 @@ def record_split(run_dir: Path, dataset: Dataset, splits: Splits) -> None:
     if jax.process_index() == 0 and not (run_dir / "dataset.json").exists():
         write_split(run_dir / "split.csv", dataset, splits)
         write_text(run_dir / "dataset.json", json.dumps(dataset_summary(dataset, splits), indent=2))
+
+
+@contextlib.contextmanager
+def owned(run_dir: Path) -> Iterator[None]:
+    """Makes the folder this process's for as long as it is inside; the lock goes with the process, however that ends.
+
+    Raises:
+      BlockingIOError: another process holds it; names its host and process.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        yield
+        return
+    path = run_dir / "lock"
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            raise BlockingIOError(
+                f"{run_dir} is being trained by another process ({owner}); expected one at a time: wait, or give "
+                "another --run_dir"
+            ) from e
+        file.truncate(0)
+        file.write(f"host {platform.node()}, process {os.getpid()}\n")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def load_run(run_dir: str | Path, which: Which = "best", *, devices: int | None = None) -> Run:

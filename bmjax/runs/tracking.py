@@ -99,6 +99,10 @@ class JsonlTracker(NoTracker):
         self._file.close()
 
 
+INIT_SECONDS = 20.0
+"""How long W&B's server may take to answer at the start."""
+
+
 def new_run_id() -> str:
     """An id for a run, made before its first step and kept in its checkpoints."""
     return uuid.uuid4().hex[:12]
@@ -152,7 +156,7 @@ class WandbTracker:
 
         self._wandb, self._last = wandb, dict(last or {})
 
-        def start(mode: str) -> Any:
+        def start(mode: str, run_id: str = run_id) -> Any:
             return wandb.init(
                 project=config.project,
                 group=config.group or None,
@@ -165,22 +169,24 @@ class WandbTracker:
                 config=run_config,
                 mode=mode,  # type: ignore[arg-type]
                 # Other runs may be open: `bmjax compare` trains several at once.
-                settings=wandb.Settings(silent=True, reinit="create_new"),
+                settings=wandb.Settings(silent=True, reinit="create_new", init_timeout=INIT_SECONDS),
             )
 
-        mode, why = config.wandb, None
-        if mode == "auto":
+        mode, why, started = config.wandb, None, None
+        if mode == "auto" and (asked := os.environ.get("WANDB_MODE")):
+            mode = {"dryrun": "offline", "run": "online"}.get(asked, asked)  # the user's environment decides
+        elif mode == "auto":
             mode, why = "online", why_offline()
             if why is None:
                 try:
-                    self._run = start("online")
-                except wandb.Error as e:  # a key that is refused, or a server that takes the connection and no more
-                    why = str(e)
+                    started = start("online")
+                except (wandb.Error, OSError) as e:  # a key that is refused, a server that does not answer
+                    why = f"{type(e).__name__}: {e}"
+                    run_id = f"{run_id}-offline"  # this process can't start the failed one's id again
         if why is not None:
             log.warning("W&B: %s, so the run is logged offline", why)
             mode = "offline"
-        if config.wandb != "auto" or why is not None:
-            self._run = start(mode)
+        self._run = started or start(mode, run_id)
         self._run.define_metric("global_step")
         self._run.define_metric("*", step_metric="global_step")
         self._offline = str(self._run.dir).removesuffix("/files") if mode == "offline" else None

@@ -82,6 +82,7 @@ def train(
 
     Raises:
       FileExistsError: `run_dir` holds a run and `resume` is not set.
+      BlockingIOError: another process trains in the folder.
       ValueError, FileNotFoundError: a field is wrong, or the run to resume has another configuration or other data.
       FloatingPointError: the loss is not finite; names the step and the images of the batch.
     """
@@ -120,7 +121,8 @@ def train_run(
             return Result(run_dir, found, next(iter(found.values()))["step"], (plan.dataset, plan.splits))
         with watched.gently():
             one = _One(resume, callbacks, watched, files, quiet=signals is not None)
-            return _train(config, run_dir, plan, one)
+            with folder.owned(run_dir) if jax.process_index() == 0 else contextlib.nullcontext():
+                return _train(config, run_dir, plan, one)
 
 
 def complete(config: Config, data: Dataset | None = None) -> Config:

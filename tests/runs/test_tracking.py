@@ -1,11 +1,15 @@
 """The JSONL record under kills and rewinds, and W&B without a network."""
 
+import contextlib
 import io
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -118,7 +122,8 @@ def test_every_tracker_takes_every_call(tmp_path):
 
 @pytest.fixture
 def no_key(monkeypatch, tmp_path):
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     for name in ("DATA", "CACHE", "CONFIG"):  # else W&B writes into the user's home
         monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / name.lower()))
@@ -224,3 +229,49 @@ def test_wandb_with_a_key_the_server_refuses_goes_offline(no_key, tmp_path, monk
 def test_importing_the_module_does_not_import_wandb():
     code = "import sys, bmjax.runs.tracking; sys.exit('wandb' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False, env=os.environ).returncode == 0
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A server that takes connections and never answers; counts them."""
+    connections = []
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(50)
+
+        def accept():
+            with contextlib.suppress(OSError):
+                while True:
+                    connections.append(listening.accept()[0])
+
+        thread = threading.Thread(target=accept, daemon=True)
+        thread.start()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{listening.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        yield connections
+        listening.shutdown(socket.SHUT_RDWR)
+    thread.join(5)
+    for connection in connections:
+        connection.close()
+
+
+def test_the_users_environment_decides_and_nothing_goes_out(no_key, server, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    tracker = make_tracker(TrackingConfig(wandb="auto"), tmp_path, new_run_id(), {"name": "r"})
+    tracker.log(1, {"loss": 1.0}, kind="train")
+    tracker.close()
+    assert list((tmp_path / "wandb").glob("offline-run-*"))
+    assert server == []
+
+
+def test_a_server_that_never_answers_costs_seconds_and_not_the_run(no_key, server, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(tracking, "INIT_SECONDS", 3.0)
+    began = time.monotonic()
+    with caplog.at_level(logging.WARNING):
+        tracker = make_tracker(TrackingConfig(wandb="auto"), tmp_path, new_run_id(), {"name": "r"})
+    tracker.log(1, {"loss": 1.0}, kind="train")
+    tracker.close()
+    assert time.monotonic() - began < 30
+    assert "so the run is logged offline" in caplog.text
+    assert lines(tmp_path / "metrics.jsonl")[0]["loss"] == 1.0
+    assert list((tmp_path / "wandb").glob("offline-run-*"))
