@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bmjax.cli.output import add_trust
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -35,6 +37,7 @@ def add_parser(verbs: Any) -> None:
     p.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint")
     p.add_argument("--seed", type=int, default=0, help="of the random maps and networks (default: %(default)s)")
     p.add_argument("--no-scores", dest="scores", action="store_false", help="leave out the tests; quicker")
+    add_trust(p)
     p.add_argument("--data.root", dest="data_root", metavar="FOLDER", help="where the run's data are now")
     p.add_argument("--out", help="folder of the picture and the scores; by default the run's")
 
@@ -55,7 +58,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from bmjax.files import write_text
     from bmjax.runs.folder import load_run
 
-    found = load_run(options.run_dir, options.which)
+    found = load_run(options.run_dir, options.which, trust=options.trust)
     explainer = Explainer(found.model, options.stage)
     images, labels, ids = _files(found, options.images) if options.images else _cells(found, options)
     probs = explainer.probabilities(found.variables, images)

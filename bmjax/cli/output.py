@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from typing import Any
+
+
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """Adds the option that lets a run from elsewhere run its own code."""
+    parser.add_argument("--trust", action="store_true", help="run the code that a run from elsewhere names")
 
 
 def metrics_line(split: str, m: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bmjax.cli.output import metrics_line, print_confusion
+from bmjax.cli.output import add_trust, metrics_line, print_confusion
 from bmjax.cli.weights import predict_imagenet
 
 # As many decoded images at once: at 224 pixels 300 MB.
@@ -23,6 +23,7 @@ def add_parser(verbs: Any) -> None:
     p.add_argument("--split", choices=("train", "val", "test"), default="val")
     p.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint")
     p.add_argument("--data.root", dest="data_root", metavar="FOLDER", help="where the run's data are now")
+    add_trust(p)
     p.set_defaults(run=evaluate)
     p = verbs.add_parser("predict", help="classify image files or folders")
     p.add_argument("run_dir", metavar="run", nargs="?", help="folder of a run; left out with --weights")
@@ -34,6 +35,7 @@ def add_parser(verbs: Any) -> None:
     p.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint")
     p.add_argument("--batch-size", type=int, help="images at once; by default the run's train.eval_batch_size")
     p.add_argument("--strict", action="store_true", help="exit with 1 if a file can't be read")
+    add_trust(p)
     p.set_defaults(run=predict)
 
 
@@ -43,7 +45,7 @@ def evaluate(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from bmjax.runs.folder import load_run
     from bmjax.training.predict import Predictor, data_of, evaluate_run
 
-    run = load_run(options.run_dir, options.which)
+    run = load_run(options.run_dir, options.which, trust=options.trust)
     dataset, splits = data_of(run, options.data_root)
     m = evaluate_run(run, options.split, options.which, Predictor(run.config, run.model), dataset, splits)
     print(
@@ -82,7 +84,7 @@ def predict(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from bmjax.runs.folder import load_run
     from bmjax.training.predict import Predictor, predict_probs
 
-    run = load_run(options.run_dir, options.which)
+    run = load_run(options.run_dir, options.which, trust=options.trust)
     # No more padding than there are images, for the few that one looks at by hand.
     batch = min(options.batch_size or run.config.train.eval_batch_size, len(paths))
     setting = dataclasses.replace(run.config.train, eval_batch_size=batch)

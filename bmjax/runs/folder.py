@@ -30,7 +30,7 @@ from bmjax.model.classifier import Classifier
 from bmjax.model.create import create, init, resolve
 from bmjax.model.parameters import Tree
 from bmjax.runs.checkpoint import Checkpoints
-from bmjax.runs.identity import as_recorded, located
+from bmjax.runs.identity import as_recorded, check_trust, located
 
 Which = Literal["best", "last"]
 
@@ -216,19 +216,24 @@ def owned(run_dir: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def load_run(run_dir: str | Path, which: Which = "best", *, devices: int | None = None) -> Run:
+def load_run(run_dir: str | Path, which: Which = "best", *, devices: int | None = None, trust: bool = False) -> Run:
     """Reads a classifier from a run's folder, for any number of devices: all, or `devices` of them.
+
+    A run that uses code of its own (an attention file, say) and was trained elsewhere is read only with `trust`.
 
     Parts of one's own that changed since are taken from the run's copies (code/); that is said.
 
     Raises:
       FileNotFoundError: the folder holds no run, or no checkpoint of that kind yet.
+      PermissionError: the run names code, this user did not train it, and `trust` is not set.
       ValueError: a file of the folder is damaged; names it.
     """
     run_dir = Path(run_dir)
     config = read_config(run_dir)
     if not (run_dir / "dataset.json").is_file():
         raise FileNotFoundError(f"{run_dir / 'dataset.json'} is not there; expected the folder of a run")
+    if not trust:
+        check_trust(config, run_dir)
     config = as_recorded(located(config, run_dir), run_dir)
     # The number of devices is the training machine's, not the run's.
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, devices=devices))

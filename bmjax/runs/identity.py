@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import hashlib
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ from typing import Any
 import jax
 
 from bmjax.config.base import Config
+from bmjax.environment import cache_folder
 from bmjax.files import checksum, read_json, write_text
 from bmjax.layers.dispatch import described
 from bmjax.registry import file_and_attribute, is_own, source_file
@@ -138,7 +140,40 @@ def record(run_dir: Path, run_id: str, config: Config, further: Iterable[Path] =
         "sessions": [*old.get("sessions", []), session()],
     }
     write_text(run_dir / "environment.json", json.dumps(found, indent=2))
+    _vouch(found)
     return found["run_id"]
+
+
+def _vouchers() -> Path:
+    return cache_folder() / "own_runs"
+
+
+def _voucher(environment: dict[str, Any]) -> str:
+    """What tells a run and the code it uses from any other."""
+    parts = {name: entry["sha256"] for name, entry in environment.get("files", {}).items()}
+    return hashlib.sha256(json.dumps([environment.get("run_id"), parts], sort_keys=True).encode()).hexdigest()
+
+
+def _vouch(environment: dict[str, Any]) -> None:
+    """Notes in this user's cache that the run is the user's own."""
+    folder = _vouchers()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    (folder / _voucher(environment)).touch(mode=0o600)
+
+
+def check_trust(config: Config, run_dir: Path) -> None:
+    """Refuses a run that names code, unless this user made it: a folder from elsewhere must not run what it likes.
+
+    Raises:
+      PermissionError: it names parts of one's own, and this user did not train it here.
+    """
+    names = [name for name in part_names(config) if not name.startswith("optax:")]
+    voucher = _vouchers() / _voucher(read_environment(run_dir))
+    if names and not (voucher.is_file() and (not hasattr(os, "getuid") or voucher.stat().st_uid == os.getuid())):
+        raise PermissionError(
+            f"{run_dir} runs code of its own ({', '.join(names)}), and you did not train it here; expected --trust "
+            "(from Python: trust=True), once you have read that code"
+        )
 
 
 def as_recorded(config: Config, run_dir: Path) -> Config:

@@ -111,17 +111,19 @@ def evaluate(
     data: tuple[Dataset, Splits] | None = None,
     data_root: str | None = None,
     devices: int | None = None,
+    trust: bool = False,
 ) -> dict[str, Any]:
     """Metrics of a split by a run's checkpoint; writes predictions_<split>.npz and results.json.
 
-    On all devices there are, or so many of them, whatever the run was trained on. `data_root`: where the run's data
-    are now; their contents are held to the run's record. Each opening of the test split is recorded in openings.jsonl.
+    On all devices there are, or so many of them, whatever the run was trained on; `trust` as in `load_run`.
+    `data_root`: where the run's data are now; their contents are held to the run's record. Each opening of the test
+    split is recorded in openings.jsonl.
 
     Raises:
       FileNotFoundError: the folder holds no run or no checkpoint.
       ValueError: the data are not those the run began with.
     """
-    run = load_run(run_dir, which, devices=devices)
+    run = load_run(run_dir, which, devices=devices, trust=trust)
     dataset, splits = data or data_of(run, data_root)
     return evaluate_run(run, split, which, Predictor(run.config, run.model), dataset, splits)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import bmjax
+from bmjax.cli.main import main
 from bmjax.files import checksum
 from bmjax.runs.folder import read_config
 from bmjax.runs.identity import part_names, read_environment
@@ -125,6 +126,21 @@ def test_a_run_is_read_from_any_folder_on_any_number_of_devices(tiny_config, tmp
         assert again["loss"] == pytest.approx(expected["loss"], abs=1e-5)
     shutil.move(tmp_path / "cells", tmp_path / "moved")
     assert bmjax.evaluate(result.run_dir, "val", data_root=str(tmp_path / "moved"))["n"] == expected["n"]
+
+
+def test_code_of_a_run_from_elsewhere_runs_only_when_trusted(trained, tmp_path, monkeypatch):
+    result, variant = trained
+    marker = tmp_path / "ran"
+    monkeypatch.setenv("BMJAX_CACHE", str(tmp_path / "another_user"))
+    variant.write_text(f"open({str(marker)!r}, 'w').close()\n" + VARIANT.format(factor=0.5))
+    with pytest.raises(PermissionError, match=r"runs code of its own \(.*half\.py\).*expected --trust"):
+        bmjax.load_run(result.run_dir)
+    with pytest.raises(PermissionError):
+        bmjax.evaluate(result.run_dir)
+    assert main(["predict", str(result.run_dir), str(tmp_path), "--out", str(tmp_path / "x.csv")]) == 2
+    assert not marker.exists()
+    assert bmjax.load_run(result.run_dir, trust=True).step > 0
+    assert not marker.exists(), "the changed file is not run either: the run has its own copy"
 
 
 def test_every_kind_of_part_is_recorded():
