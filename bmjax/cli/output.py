@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from bmjax.files import printable
+
 
 def metrics_line(split: str, m: dict[str, Any]) -> str:
     """n, accuracy and macro F1 of a split, with their intervals."""
@@ -15,6 +17,7 @@ def metrics_line(split: str, m: dict[str, Any]) -> str:
 
 def print_confusion(confusion: list[list[int]], classes: Sequence[str]) -> None:
     """The confusion matrix as text, rows the true class."""
+    classes = [printable(c) for c in classes]
     width = max(5, *(len(c) + 1 for c in classes))
     print("".rjust(width) + "".join(c.rjust(width) for c in classes) + "   (rows: true, columns: predicted)")
     for name, row in zip(classes, confusion, strict=True):
