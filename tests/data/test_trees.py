@@ -139,6 +139,19 @@ def test_links_are_followed_once_and_broken_ones_are_named(tmp_path, caplog):
     assert "A/above, A/more/deep/back, A/up, B/more" in caplog.text
 
 
+def test_two_classes_that_are_links_to_one_folder_are_refused(tmp_path, caplog):
+    root = write(tmp_path / "r", "A/0.png", "B/0.png")
+    (root / "alias").symlink_to("A")
+    (root / "loop").symlink_to(".")
+    assert list_folder(root).ids == ("A/0.png", "B/0.png")
+    assert "2 links lead to a folder that is read already and are passed over: alias, loop" in caplog.text
+    write(tmp_path / "more", "0.png")
+    (root / "C").symlink_to(tmp_path / "more")
+    (root / "D").symlink_to(tmp_path / "more")
+    with pytest.raises(ValueError, match=r"r: D leads to .*more, which is read already by another link"):
+        list_folder(root)
+
+
 def test_names_that_are_not_utf8_work_to_the_split_and_back(tmp_path):
     names = [f"{c}/{i}\udce4.png" for c in ("\udce9", "B") for i in range(12)]
     root = write(tmp_path / "r", *names)

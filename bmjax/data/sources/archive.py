@@ -59,7 +59,7 @@ def list_archive(path: str | Path) -> Listing:
     ids = [images[0][:cut] + inside for inside in layout.ids]
     counts = collections.Counter(reason for reason in reasons.values() if reason)
     seen = Seen(len(members), len(ids), outside=len(images) - len(ids), **counts)
-    log.info("%s: %s, in %d classes", path, seen, len(layout.classes))
+    log.info("%s: %d classes; %s", path, len(layout.classes), seen)
     reads = [members[name] for name in ids]
     labels = np.array(layout.labels, np.int32)
     return Listing(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -63,7 +64,8 @@ def list_folder(root: str | Path) -> Listing:
 
     Raises:
       FileNotFoundError: no such folder.
-      ValueError: fewer than two classes, a class without any image, or classes beside sides of a split; names them.
+      ValueError: fewer than two classes, a class without any image, classes beside sides of a split, or two
+        that are links to one folder; names them.
     """
     if not str(root) or not Path(root).is_dir():
         raise FileNotFoundError(
@@ -71,8 +73,17 @@ def list_folder(root: str | Path) -> Listing:
         )
     tree = walk(str(root))
     _warn_of_links(root, tree)
+    above = f"{os.path.realpath(root)}{os.sep}"
+    for name in sorted(name for name in tree.again if "/" not in name):
+        target = os.path.realpath(os.path.join(root, name))
+        # A link to another class's folder is that class under a second name, and one upwards is a loop.
+        if not above.startswith(f"{target.rstrip(os.sep)}{os.sep}") and not target.startswith(above):
+            raise ValueError(
+                f"{printable(root)}: {printable(name)} leads to {printable(target)}, which is read already by another "
+                "link; expected a folder for each class"
+            )
     images = sorted(tree.images, key=lambda path: (path.split("/")[0], path))
     layout = arrange(str(root), images, tree.folders)
     seen = tree.seen(len(layout.ids))
-    log.info("%s: %s, in %d classes", root, seen, len(layout.classes))
+    log.info("%s: %d classes; %s", root, len(layout.classes), seen)
     return _listing_of_files(Path(root), layout.classes, layout.ids, layout.labels, (), layout.sides, seen)
