@@ -6,12 +6,29 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_CONTROL_IN_LINES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def _escaped(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8, as `os.fsdecode` keeps it
+        return f"\\x{code - 0xDC00:02x}"
+    return {"\n": "\\n", "\r": "\\r", "\t": "\\t"}.get(found[0], f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}")
+
+
+def printable(text: object, *, lines: bool = False) -> str:
+    r"""Text that any output takes: bytes of a file's name that are not UTF-8 become \xNN, and so do control characters;
+    with `lines` ends of lines and tabs stay. For people: a record that is read again keeps the name itself."""
+    return (_CONTROL_IN_LINES if lines else _CONTROL).sub(_escaped, str(text))
 
 
 def write_text(path: Path, text: str, errors: str = "strict") -> None:

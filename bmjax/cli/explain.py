@@ -54,8 +54,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
     from bmjax.analysis.explain.faithfulness import GRID, RULE, STEPS, score_maps
     from bmjax.analysis.explain.maps import Explainer
-    from bmjax.analysis.report.figures import RATE, RIGHT, WRONG, explanations
-    from bmjax.files import write_text
+    from bmjax.analysis.report.figures import RATE, RIGHT, WRONG, explanations, save
+    from bmjax.files import printable, write_text
     from bmjax.runs.folder import load_run
 
     found = load_run(options.run_dir, options.which, trust=options.trust)
@@ -72,16 +72,16 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
     texts = []
     for i, top in enumerate(predicted):
-        taken = f"{found.classes[top]} {probs[i, top]:.2f}"
+        taken = f"{printable(found.classes[top])} {probs[i, top]:.2f}"
         if labels is None:
             texts.append((taken, RATE))
         else:
             right = top == labels[i]
-            true = found.classes[labels[i]]
+            true = printable(found.classes[labels[i]])
             texts.append((taken if right else f"{true}, taken for\n{taken}", RIGHT if right else WRONG))
     titles = [name + (f"\n{_verdict(scores[name])}" if scores else "") for name in maps]
     name = f"explain_{'images' if options.images else f'{options.split}_{options.cells}'}"
-    explanations(images, texts, maps, titles).savefig(out / f"{name}.png", dpi=120)
+    save(explanations(images, texts, maps, titles), out / f"{name}.png", dpi=120)
     record = {
         "run": str(found.run_dir),
         "step": found.step,

@@ -6,6 +6,7 @@ Exit status: 0 done; 1 a check or a claim failed; 2 wrong input, one line on sta
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import sys
@@ -56,6 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if getattr(options, "deterministic", False):
         environment.make_deterministic()
     verbose = getattr(options, "verbose", False) or bool(os.environ.get("BMJAX_DEBUG"))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files need be neither UTF-8 nor in the terminal's letters
+            stream.reconfigure(errors="backslashreplace")
     with Signals():
         try:
             if asked:

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from bmjax.files import printable
+
 
 def add_trust(parser: argparse.ArgumentParser) -> None:
     """Adds the option that lets a run from elsewhere run its own code."""
@@ -21,6 +23,7 @@ def metrics_line(split: str, m: dict[str, Any]) -> str:
 
 def print_confusion(confusion: list[list[int]], classes: Sequence[str]) -> None:
     """The confusion matrix as text, rows the true class."""
+    classes = [printable(c) for c in classes]
     width = max(5, *(len(c) + 1 for c in classes))
     print("".rjust(width) + "".join(c.rjust(width) for c in classes) + "   (rows: true, columns: predicted)")
     for name, row in zip(classes, confusion, strict=True):

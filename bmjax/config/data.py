@@ -52,7 +52,8 @@ class DataConfig:
     """What to normalise to, 6 numbers for `reinhard` or 8 for `macenko`, as `bmjax data stain FOLDER` prints them;
     empty: those of the marrow collection."""
     strict: bool = False
-    """An unreadable image is an error instead of a line in the summary."""
+    """An unreadable image is an error instead of a line in the summary, and so is a given split that tears copies
+    apart."""
     cache_dir: str = ""
     """Folder of the decoded-image cache; empty: the user's cache folder (BMJAX_CACHE or ~/.cache/bmjax)."""
     synthetic_per_class: int = 100

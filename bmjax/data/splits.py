@@ -22,7 +22,7 @@ import numpy as np
 from bmjax.config.data import DataConfig
 from bmjax.data.dataset import Dataset
 from bmjax.data.groups import connected
-from bmjax.data.sources.table import read_columns
+from bmjax.data.sources.columns import read_columns
 from bmjax.files import write_text
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class _Units:
 
 def draw(key: str, seed: int) -> float:
     """A number in 0..1, 1 excluded, by a hash of seed and key alone."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8], "big") / 2**64
+    return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode(errors="surrogatepass")).digest()[:8], "big") / 2**64
 
 
 def side_of(key: str, seed: int, shares: tuple[float, float, float]) -> int:
@@ -139,21 +139,28 @@ def _units(dataset: Dataset, config: DataConfig) -> _Units:
     # The least key: it changes only when a new image joins the unit, and says nothing of the number drawn from it.
     least: dict[int, str] = {}
     given = np.full(int(of_row.max(initial=-1)) + 1, _FREE)
-    torn = []
+    torn: list[int] = []
+    first: dict[int, int] = {}  # of each unit, a row with the unit's side
     for row, (unit, key, side) in enumerate(zip(of_row.tolist(), keys, given_rows.tolist(), strict=True)):
         least[unit] = min(key, least.get(unit, key))
         if given[unit] == _FREE:
             given[unit] = side
+            first[unit] = row
         elif side not in (_FREE, given[unit]):
             torn.append(row)
     if torn:
-        log.warning(
-            "%s: %d images stand on another side than their copies, near duplicates or group in the split that is "
-            "given, the first %r; figures on such a split are too good",
-            dataset.name,
-            len(torn),
-            dataset.ids[torn[0]],
+        named = [
+            f"{dataset.ids[row]!r} in {NAMES[given_rows[row]]} and {dataset.ids[other]!r} in {NAMES[given_rows[other]]}"
+            for row in torn[:5]
+            for other in (first[of_row[row]],)
+        ]
+        message = (
+            f"{dataset.name}: {len(torn)} images stand on another side than their copies, near duplicates or group in "
+            f"the split that is given: {'; '.join(named)}{'; ...' if len(torn) > 5 else ''}"
         )
+        if config.strict:
+            raise ValueError(f"{message}; expected what belongs together on one side, since data.strict is set")
+        log.warning("%s; figures on such a split are too good", message)
     return _Units(of_row, [least[unit] for unit in range(len(given))], given, given_rows)
 
 
@@ -226,7 +233,7 @@ def split_dataset(dataset: Dataset, config: DataConfig) -> Splits:
     Raises:
       FileNotFoundError: the manifest or the list of duplicates is not there.
       ValueError: a class has no image in one of the splits; a group or a file number is missing; a manifest or a list
-        of duplicates is of other data.
+        of duplicates is of other data; with `config.strict`, a split that is given tears apart what belongs together.
     """
     units = _units(dataset, config)
     side = _assign(dataset, units, config)

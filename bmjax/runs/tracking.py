@@ -20,8 +20,18 @@ from typing import Any, Protocol
 import numpy as np
 
 from bmjax.config.training import TrackingConfig
+from bmjax.files import printable
 
 log = logging.getLogger(__name__)
+
+
+def _shown(value: Any) -> Any:
+    """A value whose text W&B can send: names of files need not be UTF-8."""
+    if isinstance(value, dict):
+        return {_shown(key): _shown(v) for key, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_shown(v) for v in value]
+    return printable(value, lines=True) if isinstance(value, str) else value
 
 
 class Tracker(Protocol):
@@ -161,12 +171,12 @@ class WandbTracker:
                 project=config.project,
                 group=config.group or None,
                 tags=list(config.tags) or None,
-                name=run_config.get("name"),
+                name=_shown(run_config.get("name")),
                 id=run_id,
                 # Offline too: `wandb sync` then appends a resumed run's folders in the order of their start.
                 resume="allow",
                 dir=str(run_dir),
-                config=run_config,
+                config=_shown(run_config),
                 mode=mode,  # type: ignore[arg-type]
                 # Other runs may be open: `bmjax compare` trains several at once.
                 settings=wandb.Settings(silent=True, reinit="create_new", init_timeout=INIT_SECONDS),
@@ -199,11 +209,11 @@ class WandbTracker:
         self._run.log({"global_step": step} | {f"{kind}/{name}": value for name, value in metrics.items()})
 
     def summary(self, metrics: dict[str, Any]) -> None:
-        self._run.summary.update(metrics)
+        self._run.summary.update(_shown(metrics))
 
     def confusion(self, labels: np.ndarray, predictions: np.ndarray, classes: Sequence[str]) -> None:
         plot = self._wandb.plot.confusion_matrix(
-            y_true=labels.tolist(), preds=predictions.tolist(), class_names=list(classes)
+            y_true=labels.tolist(), preds=predictions.tolist(), class_names=_shown(classes)
         )
         self._run.log({"confusion": plot})
 
@@ -211,7 +221,8 @@ class WandbTracker:
         self, images: np.ndarray, labels: np.ndarray, probs: np.ndarray, ids: Sequence[str], classes: Sequence[str]
     ) -> None:
         table = self._wandb.Table(columns=["id", "cell", "true", "predicted", "probability"])
-        for image, label, p, name in zip(images, labels, probs, ids, strict=True):
+        classes = _shown(classes)
+        for image, label, p, name in zip(images, labels, probs, _shown(ids), strict=True):
             top = int(p.argmax())
             table.add_data(name, self._wandb.Image(image), classes[label], classes[top], float(p[top]))
         self._run.log({"mispredicted": table})

@@ -247,6 +247,12 @@ def test_a_source_may_bring_its_split_and_leave_some_open(caplog):
     kept = sides(torn, DataConfig())
     assert (kept[torn.ids[0]], kept[torn.ids[2]]) == ("train", "test")
     assert "1 images stand on another side than their copies" in caplog.text
+    assert f"{torn.ids[2]!r} in test and {torn.ids[0]!r} in train; figures" in caplog.text
+    with pytest.raises(ValueError, match=r"1 images stand on another side.*data\.strict is set"):
+        split_dataset(torn, DataConfig(strict=True))
+    many = dataclasses.replace(dataset, sides=given, hashes=("same",) * 20 + dataset.hashes[20:])
+    with pytest.raises(ValueError, match=r"8 images stand on (?:[^;]*; ){5}\.\.\.; expected"):
+        split_dataset(many, DataConfig(strict=True))
 
 
 def test_a_split_without_validation_is_named():

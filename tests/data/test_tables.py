@@ -1,11 +1,16 @@
 """Tables of images and what other libraries left on disk: read with split and group, errors that name the row."""
 
 import csv
+import io
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from bmjax.config import DataConfig
@@ -198,3 +203,144 @@ def test_without_the_library_the_error_says_what_to_install(tmp_path, monkeypatc
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(ValueError, match=r"needs the library datasets; .*pip install 'bmjax\[huggingface\]'"):
         list_source(DataConfig(source="huggingface", root=str(tmp_path)))
+
+
+def test_labels_that_are_missing_are_refused_by_row_and_column(folder):
+    for label in ("nan", "NaN", "NA", "N/A", "null", "NULL", "<NA>"):
+        rows = [(path, label if path == "b/1.png" else name) for path, name, *_ in ROWS]
+        with pytest.raises(ValueError, match=rf"row 8, column label: '{label}' is how .* missing.*'class {label}'"):
+            list_table(write(folder / "t.csv", rows, ("path", "label")))
+    for values in ([0.0] * 6 + [float("nan")] * 6, ["BLA"] * 6 + [None] * 6, [0] * 6 + [None] * 6):
+        table = pa.table({"path": [row[0] for row in ROWS], "label": values})
+        pa.parquet.write_table(table, folder / "t.parquet")
+        with pytest.raises(ValueError, match=r"row 7 has path 'b/0\.png' and label ''; expected both"):
+            list_table(folder / "t.parquet")
+    rows = [(path, "none" if name == "BLA" else "Nana", "NA", "NaN") for path, name, *_ in ROWS]
+    listing = list_table(write(folder / "t.csv", rows))
+    assert (listing.classes, listing.groups, listing.sides) == (("Nana", "none"), (), ()), "missing is no group or side"
+
+
+@pytest.mark.parametrize("header", ["path,label,label", "path,label,Label ", " PATH,label,path"])
+def test_two_columns_of_one_name_are_refused(folder, header):
+    (folder / "t.csv").write_text(f"{header}\na/0.png,BLA,NGS\nb/0.png,NGS,BLA\n")
+    with pytest.raises(ValueError, match=r"columns \d \(.*\) and 3 \(.*\) are both called (label|path); expected one"):
+        list_table(folder / "t.csv")
+    (folder / "t.csv").write_text("Path , LABEL,other,other\na/0.png,BLA,1,2\nb/0.png,NGS,1,2\n")
+    assert list_table(folder / "t.csv").classes == ("BLA", "NGS")
+
+
+@pytest.mark.parametrize("other", ["./a/0.png", "a//0.png", "a/./0.png", "a/../a/0.png", "a\\0.png", ".\\a\\0.png"])
+@pytest.mark.parametrize("label", ["BLA", "NGS"])
+def test_one_file_under_two_spellings_is_refused_by_rows(folder, other, label):
+    rows = [*(row[:2] for row in ROWS), (other, label)]
+    with pytest.raises(ValueError, match=rf"'a/0\.png' stands in 2 rows; .*row 1 says .* 'BLA', row 13 .* '{label}'"):
+        list_table(write(folder / "t.csv", rows, ("path", "label")))
+    rows[-1] = (str(folder / "a/0.png"), label)
+    with pytest.raises(ValueError, match=r"stands in 2 rows"):
+        list_table(write(folder / "t.csv", rows, ("path", "label")))
+
+
+def test_labels_that_are_numbers_are_sorted_as_numbers(folder):
+    paths = [row[0] for row in ROWS]
+    for values in ([1.0, 2.0, 10.0] * 4, [1, 2, 10] * 4, ["1.0", "2.0", "10."] * 4, ["2", "1", "10"] * 4):
+        write(folder / "t.csv", list(zip(paths, values, strict=True)), ("path", "label"))
+        pa.parquet.write_table(pa.table({"path": paths, "label": values}), folder / "t.parquet")
+        for suffix in ("csv", "parquet"):
+            listing = list_table(folder / f"t.{suffix}")
+            assert listing.classes == ("1", "2", "10")
+            assert [listing.classes[i] for i in listing.labels] == [str(v).split(".")[0] for v in values]
+    for values, classes in (
+        ([-1, 0, 3] * 4, ("-1", "0", "3")),
+        ([0.5, 1.5, 10.5] * 4, ("0.5", "1.5", "10.5")),
+        ([True, False] * 6, ("False", "True")),
+        (["TRUE", "false"] * 6, ("False", "True")),
+        (["1.0", "x"] * 6, ("1.0", "x")),
+    ):
+        assert list_table(write(folder / "t.csv", list(zip(paths, values)), ("path", "label"))).classes == classes  # noqa: B905
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("before", ["", "# made by hand, in May\n#; more\n\n", "sep={}\n"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_tables_as_people_write_them(folder, encoding, separator, before, end):
+    lines = [["", "path", "label", "note"], *([str(i), row[0], row[1], "é, x"] for i, row in enumerate(ROWS))]
+    quoted = [[f'"{v}"' if separator in v else v for v in line] for line in lines]
+    text = before.format(separator) + "".join(separator.join(line) + "\n" for line in quoted)
+    (folder / "t.csv").write_bytes(text.replace("\n", end).encode(encoding))
+    listing = list_table(folder / "t.csv")
+    assert listing.ids == tuple(row[0] for row in ROWS)
+    assert listing.classes == ("BLA", "NGS")
+
+
+def test_windows_paths_are_read_where_the_file_is_there(folder):
+    listing = list_table(
+        write(folder / "t.csv", [(row[0].replace("/", "\\"), row[1]) for row in ROWS], ("path", "label"))
+    )
+    assert listing.ids == tuple(row[0] for row in ROWS)
+    save(folder / "a\\0.png", 99)
+    listing = list_table(write(folder / "t.csv", [("a\\0.png", "x"), ("b\\0.png", "y")], ("path", "label")))
+    assert listing.ids == ("a\\0.png", "b/0.png"), "a name may hold a backslash"
+    with pytest.raises(FileNotFoundError, match=r"1 of 2 images are not there, the first 'C:.*' in row 2"):
+        list_table(write(folder / "t.csv", [("a/0.png", "x"), ("C:\\b\\0.png", "y")], ("path", "label")))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"path,label\na/0.png,BLA\n\nb/0.png\n", r"row 2 has 1 values; expected 2"),
+        (b"path;label\na/0.png;BLA;7\n", r"row 1 has 3 values; expected 2"),
+        (b'path,label\na/0.png,"BLA\nb/0.png,NGS\n', r"line 3: unexpected end of data; expected CSV"),
+        ("path,label\n".encode("utf-16-le"), r"holds bytes of value 0; expected text in UTF-8"),
+        ("path,label\n".encode("utf-16") + b"x", r"begins as UTF-16 does, but isn't"),
+        (b"file;label\n", r"no column path among file, label"),
+        (b"# nothing\n", r"no column path, label among none"),
+    ],
+)
+def test_rows_and_texts_that_are_none_are_named(folder, data, message):
+    (folder / "t.csv").write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        list_table(folder / "t.csv")
+
+
+def test_labels_that_look_alike_are_said(folder, caplog):
+    list_table(write(folder / "t.csv", [("a/0.png", "BLA"), ("a/1.png", "bla"), ("b/0.png", "NGS")], ("path", "label")))
+    assert "labels 'BLA' and 'bla' are taken for two classes" in caplog.text
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None, suppress_health_check=[*HealthCheck])
+def test_any_table_is_read_right_or_refused(data):
+    """Rows as drawn come back in any separator, encoding and order of columns; a spoiled one is refused by its row."""
+    word = st.text(
+        st.characters(codec="utf-8", exclude_characters="\0/\\", exclude_categories=["Cc", "Zs", "Zl", "Zp"])
+    )
+    labels = word.map(lambda s: f"c{s}").filter(lambda s: s == s.strip())
+    with tempfile.TemporaryDirectory() as name:
+        n = data.draw(st.integers(2, 6))
+        names = data.draw(st.lists(labels, min_size=n, max_size=n).filter(lambda found: len(set(found)) > 1))
+        paths = [f"{i}.png" for i in range(n)]
+        for path in paths:
+            Path(name, path).touch()
+        header = data.draw(st.permutations(["path", "Label ", "", "note"]))
+        cells = {
+            "path": paths,
+            "Label ": names,
+            "": list(map(str, range(n))),
+            "note": data.draw(st.lists(word, min_size=n, max_size=n)),
+        }
+        rows = [[cells[column][i] for column in header] for i in range(n)]
+        spoiled = data.draw(st.none() | st.integers(0, n - 1))
+        if spoiled is not None:
+            rows[spoiled] = data.draw(st.sampled_from([rows[spoiled][:-1], [*rows[spoiled], "more"]]))
+        text = io.StringIO(newline="")
+        csv.writer(text, delimiter=data.draw(st.sampled_from(",;\t|"))).writerows([header, *rows])
+        table = Path(name, "t.csv")
+        table.write_bytes(text.getvalue().encode(data.draw(st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]))))
+        if spoiled is not None:
+            with pytest.raises(ValueError, match=rf"row {spoiled + 1} has \d values; expected 4"):
+                list_table(table)
+            return
+        listing = list_table(table)
+        assert listing.ids == tuple(paths)
+        assert [listing.classes[i] for i in listing.labels] == names

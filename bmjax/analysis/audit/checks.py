@@ -282,7 +282,8 @@ def audit(config: DataConfig, features: Any = None) -> Audit:
         raise ValueError("config field 'data.source' is 'synthetic'; expected images to audit, so set it and data.root")
     listing = list_source(config)
     every = dict(zip(listing.ids, inspect_files(listing), strict=True))
-    dataset = load_dataset(dataclasses.replace(config, strict=False))  # what strict refuses is a finding here
+    lenient = dataclasses.replace(config, strict=False)  # what strict refuses is a finding here
+    dataset = load_dataset(lenient)
     facts = [every[name] for name in dataset.ids]
     known = [f for f in facts if f is not None]
     if len(known) < len(facts):
@@ -292,10 +293,10 @@ def audit(config: DataConfig, features: Any = None) -> Audit:
     copies = groups_of(len(dataset), pairs.where(pairs.certain))
     findings = check_files(dataset, known, config.strict) + check_pictures(dataset, grey) + check_classes(dataset)
     findings += check_copies(dataset, pairs, copies)
-    splits, found = check_split(dataset, config, copies)
+    splits, found = check_split(dataset, lenient, copies)
     findings += found
     # What a run keeps together, and near duplicates: no classifier may see one and be asked for the other.
-    units = copies if splits is None else _joined(kept_together(dataset, config), copies)
+    units = copies if splits is None else _joined(kept_together(dataset, lenient), copies)
     reached, medians = find_shortcuts(dataset, known, units)
     findings += check_shortcuts(reached)
     label_errors = None

@@ -16,7 +16,7 @@ from bmjax.analysis.audit.checks import Audit
 from bmjax.analysis.report import figures
 from bmjax.analysis.report import html as page
 from bmjax.data.splits import NAMES, dataset_summary
-from bmjax.files import write_text
+from bmjax.files import printable, write_text
 
 _SHOWN = 24  # pictures to a section
 _COLOURS = {"error": figures.WRONG, "warning": "#aa6600", "note": figures.RATE}
@@ -143,6 +143,7 @@ def _all_names(names: tuple[str, ...]) -> str:
 
 def _title(audit: Audit, i: int, *more: str) -> str:
     path = audit.dataset.ids[i].rsplit("/", 1)[-1]
+    path = printable(path)
     return "\n".join([path if len(path) <= 22 else f"{path[:10]}...{path[-9:]}", *more])
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from bmjax.files import printable
 from bmjax.runs.records import Predictions, interval_text, most_wrong, reliability
 
 if TYPE_CHECKING:
@@ -22,6 +25,18 @@ def _figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def literal(text: str, *, lines: bool = False) -> str:
+    """Text that matplotlib draws as it is: `$` begins no formula. `lines` as in `printable`."""
+    return printable(text, lines=lines).replace("$", r"\$")
+
+
+def save(figure: Figure, file: str | Path | IO[bytes], dpi: int) -> None:
+    """Writes a PNG. A letter that the font lacks is drawn as a box, without a warning for each."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure.savefig(file, format="png", dpi=dpi)
 
 
 def _plain(axis: Axes) -> None:
@@ -79,8 +94,9 @@ def draw_confusion(axis: Axes, counts: np.ndarray, classes: Sequence[str]) -> No
             color = "white" if share[i, j] > 0.5 else "black"
             text = f"{counts[i, j]}\n{100 * share[i, j]:.0f} %" if len(classes) <= 12 else f"{counts[i, j]}"
             axis.text(j, i, text, ha="center", va="center", color=color, fontsize=size)
-    names = [f"{name} ({n})" for name, n in zip(classes, counts.sum(1), strict=True)]
-    axis.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
+    shown = [literal(name) for name in classes]
+    names = [f"{name} ({n})" for name, n in zip(shown, counts.sum(1), strict=True)]
+    axis.set_xticks(range(len(classes)), shown, rotation=45, ha="right")
     axis.set_yticks(range(len(classes)), names)
     axis.set(xlabel="predicted", ylabel="true (n)")
     axis.spines[:].set_visible(False)
@@ -114,7 +130,7 @@ def calibration(predictions: Predictions, bins: int = 10) -> Figure:
 def draw_cell(axis: Axes, image: np.ndarray, title: str, color: str) -> None:
     """One cell, uint8 [h, w, 3], with a line above it and a frame of the same colour."""
     axis.imshow(image)
-    axis.set_title(title, fontsize=7.5, color=color, pad=3)
+    axis.set_title(literal(title, lines=True), fontsize=7.5, color=color, pad=3)
     axis.set(xticks=[], yticks=[])
     for spine in axis.spines.values():
         spine.set(color=color, linewidth=1.5)
@@ -139,7 +155,7 @@ def mistakes(predictions: Predictions, images: np.ndarray, limit: int = 24) -> F
     shown = []
     for i in most_wrong(predictions, limit):
         true, top = predictions.classes[predictions.labels[i]], predictions.classes[predictions.predicted[i]]
-        title = f"{true}, taken for\n{top} ({predictions.confidence[i]:.2f})"
+        title = f"{printable(true)}, taken for\n{printable(top)} ({predictions.confidence[i]:.2f})"
         shown.append((images[predictions.index[i]], title, WRONG))
     return cells(shown) if shown else None
 
@@ -162,9 +178,9 @@ def result(predictions: Predictions, metrics: dict[str, Any], images: np.ndarray
             axis.axis("off")
         for axis, i in zip(row, chosen, strict=False):
             top = predictions.predicted[i]
-            title = f"{classes[top]} {predictions.confidence[i]:.2f}"
+            title = f"{printable(classes[top])} {predictions.confidence[i]:.2f}"
             draw_cell(axis, images[predictions.index[i]], title, RIGHT if top == label else WRONG)
-        row[0].set_ylabel(classes[label], rotation=0, ha="right", va="center", fontsize=10)
+        row[0].set_ylabel(literal(classes[label]), rotation=0, ha="right", va="center", fontsize=10)
     left.suptitle("true class, cells, and what they were taken for", fontsize=10)
     axis = right.subplots()
     draw_confusion(axis, np.array(metrics["confusion"]), classes)
@@ -203,5 +219,5 @@ def explanations(
                 axis.set(xticks=[], yticks=[])
                 axis.set_xlabel(f"{values[i].min():.2g} to {values[i].max():.2g}", fontsize=7, labelpad=2)
                 if row == 0:
-                    axis.set_title(title, fontsize=7.5, pad=3)
+                    axis.set_title(literal(title, lines=True), fontsize=7.5, pad=3)
     return figure

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bmjax.files import write_text
+from bmjax.analysis.report.figures import save
+from bmjax.files import printable, write_text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,14 +32,14 @@ pre{background:#f5f7f9;padding:1rem;overflow:auto;font-size:.82rem}summary{curso
 
 
 def text(value: object) -> str:
-    """A value as text, escaped."""
-    return html.escape(str(value))
+    """A value as text, escaped; bytes that are not UTF-8 as \\xNN."""
+    return html.escape(printable(value, lines=True))
 
 
 def image(figure: Figure, alt: str, width: int | None = None) -> str:
     """A figure as a PNG within the page; `width` in pixels."""
     data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=130)
+    save(figure, data, dpi=130)
     size = f' style="width:{width}px"' if width else ""
     return f'<img alt="{text(alt)}"{size} src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
 

@@ -170,4 +170,4 @@ def figure_result(run_dir: str | Path, images: np.ndarray, path: str | Path) -> 
     predictions = read_predictions(run_dir, split) if split else None
     if split is None or predictions is None:
         raise FileNotFoundError(f"{run_dir} holds no predictions; expected a run that `bmjax train` finished")
-    figures.result(predictions, results[split], images).savefig(path, dpi=120)
+    figures.save(figures.result(predictions, results[split], images), path, dpi=120)

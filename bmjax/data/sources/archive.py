@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import logging
 import stat
@@ -14,14 +15,16 @@ from pathlib import Path
 import numpy as np
 
 from bmjax.data.images.decode import MAX_BYTES
-from bmjax.data.sources.listing import Listing, is_image_name
+from bmjax.data.sources.layout import arrange
+from bmjax.data.sources.listing import Listing, Seen, why_passed_over
+from bmjax.files import printable
 
 log = logging.getLogger(__name__)
 Read = Callable[[], bytes]
 
 
 def list_archive(path: str | Path) -> Listing:
-    """A .zip or uncompressed .tar whose folders are classes, as in `list_folder`; ids are paths in the archive.
+    """A .zip or uncompressed .tar whose folders are classes or sides, as in `list_folder`; ids are paths in it.
 
     Folders that all images have in common are passed over: the classes are those below. Archives inside the archive,
     and other files that aren't images, are not opened.
@@ -40,21 +43,28 @@ def list_archive(path: str | Path) -> Listing:
         members = _tar_members(path)
     else:
         raise ValueError(f"{path}: neither a zip nor a tar file; expected one of them")
-    ids = sorted(name for name in members if is_image_name(name))
+    reasons = {name: why_passed_over(name) for name in members}
+    images = sorted(name for name, reason in reasons.items() if not reason)
     # Sorted paths have in common what the first and the last have.
-    ends = [name.split("/")[:-1] for name in (ids[:1] + ids[-1:])]
+    ends = [name.split("/")[:-1] for name in (images[:1] + images[-1:])]
     depth = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*ends, strict=False)))
-    ids = [name for name in ids if name.count("/") > depth]  # as in `list_folder`, images beside the folders are none
-    folders = [name.split("/")[depth] for name in ids]
-    classes = tuple(sorted(set(folders)))
-    if len(classes) < 2:
-        raise ValueError(f"{path}: folders of images found: {', '.join(classes) or 'none'}; expected at least two")
-    if len(ids) < len(members):
-        log.info("%s: %d files that aren't images of a class are passed over", path, len(members) - len(ids))
-    number = {name: i for i, name in enumerate(classes)}
+    cut = len("".join(f"{part}/" for part in ends[0][:depth])) if ends else 0
+    inner = [name[cut:] for name in images]
+    folders = {name.rsplit("/", 1)[0] for name in inner if "/" in name}
+    tops = sorted({folder.split("/")[0] for folder in folders})
+    if len(tops) < 2:
+        found = ", ".join(map(printable, tops)) or "none"
+        raise ValueError(f"{path}: folders of images found: {found}; expected at least two")
+    layout = arrange(str(path), inner, folders)
+    ids = [images[0][:cut] + inside for inside in layout.ids]
+    counts = collections.Counter(reason for reason in reasons.values() if reason)
+    seen = Seen(len(members), len(ids), outside=len(images) - len(ids), **counts)
+    log.info("%s: %d classes; %s", path, len(layout.classes), seen)
     reads = [members[name] for name in ids]
-    labels = np.array([number[folder] for folder in folders], np.int32)
-    return Listing(str(path), classes, tuple(ids), labels, lambda i: reads[i]())
+    labels = np.array(layout.labels, np.int32)
+    return Listing(
+        str(path), layout.classes, tuple(ids), labels, lambda i: reads[i](), sides=tuple(layout.sides), seen=seen
+    )
 
 
 def _check_name(archive: Path, name: str) -> None:

@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from bmjax.data.sources.listing import SUFFIXES, Listing, _listing_of_files, is_image_name
+from bmjax.data.sources.layout import arrange
+from bmjax.data.sources.listing import SUFFIXES, Listing, _listing_of_files
+from bmjax.data.sources.tree import Tree, walk
+from bmjax.files import printable
 
 log = logging.getLogger(__name__)
 
 
-def _files(folder: str, prefix: str = "") -> Iterator[str]:
-    """Paths of all files at any depth, with slashes."""
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                yield from _files(entry.path, f"{prefix}{entry.name}/")
-            elif entry.is_file():
-                yield prefix + entry.name
-
-
 def images_below(folder: str | Path) -> list[str]:
-    """Paths relative to `folder`, with slashes, of the images at any depth, sorted; hidden files and folders are passed
-    over."""
-    return sorted(path for path in _files(str(folder)) if is_image_name(path))
+    """Paths relative to `folder`, with slashes, of the images at any depth, sorted; what is passed over, as in
+    `list_folder`, is counted in the log."""
+    tree = walk(str(folder))
+    _warn_of_links(folder, tree)
+    seen = tree.seen(len(tree.images))
+    if seen.files > seen.used:
+        log.info("%s: %s", folder, seen)
+    return sorted(tree.images)
+
+
+def _warn_of_links(root: str | Path, tree: Tree) -> None:
+    for paths, what in ((tree.broken, "lead nowhere"), (tree.again, "lead to a folder that is read already")):
+        if paths:
+            named = ", ".join(map(printable, sorted(paths)[:5])) + (", ..." if len(paths) > 5 else "")
+            log.warning("%s: %d links %s and are passed over: %s", root, len(paths), what, named)
 
 
 def image_files(paths: Sequence[str]) -> list[Path]:
@@ -50,37 +55,35 @@ def image_files(paths: Sequence[str]) -> list[Path]:
 
 
 def list_folder(root: str | Path) -> Listing:
-    """One sub-folder of `root` is one class; classes and paths are sorted.
+    """One sub-folder of `root` is one class, or one side of a split (train, val, test and their like) with one folder a
+    class in it; classes and paths are sorted.
 
-    Images may lie deeper inside a class's folder. Passed over: files directly in `root`, hidden files and folders
-    (notebooks and desktops leave copies there), and files that aren't images by their suffix, which are counted in
-    the log.
+    Images may lie deeper inside a class's folder. Links to folders are followed, each folder once. Passed over, and
+    counted in `seen` and the log: files directly in `root`, system folders, hidden files and folders, broken links, and
+    files that aren't images by their suffix.
 
     Raises:
       FileNotFoundError: no such folder.
-      ValueError: fewer than two classes, or a class without any image; names it.
+      ValueError: fewer than two classes, a class without any image, classes beside sides of a split, or two
+        that are links to one folder; names them.
     """
     if not str(root) or not Path(root).is_dir():
         raise FileNotFoundError(
             f"config field 'data.root' is {str(root)!r}; expected a folder with one sub-folder a class"
         )
-    root = Path(root)
-    folders = sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if len(folders) < 2:
-        raise ValueError(
-            f"{root}: sub-folders found: {', '.join(folders) or 'none'}; expected at least two, one a class"
-        )
-    ids: list[str] = []
-    labels: list[int] = []
-    passed_over = 0
-    for label, folder in enumerate(folders):
-        files = list(_files(str(root / folder)))
-        images = sorted(f"{folder}/{path}" for path in files if is_image_name(path))
-        if not images:
-            raise ValueError(f"{root / folder} holds no image; expected files ending in {', '.join(sorted(SUFFIXES))}")
-        passed_over += len(files) - len(images)
-        ids += images
-        labels += [label] * len(images)
-    if passed_over:
-        log.info("%s: %d files that aren't images are passed over", root, passed_over)
-    return _listing_of_files(root, tuple(folders), ids, labels)
+    tree = walk(str(root))
+    _warn_of_links(root, tree)
+    above = f"{os.path.realpath(root)}{os.sep}"
+    for name in sorted(name for name in tree.again if "/" not in name):
+        target = os.path.realpath(os.path.join(root, name))
+        # A link to another class's folder is that class under a second name, and one upwards is a loop.
+        if not above.startswith(f"{target.rstrip(os.sep)}{os.sep}") and not target.startswith(above):
+            raise ValueError(
+                f"{printable(root)}: {printable(name)} leads to {printable(target)}, which is read already by another "
+                "link; expected a folder for each class"
+            )
+    images = sorted(tree.images, key=lambda path: (path.split("/")[0], path))
+    layout = arrange(str(root), images, tree.folders)
+    seen = tree.seen(len(layout.ids))
+    log.info("%s: %d classes; %s", root, len(layout.classes), seen)
+    return _listing_of_files(Path(root), layout.classes, layout.ids, layout.labels, (), layout.sides, seen)

@@ -18,8 +18,66 @@ Found = TypeVar("Found")
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif"})
 
-# How sources spell the sides of a split.
-SIDES = {"": "", "train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+# How sources spell the sides of a split, in any case.
+SIDES = {
+    "": "",
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
+
+# Folders that systems and tools leave beside the images, in any case; what they hold is no data of the user's.
+SYSTEM_FOLDERS = frozenset(
+    (
+        *("@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "__macosx", "__pycache__"),
+        *("$recycle.bin", "recycler", "system volume information", "found.000", "lost+found", "thumbs"),
+        *(".ipynb_checkpoints", ".appledouble", ".trashes", ".spotlight-v100", ".fseventsd", ".temporaryitems"),
+        *(".documentrevisions-v100", ".git", ".svn", ".cache", ".thumbnails", ".trash"),
+    )
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What a folder or an archive holds, by what became of it: `files` is the sum of `used` and all passed over.
+
+    A link that is not followed counts as one file.
+    """
+
+    files: int = 0
+    used: int = 0
+    system: int = 0
+    """In a system's folder."""
+    hidden: int = 0
+    """Hidden, or in a hidden folder."""
+    no_image: int = 0
+    """Not an image by the name's ending."""
+    broken: int = 0
+    """Links that lead nowhere."""
+    again: int = 0
+    """Links to a folder that is read already, or that holds the link itself."""
+    outside: int = 0
+    """Images beside the classes' folders."""
+    links: int = 0
+    """Links to folders that were followed; the files behind them are counted above."""
+
+    def __str__(self) -> str:
+        reasons = {
+            "in system folders": self.system,
+            "hidden": self.hidden,
+            "files that aren't images": self.no_image,
+            "broken links": self.broken,
+            "links to a folder that is read already": self.again,
+            "images in no class's folder": self.outside,
+        }
+        text = f"{self.files} files seen, {self.used} used"
+        if self.files > self.used:
+            text += "; passed over: " + ", ".join(f"{n} {why}" for why, n in reasons.items() if n)
+        return text + (f"; {self.links} links to folders followed" if self.links else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +97,8 @@ class Listing:
     sides: tuple[str, ...] = ()
     name: str = ""
     """What the data set calls itself; empty: by the last part of `origin`."""
+    seen: Seen | None = None
+    """What was passed over, where the source knows."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -58,10 +118,22 @@ def read_each(listing: Listing, function: Callable[[bytes], Found], otherwise: F
     return found
 
 
-def is_image_name(path: str) -> bool:
-    """Whether a path with slashes ends as an image's does, and no part of it is hidden."""
-    hidden = path.startswith(".") or "/." in path
-    return not hidden and os.path.splitext(path)[1].lower() in SUFFIXES
+def why_passed_over(path: str) -> str:
+    """Why a path with slashes is no image of the user's, as a field of `Seen`; empty where it is one."""
+    *folders, name = path.split("/")
+    for folder in folders:
+        if reason := why_folder_passed_over(folder):
+            return reason
+    if name.startswith("."):
+        return "hidden"
+    return "" if os.path.splitext(name)[1].lower() in SUFFIXES else "no_image"
+
+
+def why_folder_passed_over(name: str) -> str:
+    """Why a folder of this name is passed over with all that it holds, as a field of `Seen`; empty where it is not."""
+    if name.lower() in SYSTEM_FOLDERS:
+        return "system"
+    return "hidden" if name.startswith(".") else ""
 
 
 def _listing_of_files(
@@ -71,9 +143,10 @@ def _listing_of_files(
     labels: Sequence[int],
     groups: Sequence[str] = (),
     sides: Sequence[str] = (),
+    seen: Seen | None = None,
 ) -> Listing:
     def read(i: int) -> bytes:
         return read_file(os.path.join(folder, ids[i]))
 
     labels_of = np.array(labels, np.int32)
-    return Listing(str(folder), classes, tuple(ids), labels_of, read, tuple(groups), tuple(sides))
+    return Listing(str(folder), classes, tuple(ids), labels_of, read, tuple(groups), tuple(sides), seen=seen)

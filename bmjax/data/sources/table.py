@@ -1,88 +1,111 @@
-"""A CSV or parquet file that names images, and other tables of text."""
+"""A CSV or parquet file that names images."""
 
 from __future__ import annotations
 
-import csv
+import logging
 import os
-from collections import Counter
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from bmjax.data.sources.columns import read_columns
 from bmjax.data.sources.listing import SIDES, Listing, _listing_of_files
 
-
-def read_columns(path: str | Path, needed: Sequence[str], optional: Sequence[str] = ()) -> dict[str, list[str]]:
-    """The columns named, as text; optional ones that aren't there are full of "".
-
-    A first line names the columns; others than those asked for are passed over.
-
-    Raises:
-      FileNotFoundError: no such file.
-      ValueError: neither CSV nor parquet, a needed column is not there, or a line is short.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; expected a .csv or .parquet with columns {', '.join(needed)}")
-    if path.suffix.lower() == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet
-
-        try:
-            table = pyarrow.parquet.read_table(path)
-        except pa.ArrowInvalid as e:
-            raise ValueError(f"{path}: {e}") from e
-        found = {n: ["" if v is None else str(v) for v in table[n].to_pylist()] for n in table.column_names}
-    elif path.suffix.lower() == ".csv":
-        # File names need not be valid text; spreadsheets begin a file with a byte-order mark.
-        with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as f:
-            try:
-                header, *rows = list(csv.reader(f)) or [[]]
-            except csv.Error as e:
-                raise ValueError(f"{path}: {e}") from e
-        rows = [row for row in rows if row]
-        short = next((i for i, row in enumerate(rows, 1) if len(row) != len(header)), None)
-        if short is not None:
-            raise ValueError(f"{path}: row {short} has {len(rows[short - 1])} values; expected {len(header)}")
-        found = {name.strip(): [row[i] for row in rows] for i, name in enumerate(header)}
-    else:
-        raise ValueError(f"{path}: expected a name ending in .csv or .parquet")
-    if missing := [name for name in needed if name not in found]:
-        raise ValueError(f"{path}: no column {', '.join(missing)} among {', '.join(found) or 'none'}")
-    n = len(found[needed[0]])
-    return {name: found.get(name, [""] * n) for name in (*needed, *optional)}
+log = logging.getLogger(__name__)
+# How tables spell a value that is missing, in any case.
+_MISSING = frozenset({"", "nan", "na", "n/a", "#n/a", "<na>", "null"})
 
 
 def list_table(path: str | Path) -> Listing:
     """A CSV or parquet file with the columns path, label and, where known, split (train, val, test or "") and group.
 
-    Paths count from the table's folder unless they are absolute; the classes are the labels there are, sorted as text.
+    Paths count from the table's folder unless they are absolute; those of Windows are read too. The classes are the
+    labels there are, sorted as numbers where all are numbers (2.0 is the class 2), else as text.
 
     Raises:
       FileNotFoundError: the table, or an image that it names, is not there.
-      ValueError: a column, a path, a label or a split is missing or wrong, or a path stands twice; names it.
+      ValueError: a column, a path, a label or a split is missing or wrong, or two rows name one file; names them.
     """
     columns = read_columns(path, ("path", "label"), ("split", "group"))
     columns = {name: [value.strip() for value in values] for name, values in columns.items()}  # "a.png, BLA"
-    ids, names = columns["path"], columns["label"]
-    for row, (image, label, split) in enumerate(zip(ids, names, columns["split"], strict=True), 1):
-        if not image or not label:
-            raise ValueError(f"{path}: row {row} has path {image!r} and label {label!r}; expected both")
-        if split not in SIDES:
-            raise ValueError(f"{path}: row {row} has split {split!r}; expected one of {', '.join(filter(None, SIDES))}")
-    (image, times), *_ = Counter(ids).most_common(1) or [("", 0)]
-    if times > 1:
-        raise ValueError(f"{path}: {image!r} stands in {times} rows; expected one row an image")
-    classes = tuple(sorted(set(names)))
+    groups, splits = ([_known(value) for value in columns[name]] for name in ("group", "split"))
+    _check_rows(path, columns["path"], columns["label"], splits)
+    folder = Path(path).parent
+    ids = [_as_it_is_there(folder, image) for image in columns["path"]]
+    _check_once(path, folder, ids, columns["label"])
+    names, classes = _classes(columns["label"])
     if len(classes) < 2:
         raise ValueError(f"{path}: labels found: {', '.join(classes) or 'none'}; expected at least two")
-    folder = Path(path).parent
-    if absent := [image for image in ids if not os.path.isfile(os.path.join(folder, image))]:
+    _warn_of_alike(path, classes)
+    if absent := [i for i, image in enumerate(ids) if not os.path.isfile(os.path.join(folder, image))]:
         raise FileNotFoundError(
-            f"{path}: {len(absent)} of {len(ids)} images are not there, the first {absent[0]!r}; "
-            f"expected paths that count from {folder}"
+            f"{path}: {len(absent)} of {len(ids)} images are not there, the first {ids[absent[0]]!r} in row "
+            f"{absent[0] + 1}; expected paths that count from {folder}"
         )
     number = {name: i for i, name in enumerate(classes)}
     labels = [number[name] for name in names]
-    groups = columns["group"] if any(columns["group"]) else ()
-    sides = [SIDES[split] for split in columns["split"]] if any(columns["split"]) else ()
-    return _listing_of_files(folder, classes, ids, labels, groups, sides)
+    sides = [SIDES[split.lower()] for split in splits] if any(splits) else ()
+    return _listing_of_files(folder, classes, ids, labels, groups if any(groups) else (), sides)
+
+
+def _known(value: str) -> str:
+    return "" if value.lower() in _MISSING else value
+
+
+def _check_rows(path: str | Path, ids: Sequence[str], names: Sequence[str], splits: Sequence[str]) -> None:
+    for row, (image, label, split) in enumerate(zip(ids, names, splits, strict=True), 1):
+        if not image or not label:
+            raise ValueError(f"{path}: row {row} has path {image!r} and label {label!r}; expected both")
+        if not _known(label):
+            raise ValueError(
+                f"{path}: row {row}, column label: {label!r} is how tables write a missing value; expected a class: "
+                f"leave the row out, or if a class is called so, name it otherwise, such as 'class {label}'"
+            )
+        if "\0" in image:
+            raise ValueError(f"{path}: row {row}, column path: {image!r} holds a byte of value 0; expected a path")
+        if split.lower() not in SIDES:
+            raise ValueError(f"{path}: row {row} has split {split!r}; expected one of {', '.join(filter(None, SIDES))}")
+
+
+def _as_it_is_there(folder: Path, image: str) -> str:
+    """A path with backslashes as one with slashes, where only that is there."""
+    if "\\" not in image or os.path.isfile(os.path.join(folder, image)):
+        return image
+    slashes = image.replace("\\", "/")
+    return slashes if os.path.isfile(os.path.join(folder, slashes)) else image
+
+
+def _check_once(path: str | Path, folder: Path, ids: Sequence[str], names: Sequence[str]) -> None:
+    """A ValueError where two rows name one file, however it is spelled."""
+    start = os.path.abspath(folder)
+    rows: dict[str, list[int]] = {}
+    for row, image in enumerate(ids):
+        rows.setdefault(os.path.normpath(os.path.join(start, image)), []).append(row)
+    for found in rows.values():
+        if len(found) > 1:
+            which = ", ".join(f"row {row + 1} says {ids[row]!r} is {names[row]!r}" for row in found[:5])
+            raise ValueError(
+                f"{path}: {ids[found[0]]!r} stands in {len(found)} rows; expected one row an image: {which}"
+            )
+
+
+def _classes(names: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
+    """Each row's class, and the classes in order."""
+    if all(re.fullmatch(r"[+-]?\d{1,300}(\.0*)?", name, re.ASCII) for name in names):
+        names = [name.split(".")[0] for name in names]
+        return list(names), tuple(sorted(set(names), key=lambda name: (int(name), name)))
+    if all(re.fullmatch(r"[+-]?\d*\.?\d+", name, re.ASCII) for name in names):
+        return list(names), tuple(sorted(set(names), key=lambda name: (float(name), name)))
+    if all(name.lower() in ("true", "false") for name in names):
+        names = [name.capitalize() for name in names]
+    return list(names), tuple(sorted(set(names)))
+
+
+def _warn_of_alike(path: str | Path, classes: Sequence[str]) -> None:
+    """Names that differ in case or spaces alone, or as numbers not at all, are most often one class."""
+    seen: dict[str, str] = {}
+    for name in classes:
+        key = "".join(name.lower().split())
+        key = str(int(key)) if re.fullmatch(r"[+-]?\d{1,300}", key, re.ASCII) else key
+        if (other := seen.setdefault(key, name)) != name:
+            log.warning("%s: labels %r and %r are taken for two classes; are they one?", path, other, name)

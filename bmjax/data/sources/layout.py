@@ -1,0 +1,96 @@
+"""What the folders of a tree or an archive mean: classes, or the sides of a split with classes in each."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Sequence
+
+from bmjax.data.sources.listing import SIDES, SUFFIXES
+from bmjax.files import printable
+
+log = logging.getLogger(__name__)
+_TABLE = "or list the images in a table (data.source table), which says label and split of each"
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Images in classes: paths, labels into `classes`, and each one's side, or none where no split is given."""
+
+    classes: tuple[str, ...]
+    ids: list[str]
+    labels: list[int]
+    sides: list[str]
+
+
+def arrange(where: str, images: Sequence[str], folders: Iterable[str]) -> Layout:
+    """`images` by class, in their order; those that lie in no class's folder are left out. Paths count from `where`.
+
+    The outermost folders are the classes. If all of them are named as sides of a split are, the classes are the
+    folders within those. `folders` are all folders, also those without an image.
+
+    Raises:
+      ValueError: fewer than two classes, a class without an image, or folders of both kinds side by side.
+    """
+    outer, inner = set[str](), set[tuple[str, str]]()
+    for folder in folders:
+        first, *rest = folder.split("/")
+        outer.add(first)
+        if rest:
+            inner.add((first, rest[0]))
+    sides = {name: SIDES[name.lower()] for name in outer if name and name.lower() in SIDES}
+    given = _is_split(where, outer, inner, sides, images)
+    depth = int(given)
+    ids = [path for path in images if path.count("/") > depth]
+    parts = [path.split("/", depth + 1) for path in ids]
+    classes = tuple(sorted({name for _, name in inner} if given else outer))
+    if len(classes) < 2:
+        place = f"class folders within {_names(outer)}" if given else "sub-folders found"
+        inside = f"; the classes may lie in {where}/{next(iter(sides))}" if sides and not given else ""
+        raise ValueError(f"{where}: {place}: {_names(classes) or 'none'}; expected at least two, one a class{inside}")
+    filled = {part[depth] for part in parts} | ({part[0] for part in parts} if given else set())
+    for name in sorted(set(classes) | (outer if given else set())):
+        if name not in filled:
+            place = f"{where}/{name}" if not given or name in outer else f"{where}: class {name!r} of the given split"
+            raise ValueError(
+                f"{printable(place)} holds no image; expected files ending in {', '.join(sorted(SUFFIXES))}"
+            )
+    if given:
+        log.info("%s: %s are taken for a given split; the folders within them are the classes", where, _names(outer))
+    number = {name: i for i, name in enumerate(classes)}
+    labels = [number[part[depth]] for part in parts]
+    return Layout(classes, ids, labels, [sides[part[0]] for part in parts] if given else [])
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(map(printable, sorted(names)))
+
+
+def _is_split(
+    where: str, outer: set[str], inner: set[tuple[str, str]], sides: dict[str, str], images: Sequence[str]
+) -> bool:
+    """Whether the outermost folders are the sides of a split; a ValueError where they may be that or classes."""
+    others = outer - sides.keys()
+    if not sides or (len(outer) == 1):
+        return False
+    with_folders = {first for first, _ in inner} & sides.keys()
+    if others:
+        # One folder called `test` with nothing but images in it is a class of that name.
+        if len(sides) == 1 and not with_folders:
+            return False
+        raise ValueError(
+            f"{where}: folders {_names(sides)} are named as sides of a split are, but beside them lie "
+            f"{_names(others)}; expected folders of one kind: move those of the other kind out of data.root, {_TABLE}"
+        )
+    direct = {path.split("/")[0] for path in images if path.count("/") == 1}
+    if bare := (direct & sides.keys()) - with_folders:
+        raise ValueError(
+            f"{where}: folders {_names(outer)} are named as sides of a split are, but {_names(bare)} has no folders "
+            f"of classes within; expected one a class in each; if they are classes, name them otherwise, {_TABLE}"
+        )
+    if len(set(sides.values())) < 2:
+        raise ValueError(
+            f"{where}: folders {_names(outer)} are all named as the {next(iter(sides.values()))} side of a split; "
+            f"expected at least two sides: name them otherwise, {_TABLE}"
+        )
+    return True
