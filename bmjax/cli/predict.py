@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
+import logging
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from bmjax.cli.prediction_table import Block
+    from bmjax.runs.folder import Run
 
 from bmjax.cli.output import add_trust, metrics_line, print_confusion
 from bmjax.cli.weights import predict_imagenet
 
 # As many decoded images at once: at 224 pixels 300 MB.
 _PREDICT_AT_ONCE = 2048
+_NAMED = 20
+"""Files that can't be read and are named on the terminal; the table names all."""
+
+log = logging.getLogger(__name__)
 
 
 def add_parser(verbs: Any) -> None:
@@ -25,7 +38,15 @@ def add_parser(verbs: Any) -> None:
     p.add_argument("--data.root", dest="data_root", metavar="FOLDER", help="where the run's data are now")
     add_trust(p)
     p.set_defaults(run=evaluate)
-    p = verbs.add_parser("predict", help="classify image files or folders")
+    p = verbs.add_parser(
+        "predict",
+        help="classify image files or folders",
+        description="Classifies images into a table: a row for each, in the order given, with the columns path, "
+        "predicted and one for each class. A file that can't be read has a row too, empty but for its path and the "
+        "column error.",
+        epilog="Exit status: 0 the table is written (some files may have an error); 1 it is written, and no file could "
+        "be read, or with --strict some could not; 2 wrong input, and nothing is written.",
+    )
     p.add_argument("run_dir", metavar="run", nargs="?", help="folder of a run; left out with --weights")
     p.add_argument("paths", nargs="*", help="images, or folders of images")
     p.add_argument("--weights", help="name ImageNet's classes by these weights: imagenet, imagenet-timm, or a path")
@@ -34,7 +55,9 @@ def add_parser(verbs: Any) -> None:
     p.add_argument("--out", default="predictions.csv", help="a .csv or .parquet file (default: %(default)s)")
     p.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint")
     p.add_argument("--batch-size", type=int, help="images at once; by default the run's train.eval_batch_size")
-    p.add_argument("--strict", action="store_true", help="exit with 1 if a file can't be read")
+    p.add_argument("--errors", action="store_true", help="write the column error even where every file can be read")
+    p.add_argument("--maps", metavar="FOLDER", help="also draw the attention's maps over each image into this folder")
+    p.add_argument("--strict", action="store_true", help="exit with 1 if some file can't be read")
     add_trust(p)
     p.set_defaults(run=predict)
 
@@ -59,60 +82,153 @@ def evaluate(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def predict(options: argparse.Namespace, rest: Sequence[str]) -> int:
     del rest
-    from bmjax.data.sources.folder import image_files
-
     if options.weights is not None:
+        from bmjax.data.sources.folder import image_files
+
         if not options.run_dir:
             raise ValueError("predict: expected images")
+        if options.maps:
+            raise ValueError(f"--maps is {options.maps!r}; expected it with a run, for --weights have no attention")
         given = [options.run_dir, *options.paths]
         return predict_imagenet(options.backbone, options.weights, image_files(given), options.top)
+    _check(options)
+    from bmjax.cli.prediction_table import PredictionTable, shown
+    from bmjax.runs.folder import load_run
+
+    run = load_run(options.run_dir, options.which, trust=options.trust)
+    pictures = _Pictures(Path(options.maps), run) if options.maps else None
+    blocks = _blocks(_inputs(options.paths))
+    first = next(blocks, None)
+    if first is None:
+        raise ValueError(f"{', '.join(map(shown, options.paths))}: no image; expected images, or folders of images")
+    # No more padding than there are images, for the few that one looks at by hand.
+    batch = min(options.batch_size or run.config.train.eval_batch_size, len(first))
+    table = PredictionTable(Path(options.out), run.classes, errors=options.errors)
+    n = failed = 0
+    whole = False
+    try:
+        for rows in _predicted(run, itertools.chain([first], blocks), batch, pictures):
+            table.add(rows)
+            for path, error in zip(rows.paths, rows.errors, strict=True):
+                if error is not None and (failed := failed + 1) <= _NAMED:
+                    print(f"  {shown(path)}: {shown(error)}", file=sys.stderr)
+            n += len(rows.paths)
+        whole = True
+    finally:
+        table.close(whole=whole)
+        if not whole:
+            print(f"not finished; the first {n} rows are in {shown(str(table.part))}", file=sys.stderr)
+    if failed:
+        rest_of = f" (the first {_NAMED} are named above)" if failed > _NAMED else ""
+        print(f"{failed} of {n} images can't be read{rest_of}; see the column error", file=sys.stderr)
+    print(f"{n - failed} images classified into {shown(options.out)}")
+    return 1 if failed == n or (failed and options.strict) else 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """What can be known to be wrong before anything is read."""
     out = Path(options.out)
     if out.suffix not in (".csv", ".parquet"):
         raise ValueError(f"--out is {options.out!r}; expected a name ending in .csv or .parquet")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"--out is {options.out!r}, but there is no folder {out.parent}")
+    if out.is_dir():
+        raise IsADirectoryError(f"--out is {options.out!r}, which is a folder; expected a file's name")
     if not options.paths:
         raise ValueError("predict: expected the folder of a run and images, or --weights and images")
-    paths = image_files(options.paths)
+    if options.batch_size is not None and options.batch_size < 1:
+        raise ValueError(f"--batch-size is {options.batch_size}; expected at least 1")
 
+
+class _Input(NamedTuple):
+    """A file to classify, or why it is none."""
+
+    path: str
+    error: str | None = None
+
+
+def _inputs(paths: Sequence[str]) -> Iterator[_Input]:
+    """The files given, and the images of the folders given, in order. A folder is listed when its turn comes."""
+    from bmjax.data.sources.folder import images_below
+
+    for given in paths:
+        path = Path(given)
+        if given and path.is_dir():
+            try:
+                names = images_below(path)
+            except OSError as e:
+                yield _Input(given, f"the folder can't be listed: {e.strerror}")
+                continue
+            if not names:
+                log.warning("%s holds no image", given)
+            yield from (_Input(os.path.join(path, name)) for name in names)
+        elif not os.path.lexists(given):
+            yield _Input(given, "no such file or folder")
+        elif not path.exists():
+            yield _Input(given, "a link to what is not there")
+        else:  # reading from a pipe or a device may never end
+            yield _Input(str(path), None if path.is_file() else "not a file")
+
+
+def _blocks(inputs: Iterator[_Input]) -> Iterator[list[_Input]]:
+    while block := list(itertools.islice(inputs, _PREDICT_AT_ONCE)):
+        yield block
+
+
+def _predicted(run: Run, blocks: Iterable[list[_Input]], batch: int, pictures: _Pictures | None) -> Iterator[Block]:
+    """The rows of each block, one for each input; `batch` images at once."""
     import numpy as np
-    import pyarrow as pa
-    import pyarrow.csv
-    import pyarrow.parquet
 
+    from bmjax.cli.prediction_table import Block
     from bmjax.data.load import read_files
-    from bmjax.runs.folder import load_run
     from bmjax.training.predict import Predictor, predict_probs
 
-    run = load_run(options.run_dir, options.which, trust=options.trust)
-    # No more padding than there are images, for the few that one looks at by hand.
-    batch = min(options.batch_size or run.config.train.eval_batch_size, len(paths))
     setting = dataclasses.replace(run.config.train, eval_batch_size=batch)
     run = dataclasses.replace(run, config=dataclasses.replace(run.config, train=setting))
-    predictor = Predictor(run.config, run.model)
-    kept: list[str] = []
-    errors: list[str] = []
-    probs: list[np.ndarray] = []
-    for start in range(0, len(paths), _PREDICT_AT_ONCE):
-        part = paths[start : start + _PREDICT_AT_ONCE]
-        images = []
-        for path, image in zip(part, read_files(part, run.config.data), strict=True):
-            if isinstance(image, str):
-                errors.append(f"{path}: {image}")
-            else:
-                images.append(image)
-                kept.append(str(path))
-        if images:
-            probs.append(predict_probs(run, np.stack(images), predictor))
-    if errors:
-        print(f"{len(errors)} of {len(paths)} images can't be read:", *errors, sep="\n  ", file=sys.stderr)
-    if not kept:
-        raise ValueError(f"none of the {len(paths)} files given is a readable image")
-    table = np.concatenate(probs)
-    columns = [kept, [run.classes[i] for i in table.argmax(-1)], *table.T]
-    # Names as a list: a class may be called "path".
-    arrow = pa.table([pa.array(column) for column in columns], names=["path", "predicted", *run.classes])
-    write = pyarrow.csv.write_csv if out.suffix == ".csv" else pyarrow.parquet.write_table
-    write(arrow, str(out))
-    print(f"{len(kept)} images classified into {out}")
-    return 1 if errors and options.strict else 0
+    predictor, start = Predictor(run.config, run.model), 0
+    for block in blocks:
+        read = iter(read_files([path for path, error in block if error is None], run.config.data))
+        found = [next(read) if error is None else error for _, error in block]
+        probs = np.full((len(block), len(run.classes)), np.nan, np.float32)
+        rows = [i for i, image in enumerate(found) if not isinstance(image, str)]
+        names: list[str | None] = [None] * len(block)
+        if rows:
+            images = np.stack([found[i] for i in rows])  # type: ignore[arg-type]
+            probs[rows] = predict_probs(run, images, predictor)
+            for i in rows:
+                names[i] = run.classes[int(probs[i].argmax())]
+            if pictures is not None:
+                pictures.draw(images, [(start + i, block[i].path) for i in rows])
+        errors = [image if isinstance(image, str) else None for image in found]
+        yield Block([path for path, _ in block], names, probs, errors)
+        start += len(block)
+
+
+class _Pictures:
+    """Draws where the attention looked, a file for each image: its row's number and its name."""
+
+    def __init__(self, folder: Path, run: Run):
+        from bmjax.analysis.explain.maps import Explainer
+
+        if not folder.parent.is_dir():
+            raise FileNotFoundError(f"--maps is {str(folder)!r}, but there is no folder {folder.parent}")
+        self._folder, self._variables, self._explainer = folder, run.variables, Explainer(run.model)
+        self._draws = self._explainer.sows_maps(run.variables, run.config.data.image_size)
+        if not self._draws:
+            log.warning("--maps: the run's attention sows no map over places; no picture is drawn")
+        folder.mkdir(exist_ok=True)
+
+    def draw(self, images: np.ndarray, rows: Sequence[tuple[int, str]]) -> None:
+        """Pictures of images uint8 [n, h, w, 3], of (row of the table, path)."""
+        if not self._draws:
+            return
+        from PIL import Image
+
+        from bmjax.analysis.report.figures import beside_maps
+        from bmjax.cli.prediction_table import is_utf8
+
+        maps = self._explainer.attention(self._variables, images)
+        for i, (row, path) in enumerate(rows):
+            stem = "".join(c if is_utf8(c) else "_" for c in Path(path).stem[:50])
+            picture = beside_maps(images[i], [values[i] for values in maps.values()])
+            Image.fromarray(picture).save(self._folder / f"{row:07d}_{stem}.png")

@@ -51,7 +51,11 @@ class OptimConfig:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Further arguments of an optimizer of optax or yours."""
     preset: Literal["keras", "tuned"] = "tuned"
-    """`keras`: Keras 3's defaults. `tuned`: rates that put the optimizers on a comparable footing (ours)."""
+    """`keras`: Keras 3's defaults and its order of momentum under a schedule: each step's gradient enters the buffer
+    times the rate of that step, so that a falling rate works through as the buffer forgets. `tuned` (ours): rates that
+    put the optimizers on a comparable footing (adagrad 1e-2, adadelta 1, adamax 2e-3, rmsprop 3e-4, adam and adamw
+    1e-3, sgd 1e-2 with Nesterov's momentum of 0.9), and optax's order: the buffer holds gradients, and the rate of the
+    day multiplies all of it, so that a falling rate works at once. The two are the same while the rate is constant."""
     lr: float | None = None
     """Peak learning rate."""
     momentum: float | None = None

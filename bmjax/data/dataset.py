@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from bmjax.data.images.arrays import check_images
+
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
@@ -31,6 +33,44 @@ class Dataset:
     groups: tuple[str, ...] = ()
     sides: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Holds the fields to what is said above, without a look at the pixels; lists become tuples.
+
+        Raises:
+          TypeError, ValueError: names the field, what it is and what was expected.
+        """
+        for field in ("classes", "ids", "hashes", "groups", "sides"):
+            self._check_texts(field)
+        images, labels = check_images(self.images), np.asarray(self.labels)
+        object.__setattr__(self, "images", images)
+        n, k = len(images), len(self.classes)
+        if not k or len(set(self.classes)) < k:
+            raise ValueError(f"classes are {self.classes!r}; expected at least one, all different")
+        if labels.shape != (n,):
+            raise ValueError(f"labels have shape {list(labels.shape)}; expected [{n}], one an image")
+        if n and labels.dtype.kind not in "iu":
+            hint = "; Dataset.from_arrays takes labels of any kind"
+            raise ValueError(f"labels are {labels.dtype}; expected int32, places in classes{hint}")
+        if n and not (labels.min() >= 0 and labels.max() < k):
+            i = int(np.argmax((labels < 0) | (labels >= k)))
+            raise ValueError(f"label of image {i} is {labels[i]}; expected 0 to {k - 1}, for there are {k} classes")
+        object.__setattr__(self, "labels", labels.astype(np.int32, copy=False))
+        for field in ("ids", "hashes", "groups", "sides"):
+            given = len(getattr(self, field))
+            if given != n and (given or field in ("ids", "hashes")):
+                raise ValueError(f"{field} are {given}; expected {n}, one an image")
+        if odd := set(self.sides) - {"", "train", "val", "test"}:
+            raise ValueError(f"sides hold {min(odd)!r}; expected each to be 'train', 'val', 'test' or ''")
+
+    def _check_texts(self, field: str) -> None:
+        given = getattr(self, field)
+        if isinstance(given, str) or not isinstance(given, (tuple, list)):
+            raise TypeError(f"{field} is {given!r:.60} ({type(given).__name__}); expected a tuple of text")
+        odd = next((part for part in given if not isinstance(part, str)), None)
+        if odd is not None:
+            raise TypeError(f"{field} hold {odd!r:.60} ({type(odd).__name__}); expected a tuple of text")
+        object.__setattr__(self, field, tuple(given))
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -51,13 +91,10 @@ class Dataset:
             bmjax.train(config, data=data)
 
         Raises:
-          ValueError: a shape, a type or a range is wrong; names it and what was expected.
+          TypeError, ValueError: a shape, a type or a range is wrong; names it and what was expected.
         """
-        images, of = np.asarray(images), np.asarray(labels)
-        if images.dtype != np.uint8:
-            remedy = "np.round(255 * images).astype(np.uint8) of floats 0..1, images.astype(np.uint8) of 0..255"
-            raise ValueError(f"images are {images.dtype}; expected uint8, 0..255: {remedy}")
-        if images.ndim != 4 or images.shape[-1] != 3 or images.shape[1] != images.shape[2] or not len(images):
+        images, of = check_images(images), np.asarray(labels)
+        if images.shape[1] != images.shape[2] or not len(images):
             raise ValueError(f"images have shape {list(images.shape)}; expected [n, s, s, 3], square and RGB, n >= 1")
         if of.shape != (len(images),):
             raise ValueError(f"labels have shape {list(of.shape)}; expected [{len(images)}], one an image")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from bmjax.config.arguments import check_type
 from bmjax.config.data import DataConfig
 from bmjax.data.dataset import Dataset
+from bmjax.data.images.arrays import check_images
 from bmjax.data.images.cache import listed_dataset, stained
-from bmjax.data.images.decode import decode_files
+from bmjax.data.images.decode import decode_files, resize_images
 from bmjax.data.sources.archive import list_archive
 from bmjax.data.sources.folder import list_folder
 from bmjax.data.sources.huggingface import list_huggingface
@@ -52,7 +55,10 @@ def load_dataset(config: DataConfig, *, progress: bool = True) -> Dataset:
 
     Raises:
       FileNotFoundError, ValueError: it is not there or not as expected; names the place.
+      TypeError: an argument is of another type.
     """
+    check_type("config", config, DataConfig, "a bmjax.config.DataConfig; that of a Config is its field data")
+    check_type("progress", progress, bool, "True or False")
     cache_dir = Path(config.cache_dir) if config.cache_dir else cache_folder() / "images"
     if config.source == "synthetic":
         if config.stain != "none":
@@ -64,3 +70,21 @@ def load_dataset(config: DataConfig, *, progress: bool = True) -> Dataset:
 def read_files(paths: Sequence[str | Path], config: DataConfig) -> Iterable[np.ndarray | str]:
     """Files as `load_dataset` would read them: uint8 RGB [h, w, 3], or the reason why one can't be read."""
     return stained(decode_files(paths, config.image_size), config)
+
+
+def read_arrays(images: Any, config: DataConfig) -> np.ndarray:
+    """Images uint8 RGB [n, h, w, 3] as `load_dataset` would read them from files: [n, s, s, 3], s the size configured.
+
+    Those of size s are taken as read already, their stain normalised; they are not copied. Others are resized, and
+    their stain is normalised as configured.
+
+    Raises:
+      TypeError, ValueError: they are not such images; names the remedy.
+    """
+    images, size = check_images(images), config.image_size
+    if images.shape[1:3] == (size, size):
+        return images
+    read = np.empty((len(images), size, size, 3), np.uint8)
+    for i, image in enumerate(stained(resize_images(images, size), config)):
+        read[i] = image
+    return read

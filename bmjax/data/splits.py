@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from bmjax.config.arguments import check_type
 from bmjax.config.data import DataConfig
 from bmjax.data.dataset import Dataset
 from bmjax.data.groups import connected
@@ -184,17 +185,17 @@ def _sides(places: np.ndarray, shares: np.ndarray, config: DataConfig) -> np.nda
     return np.where(is_test, 2, (along < val * (config.folds - 1)).astype(int))
 
 
-def _assign(dataset: Dataset, units: _Units, config: DataConfig) -> np.ndarray:
+def _assign(labels: np.ndarray, classes: int, units: _Units, config: DataConfig) -> np.ndarray:
     """The side of each row: as given, or with its unit by the number drawn, or by its place in its class's order."""
     places = np.array([draw(key, config.split_seed) for key in units.keys])
     shares = np.array(config.split)
     free = units.given == _FREE
     if config.stratify:
-        table = np.zeros((len(free), len(dataset.classes)), np.int64)
-        np.add.at(table, (units.of_row, dataset.labels), 1)
+        table = np.zeros((len(free), classes), np.int64)
+        np.add.at(table, (units.of_row, labels), 1)
         size, kind = table.sum(1), table.argmax(1)  # a unit of several classes counts for its commonest
         shares = np.tile(shares, (len(free), 1))
-        for label in range(len(dataset.classes)):
+        for label in range(classes):
             mine = np.flatnonzero(free & (kind == label))
             mine = mine[np.argsort(places[mine], kind="stable")]
             places[mine] = (np.cumsum(size[mine]) - size[mine] / 2) / max(size[mine].sum(), 1)
@@ -213,12 +214,12 @@ def _seed_that_works(dataset: Dataset, units: _Units, config: DataConfig) -> int
     # Large classes nearly never decide; leaving them out keeps the search short.
     small = np.flatnonzero(sizes[dataset.labels] <= max(100, sizes.min()))
     chosen, of_row = np.unique(units.of_row[small], return_inverse=True)
-    few = dataclasses.replace(dataset, labels=dataset.labels[small])
+    few = dataset.labels[small]
     part = _Units(of_row, [units.keys[i] for i in chosen], units.given[chosen], units.given_rows[small])
-    needed = {(label, side) for label in set(few.labels.tolist()) for side in range(3)}
+    needed = {(label, side) for label in set(few.tolist()) for side in range(3)}
     for seed in range(300):
-        side = _assign(few, part, dataclasses.replace(config, split_seed=seed))
-        if set(zip(few.labels.tolist(), side.tolist(), strict=True)) == needed:
+        side = _assign(few, len(dataset.classes), part, dataclasses.replace(config, split_seed=seed))
+        if set(zip(few.tolist(), side.tolist(), strict=True)) == needed:
             return seed
     return None
 
@@ -232,11 +233,14 @@ def split_dataset(dataset: Dataset, config: DataConfig) -> Splits:
 
     Raises:
       FileNotFoundError: the manifest or the list of duplicates is not there.
+      TypeError: an argument is of another type.
       ValueError: a class has no image in one of the splits; a group or a file number is missing; a manifest or a list
         of duplicates is of other data; with `config.strict`, a split that is given tears apart what belongs together.
     """
+    check_type("dataset", dataset, Dataset, "a bmjax.Dataset")
+    check_type("config", config, DataConfig, "a bmjax.config.DataConfig; that of a Config is its field data")
     units = _units(dataset, config)
-    side = _assign(dataset, units, config)
+    side = _assign(dataset.labels, len(dataset.classes), units, config)
     for label, name in enumerate(dataset.classes):
         for k, split in enumerate(NAMES):
             if not ((dataset.labels == label) & (side == k)).any():

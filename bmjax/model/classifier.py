@@ -99,7 +99,7 @@ class Classifier(nn.Module):
         else:
             x = preprocess(images.astype(at_least_float32(self.dtype)), self.preprocess).astype(self.dtype)
             x = self.backbone(x, train=train, mode=batch_norm.backbone, tap=tap)
-            _check_taps(self.backbone, reached, x)
+            _check_taps(self.backbone, reached, x, images.shape[1:3])
         if output == "feature_map":
             return kept[0]
         x = global_average(x)
@@ -125,7 +125,7 @@ def stage_name(stage: str) -> str:
     return f"stage_{stage}"
 
 
-def _check_taps(backbone: nn.Module, reached: list[str], x: jax.Array) -> None:
+def _check_taps(backbone: nn.Module, reached: list[str], x: jax.Array, size: tuple[int, ...]) -> None:
     """Attention stands where a backbone calls `tap`: one that leaves a stage out would train without it, silently."""
     stages, kind = stages_of(backbone), type(backbone).__name__
     if tuple(reached) != stages:
@@ -135,6 +135,11 @@ def _check_taps(backbone: nn.Module, reached: list[str], x: jax.Array) -> None:
         )
     if x.ndim != 4:
         raise ValueError(f"backbone {kind} gives {list(x.shape)}; expected a feature map [b, h, w, c]")
+    if 0 in x.shape[1:3]:
+        raise ValueError(
+            f"images of {size[0]}x{size[1]} pixels are too small for the backbone {kind}: it leaves {x.shape[1]}x"
+            f"{x.shape[2]} places of them; expected larger ones"
+        )
 
 
 def stages_of(backbone: nn.Module) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from jax.core import Tracer
 from bmjax import registry, weights
 from bmjax.attention import Chain, create_attention
 from bmjax.backbones import create_backbone, default_preprocess, is_module_class
+from bmjax.config.arguments import check_choice, check_type, check_whole
 from bmjax.config.model import HeadConfig, ModelConfig
 from bmjax.layers.dispatch import prepare
 from bmjax.model.classifier import Classifier, Head, stages_of
@@ -57,10 +58,11 @@ def create(config: ModelConfig, num_classes: int, dtype: str = "float32") -> Cla
     Raises:
       FileNotFoundError: the weights are a path and no file is there.
       ValueError: a name, option or stage is not known, a stage is given twice, or there are no classes.
-      TypeError: a name in `backbone_options` is no field of the backbone.
+      TypeError: a name in `backbone_options` is no field of the backbone, or an argument is of another type.
     """
-    if num_classes < 1:
-        raise ValueError(f"num_classes is {num_classes}; expected at least 1")
+    check_type("config", config, ModelConfig, "a bmjax.config.ModelConfig; that of a Config is its field model")
+    num_classes = check_whole("num_classes", num_classes, 1)
+    check_choice("dtype", dtype, ("float32", "bfloat16", "float64"))
     config = resolve(config)
     _check_weights(config)
     backbone = create_backbone(config.backbone, dtype=jnp.dtype(dtype), **config.backbone_options)
@@ -110,7 +112,14 @@ def init(model: Classifier, key: jax.Array, image_size: int, config: ModelConfig
     """Variables {"params", "batch_stats"}, nested dicts of float32.
 
     Random from `key`; where `config` names weights, the backbone's are those, every leaf matched or an error.
+
+    Raises:
+      TypeError, ValueError: an argument is of another type, or the images are too small for the backbone.
     """
+    check_type("model", model, Classifier, "a bmjax.Classifier, as bmjax.create gives")
+    check_type("key", key, jax.Array, "a key, as jax.random.key(0)")
+    image_size = check_whole("image_size", image_size, 1)
+    check_type("config", config, (ModelConfig, type(None)), "a bmjax.config.ModelConfig or None")
 
     def random_variables(key: jax.Array) -> dict[str, Tree]:
         variables = model.init(key, jnp.zeros((1, image_size, image_size, 3)), train=False)

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bmjax.config.arguments import check_choice, check_type, check_whole
 from bmjax.config.base import Config, from_json, to_json
 from bmjax.data.dataset import Dataset
 from bmjax.data.load import load_dataset
@@ -226,8 +227,12 @@ def load_run(run_dir: str | Path, which: Which = "best", *, devices: int | None 
     Raises:
       FileNotFoundError: the folder holds no run, or no checkpoint of that kind yet.
       PermissionError: the run names code, this user did not train it, and `trust` is not set.
-      ValueError: a file of the folder is damaged; names it.
+      TypeError, ValueError: an argument is wrong, or a file of the folder is damaged; names it.
     """
+    check_type("run_dir", run_dir, (str, Path), "the path of a run's folder")
+    check_choice("which", which, ("best", "last"))
+    if devices is not None:
+        check_whole("devices", devices, 1)
     run_dir = Path(run_dir)
     config = read_config(run_dir)
     if not (run_dir / "dataset.json").is_file():

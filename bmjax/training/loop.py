@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
+import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,6 +33,14 @@ from bmjax.training.predict import Predictor, SplitName
 from bmjax.training.progress import Batch, Recorder, StepLog, announced
 from bmjax.training.signals import Interrupted, Signals
 from bmjax.training.stages import StagePlan, Stretch, compile_stage, stretches
+
+log = logging.getLogger(__name__)
+_MOMENTUM = 0.99
+"""Of the batch-norms' running statistics."""
+_LEAST_KEPT = 0.05
+"""Share of the first statistics that does no harm any more."""
+_GAP = 0.15
+"""Accuracy that evaluation may fall behind training without a word."""
 
 
 class Engine(Protocol):
@@ -197,7 +207,32 @@ def end_epoch(
     progress.epochs_evaluated, progress.loss_sum, progress.correct, progress.count = epoch, 0.0, 0, 0
     recorder.epoch(step, record, lambda: engine.fetch(placed).variables())
     progress.stopped_early = progress.stopped_early or recorder.stop
+    if progress.stopped_early or step == engine.plans[-1].end:
+        evaluated = record.get("train/accuracy_eval_mode", record["val/accuracy"])
+        if (lag := statistics_lag(engine.plans, step, record["train/accuracy_running"], evaluated)) is not None:
+            log.warning("%s", lag)
     return placed, is_best
+
+
+def statistics_lag(plans: Sequence[StagePlan], step: int, running: float, evaluated: float) -> str | None:
+    """What to say where batch-norm's running statistics have seen too few steps, and evaluation suffers; else None.
+
+    `running` is the accuracy in training, where norms go by the batch; `evaluated` that in evaluation mode. After n
+    steps the statistics still hold 0.99^n of what they began with.
+    """
+    by_batch = [plan for plan in plans if "train" in dataclasses.astuple(plan.batch_norm)]
+    steps = sum(max(0, min(plan.end, step) - plan.start) for plan in by_batch)
+    kept = _MOMENTUM**steps
+    if not steps or kept < _LEAST_KEPT or running - evaluated < _GAP:
+        return None
+    enough = math.ceil(math.log(_LEAST_KEPT) / math.log(_MOMENTUM))
+    return (
+        f"accuracy is {running:.2f} in training and {evaluated:.2f} in evaluation: after {steps} steps batch-norm's "
+        f"running statistics still hold {100 * kept:.0f} % of what they began with, so that the classifier is worse in "
+        f"evaluation than it has learned to be. Train for {enough} steps or more (stages.epochs larger, or "
+        "train.batch_size smaller), or leave the statistics of a pretrained backbone as they are "
+        "(stages.batch_norm.backbone stats_frozen)"
+    )
 
 
 # Figures that classification_metrics gives of itself; any other is the user's.

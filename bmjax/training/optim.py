@@ -42,7 +42,8 @@ def _rescale(config: OptimConfig, lr: float, momentum: float, nesterov: bool) ->
     One of optax or of the user's is made by (learning_rate, **options).
 
     A rate inside a momentum buffer (as in Keras) and one outside are the same while it is constant. Under a schedule
-    optax's order holds here: the buffer has gradients, the rate of the day multiplies all of it.
+    optax's order holds here: the buffer has gradients, the rate of the day multiplies all of it. For Keras's order
+    `make_optimizer` asks for no momentum here and adds its own buffer.
     """
     # The epsilons and accumulators are Keras 3's; each equality is tested against Keras.
     build: dict[str, Callable[[], optax.GradientTransformation]] = {
@@ -67,6 +68,12 @@ def _rescale(config: OptimConfig, lr: float, momentum: float, nesterov: bool) ->
     return tx
 
 
+def _rate_goes_inside(config: OptimConfig, momentum: float) -> bool:
+    """Whether the momentum buffer is to hold updates that have their step's rate already, as Keras's does."""
+    varies = config.schedule.kind != "constant" or config.schedule.warmup_epochs > 0
+    return config.preset == "keras" and config.name in ("sgd", "rmsprop") and momentum > 0 and varies
+
+
 class RateState(NamedTuple):
     """State of the schedule: completed updates of this stage, and the plateau's record."""
 
@@ -74,6 +81,13 @@ class RateState(NamedTuple):
     plateau_scale: jax.Array
     best: jax.Array
     epochs_since_best: jax.Array
+
+
+class BufferedRateState(NamedTuple):
+    """State of the schedule with Keras's momentum: `trace` holds updates that each have the rate of their step."""
+
+    rate: RateState
+    trace: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +169,8 @@ def make_optimizer(
     """The optimizer of one stage of training, on a nested dict of trainable parameters.
 
     In order: clip by the global norm, the optimizer's rescaling, decoupled weight decay, the multiplier of the
-    layer's depth, the schedule. `stage_of(path)` gives the backbone's stage of a leaf, or None.
+    layer's depth, the schedule. `stage_of(path)` gives the backbone's stage of a leaf, or None. Under the preset
+    `keras` a momentum comes after the schedule, and the decay, with the rate of its own step, after the momentum.
 
     Raises:
       ValueError: a field doesn't fit the optimizer.
@@ -168,25 +183,38 @@ def make_optimizer(
         stage = stage_of(path) if stage_of and config.layer_decay != 1 else None
         return 1.0 if stage is None else config.layer_decay ** (len(stages) - 1 - list(stages).index(stage))
 
-    def init(params: Tree) -> RateState:
-        del params
-        zero = jnp.zeros((), jnp.int32)
-        return RateState(zero, jnp.ones(()), jnp.asarray(math.inf, jnp.float32), zero)
+    inside = _rate_goes_inside(config, numbers["momentum"])
+    buffer = optax.trace(numbers["momentum"], numbers["nesterov"]) if inside else optax.identity()
 
-    def update(updates: Tree, state: RateState, params: Tree | None = None):
+    def init(params: Tree) -> RateState | BufferedRateState:
+        zero = jnp.zeros((), jnp.int32)
+        state = RateState(zero, jnp.ones(()), jnp.asarray(math.inf, jnp.float32), zero)
+        return BufferedRateState(state, buffer.init(params)) if inside else state
+
+    def scale(updates: Tree, state: RateState, params: Tree | None, decay: float) -> Tree:
+        """The updates, less the decay, times the rate of this step and the depth's multiplier."""
         flat_params = traverse_util.flatten_dict(params)
         rate = multiplier(state.count) * state.plateau_scale
 
         def one(path: Path, u: jax.Array) -> jax.Array:
-            if config.weight_decay and decays(path, u):
-                u = u - peak * config.weight_decay * flat_params[path]
+            if decay and decays(path, u):
+                u = u - peak * decay * flat_params[path]
             return u * jnp.asarray(rate * depth_multiplier(path), u.dtype)
 
-        flat_updates: dict[Path, Any] = dict(traverse_util.flatten_dict(updates))
-        flat = {path: one(path, u) for path, u in flat_updates.items()}
-        return traverse_util.unflatten_dict(flat), state._replace(count=state.count + 1)
+        flat: dict[Path, Any] = dict(traverse_util.flatten_dict(updates))
+        return traverse_util.unflatten_dict({path: one(path, u) for path, u in flat.items()})
 
-    rescale = _rescale(config, peak, numbers["momentum"], numbers["nesterov"])
+    def update(updates: Tree, state: Any, params: Tree | None = None):
+        if not inside:
+            return scale(updates, state, params, config.weight_decay), state._replace(count=state.count + 1)
+        rate = state.rate
+        moved, trace = buffer.update(scale(updates, rate, params, 0.0), state.trace)
+        if config.weight_decay:
+            shrunk = scale(jax.tree.map(jnp.zeros_like, moved), rate, params, config.weight_decay)
+            moved = jax.tree.map(jnp.add, moved, shrunk)
+        return moved, BufferedRateState(rate._replace(count=rate.count + 1), trace)
+
+    rescale = _rescale(config, peak, 0.0 if inside else numbers["momentum"], numbers["nesterov"] and not inside)
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     rate = optax.GradientTransformation(init, update)  # type: ignore[arg-type]
     return Optimizer(optax.chain(*clip, rescale, rate), peak, multiplier, config.schedule)

@@ -12,10 +12,12 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from bmjax.config.arguments import check_choice, check_type
 from bmjax.config.base import Config
 from bmjax.data.batches import eval_batches, read_ahead
 from bmjax.data.dataset import Dataset
-from bmjax.data.splits import Splits
+from bmjax.data.load import read_arrays
+from bmjax.data.splits import NAMES, Splits
 from bmjax.model.classifier import Classifier
 from bmjax.model.parameters import Tree
 from bmjax.runs.folder import (
@@ -121,8 +123,12 @@ def evaluate(
 
     Raises:
       FileNotFoundError: the folder holds no run or no checkpoint.
-      ValueError: the data are not those the run began with.
+      TypeError, ValueError: an argument is wrong, or the data are not those the run began with.
     """
+    check_choice("split", split, NAMES)
+    given = isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Dataset) and isinstance(data[1], Splits)
+    if data is not None and not given:
+        raise TypeError(f"data is {type(data).__name__}; expected None or (bmjax.Dataset, its Splits)")
     run = load_run(run_dir, which, devices=devices, trust=trust)
     dataset, splits = data or data_of(run, data_root)
     return evaluate_run(run, split, which, Predictor(run.config, run.model), dataset, splits)
@@ -144,6 +150,8 @@ def evaluate_run(
     run: Run, split: SplitName, which: Which, predictor: Predictor | Any, dataset: Dataset, splits: Splits
 ) -> dict[str, Any]:
     """As `evaluate`, of a run that is read already; one predictor serves several splits."""
+    if not len(getattr(splits, split)):
+        raise ValueError(f"split is {split!r}, which holds no image; expected one that does")
     if split == "test" and jax.process_index() == 0 and (openings := record_opening(run.run_dir, run.step)) > 1:
         log.warning(
             "%s: the test split is opened for time %d; a choice made on it is no longer a test", run.run_dir, openings
@@ -157,11 +165,20 @@ def evaluate_run(
 
 
 def predict_probs(run: Run, images: np.ndarray, predictor: Predictor | None = None) -> np.ndarray:
-    """Class probabilities float32 [n, k] of images uint8 [n, h, w, 3] at the run's image size.
+    """Class probabilities float32 [n, k] of images uint8 0..255 RGB [n, h, w, 3].
 
-    `predictor`: one made before, where this is called again and again; it compiles once.
+    Those at the run's image size are taken as `load_dataset` gives them; those of any other are resized as the run
+    reads files, and their stain is normalised where the run does so. `predictor`: one made before, where this is
+    called again and again; it compiles once.
+
+    Raises:
+      TypeError, ValueError: `run` is no Run, or the images are of another type, range or shape; names the remedy.
     """
+    check_type("run", run, Run, "a Run, as bmjax.load_run gives")
+    images = read_arrays(images, run.config.data)
     n = len(images)
+    if not n:
+        return np.zeros((0, len(run.classes)), np.float32)
     unlabelled = Dataset(
         name="images",
         classes=run.classes,

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from bmjax.config.arguments import check_type
 from bmjax.config.base import Config
 from bmjax.data.augment.augment import augment, load_extra
 from bmjax.data.batches import steps_per_epoch
@@ -84,8 +85,16 @@ def train(
       FileExistsError: `run_dir` holds a run and `resume` is not set.
       BlockingIOError: another process trains in the folder.
       ValueError, FileNotFoundError: a field is wrong, or the run to resume has another configuration or other data.
+      TypeError: an argument is of another type.
       FloatingPointError: the loss is not finite; names the step and the images of the batch.
     """
+    check_type("config", config, Config, "a bmjax.Config")
+    check_type("resume", resume, bool, "True or False")
+    check_type("data", data, (Dataset, type(None)), "a bmjax.Dataset, as Dataset.from_arrays gives, or None")
+    check_type("callbacks", callbacks, (list, tuple), "a list of functions of an event; one alone is [function]")
+    for i, callback in enumerate(callbacks):
+        if not callable(callback):
+            check_type(f"callbacks[{i}]", callback, (), "a function of an event")
     return train_run(config, resume=resume, data=data, callbacks=callbacks)
 
 

@@ -67,7 +67,7 @@ def test_eval_prints_n_and_interval_and_counts_openings(trained, capsys):
 
 
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
-def test_predict_names_each_file_and_skips_bad_ones(trained, tmp_path, capsys, ending):
+def test_predict_names_each_file_and_keeps_the_row_of_a_bad_one(trained, tmp_path, capsys, ending):
     import pyarrow.parquet
 
     config = from_json((trained / "run/config.json").read_text())
@@ -85,7 +85,11 @@ def test_predict_names_each_file_and_skips_bad_ones(trained, tmp_path, capsys, e
             table = list(csv.DictReader(f))
     else:
         table = pyarrow.parquet.read_table(out).to_pylist()
-    assert [row["path"].rsplit("/", 1)[1] for row in table] == [f"{i}.png" for i in range(5)]
+    assert [row["path"].rsplit("/", 1)[1] for row in table] == [*(f"{i}.png" for i in range(5)), "bad.png"]
+    bad = table.pop()
+    assert "not an image" in bad["error"]
+    assert not any(bad[name] for name in ("predicted", *dataset.classes))
+    assert not any(row["error"] for row in table)
     got = [[float(row[c]) for c in dataset.classes] for row in table]
     np.testing.assert_allclose(got, probs, atol=1e-5)
     assert [row["predicted"] for row in table] == [dataset.classes[i] for i in probs.argmax(-1)]
@@ -101,8 +105,9 @@ def test_predict_of_one_file_pads_no_further(trained, tmp_path, capsys):
     assert row["path"] == str(path)
     assert sum(float(v) for k, v in row.items() if k not in ("path", "predicted")) == pytest.approx(1, abs=1e-4)
     path.write_text("no image")
-    assert main(["predict", str(trained / "run"), str(path), "--out", str(out)]) == 2
-    assert "none of the 1 files given is a readable image" in capsys.readouterr().err
+    assert main(["predict", str(trained / "run"), str(path), "--out", str(out)]) == 1
+    assert "1 of 1 images can't be read" in capsys.readouterr().err
+    assert [row["path"] for row in csv.DictReader(out.read_text().splitlines())] == [str(path)]
 
 
 def test_image_files_pass_over_hidden_ones_and_take_what_is_named(tmp_path):

@@ -1,5 +1,6 @@
 """Batches: number k is the same from any start and on any number of hosts; every image counts, once an epoch."""
 
+import dataclasses
 import itertools
 import subprocess
 import sys
@@ -234,7 +235,7 @@ def test_thousands_of_images_a_second(tmp_path):
     """From a memory map at 224 pixels: far more than a network takes. Prints the rate; the bound is a tenth of it."""
     images = np.lib.format.open_memmap(tmp_path / "a.npy", mode="w+", dtype=np.uint8, shape=(400, 224, 224, 3))
     images[:] = 7
-    dataset = Dataset(**{**vars(dataset_of(256)), "images": images, "labels": np.zeros(400, np.int32)})
+    dataset = dataclasses.replace(dataset_of(400), images=images, labels=np.zeros(400, np.int32))
     stream = TrainBatches(dataset, np.arange(400), 32, 0).batches(0)
     next(stream)
     start = time.perf_counter()

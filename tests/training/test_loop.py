@@ -139,3 +139,28 @@ def test_a_metric_of_ones_own_is_computed_recorded_and_selects(tiny_config):
     assert result.metrics["val"]["kappa"] == min(values), "the smallest is the best after a minus sign"
     for m in result.metrics.values():
         assert m["kappa"] == pytest.approx(2 * m["accuracy"] - 1)
+
+
+def test_statistics_that_lag_behind_few_steps_are_said_with_the_remedy():
+    from bmjax.config.training import BatchNormConfig
+    from bmjax.training.loop import statistics_lag
+    from bmjax.training.stages import StagePlan
+
+    def plan(start, end, mode="train"):
+        return StagePlan(start, end, BatchNormConfig(mode, mode, mode), lambda path: True, None)
+
+    # 402 images, 3 epochs: accuracy 0.14 beside 0.38 running.
+    said = statistics_lag([plan(0, 39)], 39, 0.38, 0.14)
+    assert "accuracy is 0.38 in training and 0.14 in evaluation: after 39 steps" in said
+    assert "hold 68 %" in said
+    assert "Train for 299 steps or more" in said
+    assert "stages.batch_norm.backbone stats_frozen" in said
+    for plans, running, evaluated in (
+        ([plan(0, 39)], 0.38, 0.30),  # no gap worth a word
+        ([plan(0, 39)], 0.38, 0.60),
+        ([plan(0, 400)], 0.9, 0.3),  # enough steps: it is something else
+        ([plan(0, 39, "stats_frozen")], 0.38, 0.14),
+        ([plan(0, 10, "frozen"), plan(10, 400)], 0.9, 0.3),
+    ):
+        assert statistics_lag(plans, plans[-1].end, running, evaluated) is None
+    assert "after 29 steps" in statistics_lag([plan(0, 10, "frozen"), plan(10, 400)], 39, 0.9, 0.3)

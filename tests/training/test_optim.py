@@ -1,5 +1,7 @@
 """Every optimizer equals Keras's, goes downhill, and obeys schedule, decay, clipping and depth."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,6 +75,72 @@ def test_rmsprop_and_sgd_with_momentum_equal_keras():
             for g in gradients:
                 theirs.apply([jnp.asarray(g)], [variable])
         np.testing.assert_allclose(ours["w"], np.asarray(variable), rtol=1e-5, atol=2e-6, err_msg=f"{name} {nesterov}")
+
+
+SCHEDULES = {
+    "cosine": ScheduleConfig(kind="cosine", final=0.1),
+    "step": ScheduleConfig(kind="step", step_epochs=5, factor=0.3),
+}
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize(("name", "nesterov"), [("sgd", False), ("sgd", True), ("rmsprop", None)])
+def test_momentum_under_a_schedule_equals_keras(name, nesterov, kind):
+    import keras
+
+    rng = np.random.default_rng(2)
+    gradients = [rng.standard_normal((5, 3)).astype(np.float32) for _ in range(200)]
+    config = OptimConfig(name=name, preset="keras", momentum=0.9, nesterov=nesterov, schedule=SCHEDULES[kind])
+    ours, _ = run(build(config, total_steps=200), {"w": jnp.zeros((5, 3))}, [{"w": g} for g in gradients])
+    lr = optim.PRESETS[name]["keras"]["lr"]
+    with jax.numpy_rank_promotion("allow"):
+        schedules = keras.optimizers.schedules
+        theirs_rate = (
+            schedules.CosineDecay(lr, 200, alpha=0.1)
+            if kind == "cosine"
+            # Keras drops after a boundary, we at it.
+            else schedules.PiecewiseConstantDecay([49, 99, 149], [lr, lr * 0.3, lr * 0.09, lr * 0.027])
+        )
+        numbers = {"lr": theirs_rate, "momentum": 0.9, "nesterov": bool(nesterov)}
+        theirs, variable = keras_optimizer(name, numbers), keras.Variable(np.zeros((5, 3), np.float32))
+        theirs.build([variable])
+        for g in gradients:
+            theirs.apply([jnp.asarray(g)], [variable])
+    move = np.abs(np.asarray(variable)).max()
+    assert move > 1e-2
+    assert np.abs(np.asarray(ours["w"]) - np.asarray(variable)).max() < 1e-5 * move
+    other, _ = run(
+        build(dataclasses.replace(config, preset="tuned", lr=lr), total_steps=200),
+        {"w": jnp.zeros((5, 3))},
+        [{"w": g} for g in gradients],
+    )
+    assert np.abs(np.asarray(other["w"]) - np.asarray(variable)).max() > 1e-3 * move, "the order makes no difference"
+
+
+def test_keras_momentum_composes_with_decay_depth_plateau_and_keeps_other_states():
+    schedule = ScheduleConfig(kind="plateau", patience=1, factor=0.5)
+    config = OptimConfig(
+        name="sgd", preset="keras", lr=0.5, momentum=0.9, weight_decay=0.1, layer_decay=0.5, schedule=schedule
+    )
+    optimizer = build(config, stages=("a", "b"), stage_of=lambda path: "a" if path[0] == "low" else None)
+    params = {"low": {"kernel": jnp.ones((2, 2))}, "head": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}
+    state, ones = optimizer.tx.init(params), jax.tree.map(jnp.ones_like, params)
+    first, state = optimizer.tx.update(ones, state, params)
+    np.testing.assert_allclose(first["head"]["kernel"], -0.5 - 0.5 * 0.1, rtol=1e-6)
+    np.testing.assert_allclose(first["head"]["bias"], -0.5, rtol=1e-6)
+    np.testing.assert_allclose(first["low"]["kernel"], 0.5 * (-0.5 - 0.5 * 0.1), rtol=1e-6)
+    for loss in (1.0, 2.0):
+        state = optim.update_plateau(optimizer, state, loss)
+    assert optimizer.rates_at(state)(np.array([1]))[0] == pytest.approx(0.25)
+    second, state = optimizer.tx.update(ones, state, params)  # the buffer keeps the rate of old, the decay does not
+    np.testing.assert_allclose(second["head"]["kernel"], -0.9 * 0.5 - 0.25 - 0.25 * 0.1, rtol=1e-6)
+
+    def structure(**fields):
+        return jax.tree.structure(build(OptimConfig(name="sgd", momentum=0.9, **fields)).tx.init(params))
+
+    # A checkpoint of before can be gone on with, where its numbers are the same; else it is refused by its structure.
+    assert structure(preset="keras") == structure(preset="tuned", schedule=schedule)
+    assert structure(preset="keras") != structure(preset="keras", schedule=schedule)
 
 
 @pytest.mark.parametrize("preset", ["keras", "tuned"])

@@ -73,6 +73,7 @@ class Explainer:
             raise unknown("stage of the backbone", stage, (*stages, "last"))
         self._model = model
         self._maps = jax.jit(self.compute)
+        self._attention = jax.jit(self._sown)
         self._probabilities = jax.jit(
             lambda variables, images: nn.softmax(jnp.asarray(model.apply(variables, images, train=False), jnp.float32))
         )
@@ -106,6 +107,21 @@ class Explainer:
         """
         found = in_batches(lambda i, t: self._maps(variables, i, t), images, np.asarray(targets, np.int32))
         return {name: found[name] for name in sorted(found, key=lambda name: (name.startswith("Grad-CAM"), name))}
+
+    def _sown(self, variables: Tree, images: jax.Array) -> dict[str, jax.Array]:
+        _, maps, _ = _forward(self._model, self.stage, variables, images)
+        found = {name: m.astype(jnp.float32) for name, m in maps.items() if m.ndim == 3}
+        return {k: jax.image.resize(m, (len(m), *images.shape[1:3]), "bilinear") for k, m in found.items()}
+
+    def attention(self, variables: Tree, images: np.ndarray) -> Maps:
+        """Of `maps` those that the attention sowed, without the Grad-CAMs and their gradients."""
+        found = in_batches(lambda i: self._attention(variables, i), images)
+        return {name: found[name] for name in sorted(found)}
+
+    def sows_maps(self, variables: Tree, image_size: int) -> bool:
+        """Whether there is a map over places; nothing is computed."""
+        images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.uint8)
+        return bool(jax.eval_shape(self._sown, variables, images))
 
     def probabilities(self, variables: Tree, images: np.ndarray) -> np.ndarray:
         """Class probabilities float32 [n, k] of images uint8 [n, h, w, 3]."""

@@ -221,3 +221,22 @@ def explanations(
                 if row == 0:
                     axis.set_title(literal(title, lines=True), fontsize=7.5, pad=3)
     return figure
+
+
+def beside_maps(image: np.ndarray, maps: Sequence[np.ndarray], least: int = 224) -> np.ndarray:
+    """An image uint8 [h, w, 3] and to its right, over it in grey, each of its maps [h, w]: uint8 [h', w', 3].
+
+    Colours as in `explanations`. A small image is enlarged by a whole factor, to `least` pixels or more.
+    """
+    from matplotlib import colormaps
+
+    picture = np.asarray(image, np.float32)
+    grey = np.repeat(picture.mean(-1, keepdims=True), 3, axis=-1)
+    panels: list[np.ndarray] = [picture]
+    for values in maps:
+        span = float(values.max() - values.min())
+        colours = colormaps["magma"]((values - values.min()) / (span or 1.0))[..., :3]
+        panels.append(0.45 * grey + 0.55 * 255 * np.asarray(colours, np.float32))
+    row = np.concatenate(panels, axis=1).round().astype(np.uint8)
+    factor = math.ceil(least / image.shape[0])
+    return row.repeat(factor, axis=0).repeat(factor, axis=1)

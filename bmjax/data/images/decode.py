@@ -9,9 +9,12 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
+
+Found = TypeVar("Found")
 
 # Of Pillow's formats only these: others run programs (EPS calls Ghostscript) or are seldom met and little tested.
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP")
@@ -97,7 +100,11 @@ def decode_image(source: str | Path | bytes, size: int) -> np.ndarray:
     Raises:
       ValueError: as `open_rgb`.
     """
-    return np.asarray(open_rgb(source).resize((size, size), Image.Resampling.BILINEAR), np.uint8)
+    return _resized(open_rgb(source), size)
+
+
+def _resized(image: Image.Image, size: int) -> np.ndarray:
+    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR), np.uint8)
 
 
 @contextlib.contextmanager
@@ -122,7 +129,18 @@ def decode_images(read: Callable[[int], bytes], n: int, size: int) -> Iterator[n
         except (ValueError, OSError) as e:
             return str(e)
 
-    with quiet(), ThreadPoolExecutor(os.cpu_count()) as pool:
+    with quiet():
+        yield from _by_threads(one, n)
+
+
+def resize_images(images: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Images uint8 RGB [n, h, w, 3] -> each uint8 [size, size, 3], as `decode_images` makes them of files."""
+    return _by_threads(lambda i: _resized(Image.fromarray(np.ascontiguousarray(images[i])), size), len(images))
+
+
+def _by_threads(one: Callable[[int], Found], n: int) -> Iterator[Found]:
+    """one(0) to one(n - 1), in order."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         # Asked for in stretches: the executor's own map would hold every decoded image at once.
         for start in range(0, n, 256):
             yield from pool.map(one, range(start, min(start + 256, n)))

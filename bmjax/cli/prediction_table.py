@@ -1,0 +1,152 @@
+"""The table that `bmjax predict` writes: a row for each input, block by block, so that a million rows need no memory.
+
+The columns `error` and, in parquet, `path_bytes` are there only where they are needed. That may show late; what was
+written until then is copied once, into a table that has the column.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+
+ERROR, PATH_BYTES = "error", "path_bytes"
+
+
+def shown(text: str) -> str:
+    """Text that can be printed and encoded: what is no UTF-8 in a file's name becomes the replacement character."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a name is text, and not bytes that Python keeps as surrogates."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Rows to write."""
+
+    paths: Sequence[str]
+    predicted: Sequence[str | None]
+    """The class, or None where there is an error."""
+    probs: np.ndarray
+    """float32 [n, k]; not a number where there is an error."""
+    errors: Sequence[str | None]
+
+
+class PredictionTable:
+    """A .csv or .parquet file with the columns path, predicted, one for each class and, where needed, the two above.
+
+    Rows go into `<name>.part`, which takes the table's name when it is whole.
+    """
+
+    def __init__(self, path: Path, classes: Sequence[str], *, errors: bool = False):
+        self.path, self.part = path, path.with_name(f"{path.name}.part")
+        self._kind: type[_Csv | _Parquet] = _Csv if path.suffix == ".csv" else _Parquet
+        self._classes, self._extra = tuple(classes), {ERROR} if errors else set()
+        self._file = self._kind(self.part, self._classes, self._extra)
+
+    def add(self, block: Block) -> None:
+        """Writes rows."""
+        needed = self._extra | ({ERROR} if any(block.errors) else set())
+        if self._kind is _Parquet and not all(map(is_utf8, block.paths)):
+            needed = needed | {PATH_BYTES}
+        if needed != self._extra:
+            self._widen(needed)
+        self._file.write(block)
+
+    def _widen(self, needed: set[str]) -> None:
+        self._file.close()
+        wider = self.part.with_name(f"{self.part.name}2")
+        file = self._kind(wider, self._classes, needed)
+        file.copy(self.part, self._extra)
+        os.replace(wider, self.part)  # the open file goes with its name
+        self._file, self._extra = file, needed
+
+    def close(self, *, whole: bool) -> None:
+        """Closes the file; gives it its name if it is whole."""
+        self._file.close()
+        if whole:
+            os.replace(self.part, self.path)
+
+
+class _Csv:
+    """UTF-8, with the bytes of names that are not; text is quoted, numbers and what is missing are not."""
+
+    def __init__(self, path: Path, classes: Sequence[str], extra: set[str]):
+        self._file = path.open("w", encoding="utf-8", errors="surrogateescape", newline="")
+        self._writer = csv.writer(self._file, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+        self._has_error, self._missing = ERROR in extra, [""] * len(classes)
+        self._writer.writerow(["path", "predicted", *classes, *([ERROR] if self._has_error else [])])
+
+    def write(self, block: Block) -> None:
+        # The shortest decimals that are the float32, and not those of its float64.
+        numbers = block.probs.astype(str).astype(np.float64).tolist()
+        for path, name, row, error in zip(block.paths, block.predicted, numbers, block.errors, strict=True):
+            cells: list[Any] = [path, name or "", *(self._missing if name is None else row)]
+            self._writer.writerow([*cells, error or ""] if self._has_error else cells)
+
+    def copy(self, path: Path, extra: set[str]) -> None:
+        """Takes over the rows of a table without the error column."""
+        del extra
+        with path.open(encoding="utf-8", errors="surrogateescape", newline="") as f:
+            rows = csv.reader(f, quoting=csv.QUOTE_NONNUMERIC)
+            next(rows)
+            for row in rows:
+                self._writer.writerow([*row, ""])
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _Parquet:
+    """A block is a row group. A name that is no UTF-8 stands in `path` for reading, in `path_bytes` as it is."""
+
+    def __init__(self, path: Path, classes: Sequence[str], extra: set[str]):
+        fields = [pa.field("path", pa.string()), pa.field("predicted", pa.string())]
+        fields += [pa.field(shown(name), pa.float32()) for name in classes]
+        fields += [pa.field(ERROR, pa.string())] if ERROR in extra else []
+        fields += [pa.field(PATH_BYTES, pa.binary())] if PATH_BYTES in extra else []
+        self._schema, self._extra, self._base = pa.schema(fields), extra, 2 + len(classes)
+        self._writer = pyarrow.parquet.ParquetWriter(path, self._schema)
+
+    def write(self, block: Block) -> None:
+        bad = np.array([name is None for name in block.predicted], bool)
+        columns = [
+            pa.array([shown(path) for path in block.paths], pa.string()),
+            pa.array([None if name is None else shown(name) for name in block.predicted], pa.string()),
+            *(pa.array(column, pa.float32(), mask=bad) for column in np.asarray(block.probs, np.float32).T),
+        ]
+        if ERROR in self._extra:
+            columns.append(pa.array([None if e is None else shown(e) for e in block.errors], pa.string()))
+        if PATH_BYTES in self._extra:
+            columns.append(pa.array(list(map(os.fsencode, block.paths)), pa.binary()))
+        self._write(columns)
+
+    def copy(self, path: Path, extra: set[str]) -> None:
+        """Takes over the rows of a table with fewer columns, `extra` those it has beyond the classes."""
+        with pyarrow.parquet.ParquetFile(path) as old:
+            for group in range(old.num_row_groups):
+                table = old.read_row_group(group)
+                columns = [table.column(i) for i in range(self._base)]
+                if ERROR in self._extra:
+                    has = ERROR in extra
+                    columns.append(table.column(self._base) if has else pa.nulls(len(table), pa.string()))
+                if PATH_BYTES in self._extra:
+                    has = PATH_BYTES in extra
+                    columns.append(table.column(table.num_columns - 1) if has else columns[0].cast(pa.binary()))
+                self._write(columns)
+
+    def _write(self, columns: list[Any]) -> None:
+        self._writer.write_table(pa.Table.from_arrays(columns, schema=self._schema))
+
+    def close(self) -> None:
+        self._writer.close()

@@ -1,0 +1,176 @@
+"""`bmjax predict` writes a row for each input, whatever the files and their names are."""
+
+import csv
+import os
+
+import jax
+import numpy as np
+import pyarrow.parquet
+import pytest
+from PIL import Image
+
+import bmjax
+from bmjax.cli import predict
+from bmjax.cli.main import main
+from bmjax.cli.prediction_table import Block, PredictionTable
+from bmjax.config import Config, DataConfig, ModelConfig
+from bmjax.runs.folder import Run
+
+CLASSES = ("path", "$x^$", "error")
+
+
+@pytest.fixture(scope="module")
+def run():
+    model = ModelConfig(backbone="densenet_tiny", weights=None, attention="cbam")
+    config = Config(data=DataConfig(image_size=32), model=model)
+    network = bmjax.create(config.model, 3)
+    return Run("nowhere", config, network, bmjax.init(network, jax.random.key(0), 32), CLASSES, 0)
+
+
+@pytest.fixture
+def bmjax_predict(run, monkeypatch, tmp_path):
+    """Runs the verb: (exit status, rows as lists, the table's columns)."""
+    monkeypatch.setattr("bmjax.runs.folder.load_run", lambda *arguments: run)
+
+    def call(*arguments, ending="csv"):
+        out = tmp_path / f"table.{ending}"
+        status = main(["predict", "RUN", *map(str, arguments), "--out", str(out)])
+        return status, *table_of(out)
+
+    return call
+
+
+def table_of(path):
+    if path.suffix == ".csv":
+        with path.open(encoding="utf-8", errors="surrogateescape", newline="") as f:
+            columns, *rows = csv.reader(f)
+        return rows, columns
+    table = pyarrow.parquet.ParquetFile(path).read()  # two columns may have one name
+    return [list(row) for row in zip(*(c.to_pylist() for c in table.columns), strict=True)], table.column_names
+
+
+def draw(path, seed=0):
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 32, 3), np.uint8)).save(path, "PNG")
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+@pytest.mark.parametrize("at_once", [2, 3, 100])
+def test_a_row_for_each_input_in_its_order(bmjax_predict, run, tmp_path, monkeypatch, ending, at_once):
+    monkeypatch.setattr(predict, "_PREDICT_AT_ONCE", at_once)
+    folder = tmp_path / "cells"
+    folder.mkdir()
+    (tmp_path / "empty").mkdir()
+    names = [os.fsdecode(name) for name in (b"a.png", b"b\xe4.png", b'c, "d"\n.png', "ö.png".encode())]
+    for seed, name in enumerate(names):
+        draw(folder / name, seed)
+    (folder / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (tmp_path / "link.png").symlink_to("nowhere.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    draw(tmp_path / "z.png", 9)
+    given = [tmp_path / "z.png", tmp_path / "missing.png", tmp_path / "empty", folder, tmp_path / "link.png"]
+    given += [tmp_path / "pipe.png", tmp_path / "z.png"]
+    status, rows, columns = bmjax_predict(*given, ending=ending)
+    assert status == 0
+    assert columns[:6] == ["path", "predicted", *CLASSES, "error"]
+    inside = [str(folder / name) for name in sorted([*names, "bad.png"])]
+    expected = [str(given[0]), str(given[1]), *inside, *map(str, given[4:])]
+    where = columns.index("path_bytes") if ending == "parquet" else 0
+    found = [os.fsdecode(row[where]) if ending == "parquet" else row[where] for row in rows]
+    assert found == expected
+    failed = [i for i, row in enumerate(rows) if row[5]]
+    assert [expected[i].rsplit("/", 1)[1] for i in failed] == ["missing.png", "bad.png", "link.png", "pipe.png"]
+    for i in failed:
+        assert all(value in ("", None) for value in rows[i][1:5])
+    good = [i for i in range(len(rows)) if i not in failed]
+    images = np.stack([np.asarray(Image.open(expected[i])) for i in good])
+    probs = np.array([rows[i][2:5] for i in good], np.float32)
+    np.testing.assert_allclose(probs, bmjax.predict_probs(run, images), atol=1e-6)
+    assert [rows[i][1] for i in good] == [CLASSES[k] for k in probs.argmax(-1)]
+    assert not list(tmp_path.glob("*.part*"))
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_columns_and_exit_codes(bmjax_predict, tmp_path, capsys, ending):
+    draw(tmp_path / "a.png")
+    (tmp_path / "bad.png").touch()
+    plain = ["path", "predicted", *CLASSES]
+    for arguments, status, columns in (
+        (["a.png"], 0, plain),
+        (["a.png", "--errors"], 0, [*plain, "error"]),
+        (["a.png", "--strict"], 0, plain),
+        (["a.png", "bad.png"], 0, [*plain, "error"]),
+        (["a.png", "bad.png", "--strict"], 1, [*plain, "error"]),
+        (["bad.png"], 1, [*plain, "error"]),
+    ):
+        given = [a if a.startswith("--") else tmp_path / a for a in arguments]
+        found, rows, names = bmjax_predict(*given, ending=ending)
+        assert (found, names, len(rows)) == (status, columns, sum(a.endswith("png") for a in arguments)), arguments
+    capsys.readouterr()
+    (tmp_path / "empty").mkdir()
+    for arguments, message in (
+        ([tmp_path / "empty"], "expected images, or folders of images"),
+        ([tmp_path / "a.png", "--batch-size", "0"], "--batch-size is 0; expected at least 1"),
+        ([tmp_path / "a.png", "--maps", "/nowhere/maps"], "there is no folder /nowhere"),
+    ):
+        assert main(["predict", "RUN", *map(str, arguments), "--out", str(tmp_path / "no.csv")]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "no.csv").exists()
+    with pytest.raises(SystemExit):
+        main(["predict", "--help"])
+    assert "Exit status: 0 the table is written" in " ".join(capsys.readouterr().out.split())
+
+
+def test_what_was_done_before_an_interruption_is_kept(bmjax_predict, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(predict, "_PREDICT_AT_ONCE", 1)
+    draw(tmp_path / "a.png")
+    real = predict._inputs
+
+    def stops(paths):
+        yield from real(paths)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(predict, "_inputs", stops)
+    out = tmp_path / "o.csv"
+    assert main(["predict", "RUN", str(tmp_path / "a.png"), "--out", str(out)]) == 130
+    assert not out.exists()
+    with (tmp_path / "o.csv.part").open(newline="") as f:
+        assert [row[0] for row in csv.reader(f)] == ["path", str(tmp_path / "a.png")]
+    assert "the first 1 rows are in" in capsys.readouterr().err
+
+
+def test_maps_are_drawn_for_each_readable_image(bmjax_predict, tmp_path):
+    names = [b"a.png", b"b\xe4.png"]
+    for name in names:
+        draw(tmp_path / os.fsdecode(name))
+    (tmp_path / "bad.png").touch()
+    given = [tmp_path / "bad.png", *(tmp_path / os.fsdecode(name) for name in names)]
+    bmjax_predict(*given, "--maps", tmp_path / "maps")
+    assert sorted(os.listdir(tmp_path / "maps")) == ["0000001_a.png", "0000002_b_.png"]
+    with Image.open(tmp_path / "maps/0000001_a.png") as picture:
+        assert picture.height == 224
+        assert picture.width % 224 == 0
+        assert picture.width > 224
+        assert np.asarray(picture).std() > 10
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_blocks_are_written_at_constant_memory(tmp_path, ending):
+    """100,000 rows, the last of which needs another column, take little more than a block of them."""
+    import tracemalloc
+
+    table = PredictionTable(tmp_path / f"x.{ending}", CLASSES)
+    n = 2000
+    probs = np.full((n, 3), 1 / 3, np.float32)
+    tracemalloc.start()
+    for block in range(50):
+        errors = [None] * (n - 1) + ["bad" if block == 49 else None]
+        paths = [f"{block}/{i}.png" for i in range(n)]
+        table.add(Block(paths, ["path"] * n, probs, errors))
+    table.close(whole=True)
+    assert tracemalloc.get_traced_memory()[1] < 8e6
+    tracemalloc.stop()
+    rows, columns = table_of(table.path)
+    assert columns == ["path", "predicted", *CLASSES, "error"]
+    assert len(rows) == 50 * n
+    assert rows[-1][-1] == "bad"
+    assert float(np.float32(rows[0][2])) == np.float32(1 / 3)
