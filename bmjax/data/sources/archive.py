@@ -7,7 +7,6 @@ import logging
 import stat
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import numpy as np
 
 from bmjax.data.images.decode import MAX_BYTES
 from bmjax.data.sources.listing import Listing, is_image_name
+from bmjax.files import reading
 
 log = logging.getLogger(__name__)
 Read = Callable[[], bytes]
@@ -34,12 +34,13 @@ def list_archive(path: str | Path) -> Listing:
     if not str(path) or not Path(path).is_file():
         raise FileNotFoundError(f"config field 'data.root' is {str(path)!r}; expected a .zip or .tar file")
     path = Path(path)
-    if zipfile.is_zipfile(path):
-        members = _zip_members(path)
-    elif tarfile.is_tarfile(path):
-        members = _tar_members(path)
-    else:
-        raise ValueError(f"{path}: neither a zip nor a tar file; expected one of them")
+    with reading(path, "zip or tar file"):
+        if zipfile.is_zipfile(path):
+            members = _zip_members(path)
+        elif _is_tar(path):
+            members = _tar_members(path)
+        else:
+            raise ValueError(f"{path}: neither a zip nor a tar file; expected one of them")
     ids = sorted(name for name in members if is_image_name(name))
     # Sorted paths have in common what the first and the last have.
     ends = [name.split("/")[:-1] for name in (ids[:1] + ids[-1:])]
@@ -55,6 +56,13 @@ def list_archive(path: str | Path) -> Listing:
     reads = [members[name] for name in ids]
     labels = np.array([number[folder] for folder in folders], np.int32)
     return Listing(str(path), classes, tuple(ids), labels, lambda i: reads[i]())
+
+
+def _is_tar(path: Path) -> bool:
+    try:
+        return tarfile.is_tarfile(path)
+    except (ValueError, OverflowError, EOFError):  # numbers in the first header that no file has
+        return False
 
 
 def _check_name(archive: Path, name: str) -> None:
@@ -76,6 +84,10 @@ def _zip_members(path: Path) -> dict[str, Read]:
     members: dict[str, Read] = {}
     for info in archive.infolist():
         _check_name(path, info.filename)
+        if b"PK\x01\x02" in info.comment + info.extra:
+            raise ValueError(f"{path}: member {info.filename!r} swallows the one after it: the list is damaged")
+        if not is_image_name(info.filename):  # never opened, so a damaged name would lose an image without a word
+            _check_entry(path, info)
         if info.is_dir():
             continue
         if stat.S_ISLNK(info.external_attr >> 16):
@@ -88,12 +100,23 @@ def _zip_members(path: Path) -> dict[str, Read]:
     return members
 
 
+def _check_entry(path: Path, info: zipfile.ZipInfo) -> None:
+    """Holds a member's name in the list at the archive's end to the name before its bytes."""
+    with path.open("rb") as f:
+        f.seek(info.header_offset)
+        head = f.read(30)
+        name = f.read(int.from_bytes(head[26:28], "little"))
+    if name.decode("utf-8" if info.flag_bits & 0x800 else "cp437", "replace") != info.orig_filename:
+        raise ValueError(f"{path}: member {info.filename!r} is {name!r} before its bytes; expected one name")
+
+
 def _read_zipped(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     _limited(info.file_size)  # what it unpacks to; zipfile stops there, whatever the compressed bytes go on to say
     try:
         return archive.read(info)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as e:
-        raise ValueError(str(e) or type(e).__name__) from e
+    # zlib.error, LZMAError, EOFError, NotImplementedError, RuntimeError: each way of packing has its own.
+    except Exception as e:
+        raise ValueError(f"{info.filename}: damaged in the archive: {str(e) or type(e).__name__}") from e
 
 
 def _tar_members(path: Path) -> dict[str, Read]:
@@ -116,9 +139,18 @@ def _tar_members(path: Path) -> dict[str, Read]:
 
 def _infos(path: Path, archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """The members; a ValueError where the archive breaks off, which tarfile takes for its end between two members."""
+    last, length = -1, path.stat().st_size
     try:
-        yield from archive
-    except tarfile.ReadError as e:
+        for info in archive:
+            # A negative size sends tarfile back to where it was, for ever.
+            if info.size < 0 or info.offset_data <= last or info.offset_data + (info.isreg() and info.size) > length:
+                raise ValueError(
+                    f"{path}: member {info.name!r} of {info.size} bytes at {info.offset_data} is not within the file's "
+                    f"{length}: unexpected end of data, or a damaged header"
+                )
+            last = info.offset_data
+            yield info
+    except (tarfile.TarError, EOFError, OverflowError) as e:
         raise ValueError(f"{path}: {e}") from e
     with path.open("rb") as f:
         f.seek(archive.offset)
@@ -130,4 +162,7 @@ def _read_tarred(path: Path, info: tarfile.TarInfo) -> bytes:
     _limited(info.size)
     with path.open("rb") as f:
         f.seek(info.offset_data)
-        return f.read(info.size)
+        data = f.read(info.size)
+    if len(data) < info.size:
+        raise ValueError(f"{info.name}: {len(data)} bytes in the archive; expected {info.size}")
+    return data
