@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
+import math
 import os
 import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+UNPACKED, RATIO = 1 << 27, 100
+"""What a compressed file may unpack to: so many bytes in any case, beyond that so many times its own length."""
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _CONTROL_IN_LINES = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -79,8 +85,98 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_text())
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{path} is damaged: {e}; expected JSON as `bmjax train` wrote it") from e
     if not isinstance(found, dict):
         raise ValueError(f"{path} is damaged: it holds {str(found)[:40]!r}; expected a JSON object")
     return found
+
+
+@contextlib.contextmanager
+def reading(path: Path | str, what: str) -> Iterator[None]:
+    """Turns whatever a library raises over a damaged file into one ValueError that names the file.
+
+    `what` says what the file should be. Files that are missing or may not be read keep their own errors, and so
+    do errors of the program.
+    """
+    try:
+        yield
+    except (FileNotFoundError, PermissionError, IsADirectoryError, NameError, ImportError):
+        raise
+    # Over damaged bytes zipfile, h5py and NumPy raise nearly anything: zlib.error, LZMAError, KeyError, TokenError.
+    except Exception as e:
+        if isinstance(e, ValueError) and str(path) in str(e):
+            raise
+        raise ValueError(f"{path}: not a readable {what}, or truncated: {str(e) or type(e).__name__}") from e
+
+
+def npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], Any]:
+    """(shape, dtype) of a .npy file, which is left at its first value.
+
+    Raises:
+      ValueError: no header that can be believed: objects, values without bytes, or columns before rows.
+    """
+    import numpy as np
+
+    try:
+        version = np.lib.format.read_magic(file)
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        shape, fortran, dtype = read(file, max_header_size=10_000)
+    # NumPy's parser of headers passes on what Python's has: TokenError, SyntaxError, OverflowError, RecursionError.
+    except Exception as e:
+        raise ValueError(f"no header of a .npy file: {str(e) or type(e).__name__}") from e
+    if (
+        fortran
+        or (dtype.kind not in "fiubU" and str(dtype) != "bfloat16")
+        or not dtype.itemsize
+        or min(shape, default=0) < 0
+    ):
+        raise ValueError(f"a .npy file of {dtype} {shape}; expected numbers or text, row by row")
+    return shape, dtype
+
+
+def mapped(path: Path) -> Any:
+    """The array of a .npy file, memory-mapped and read-only.
+
+    Raises:
+      FileNotFoundError: there is none.
+      ValueError: damaged: its header or its length; says how.
+    """
+    import numpy as np
+
+    with path.open("rb") as file:
+        shape, dtype = npy_header(file)
+        start, length = file.tell(), os.fstat(file.fileno()).st_size
+    expected = math.prod(shape) * dtype.itemsize
+    if length - start != expected:
+        raise ValueError(f"{length - start} bytes of values; expected {expected} for {dtype} {shape}")
+    if not expected:
+        return np.zeros(shape, dtype)
+    return np.memmap(path, dtype, "r", start, shape)
+
+
+def read_npz(path: Path, names: Sequence[str]) -> dict[str, Any]:
+    """The arrays named of a .npz file.
+
+    Raises:
+      ValueError: damaged, without one of them, or unpacking to far too much for its length; names the file.
+    """
+    import numpy as np
+
+    arrays = {}
+    with reading(path, ".npz file of NumPy"), zipfile.ZipFile(path) as archive:
+        there = {info.filename: info for info in archive.infolist()}
+        if missing := [name for name in names if f"{name}.npy" not in there]:
+            raise ValueError(f"no array {missing[0]!r}; it holds {', '.join(sorted(there))[:200] or 'nothing'}")
+        infos = [there[f"{name}.npy"] for name in names]
+        limit = max(UNPACKED, RATIO * path.stat().st_size)
+        if (total := sum(info.file_size for info in infos)) > limit:
+            raise ValueError(f"it unpacks to {total} bytes; expected at most {limit}")
+        for name, info in zip(names, infos, strict=True):
+            file = io.BytesIO(archive.read(info))
+            shape, dtype = npy_header(file)
+            values = file.read()
+            if len(values) != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"array {name!r} has {len(values)} bytes; expected {dtype} {shape}")
+            arrays[name] = np.frombuffer(values, dtype).reshape(shape).copy()
+    return arrays

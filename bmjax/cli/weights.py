@@ -22,6 +22,12 @@ def add_parser(verbs: Any) -> None:
     p.add_argument("out", help="the file to write, ending in .safetensors")
     p.add_argument("--backbone", help="the backbone that the file is of; needed with a path")
     p.add_argument("--preprocess", help="mode, where the file's training differed from its source's rule")
+    p.add_argument(
+        "--head",
+        choices=("drop", "keep"),
+        default="drop",
+        help="of a fine-tuned Keras model: leave its head out, or take its single Dense as the top; default: drop",
+    )
     p = inner.add_parser("verify", help="prove a file against its record, and against Keras where it is installed")
     p.add_argument("weights", help="a record's name, or the path of a file")
     p.add_argument("--backbone", help="the backbone that the file is of; needed with a path, but for ported files")
@@ -109,7 +115,7 @@ def port(options: argparse.Namespace) -> int:
     if out.suffix != ".safetensors":
         raise ValueError(f"the file to write is {options.out!r}; expected a name ending in .safetensors")
     path, backbone, record = _file(options)
-    ported = port_weights(path, backbone, out, record, preprocess=options.preprocess)
+    ported = port_weights(path, backbone, out, record, preprocess=options.preprocess, head=options.head)
     print(f"{out}: {ported.parameters:,} values of {ported.backbone}, preprocessing {ported.preprocess}")
     return 0
 

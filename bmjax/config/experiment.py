@@ -12,6 +12,13 @@ from bmjax.config.override import changed
 from bmjax.registry import explain_error, import_file
 
 
+def _from_file(file: Path) -> Config:
+    try:
+        return from_json(file.read_text("utf-8"))
+    except ValueError as e:
+        raise ValueError(f"{file}: {e}; expected a configuration as `bmjax train` writes it") from e
+
+
 def load_experiment(path: str) -> tuple[Config, ModuleType | None]:
     """The Config of an experiment file (its `config()`), of a config.json, or of a run's folder; and the file's module.
 
@@ -23,13 +30,13 @@ def load_experiment(path: str) -> tuple[Config, ModuleType | None]:
     """
     file = Path(path)
     if (file / "config.json").is_file():
-        return dataclasses.replace(from_json((file / "config.json").read_text()), run_dir=str(file)), None
+        return dataclasses.replace(_from_file(file / "config.json"), run_dir=str(file)), None
     if not file.is_file():
         raise FileNotFoundError(
             f"{path}: no such experiment; expected a Python file with config(), a config.json, or a run's folder"
         )
     if file.suffix == ".json":
-        return from_json(file.read_text()), None
+        return _from_file(file), None
     if file.suffix != ".py":
         raise ValueError(f"{path}: expected a file ending in .py or .json")
     for folder in (str(file.resolve().parent), str(Path.cwd())):

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from bmjax.files import read_npz
 from bmjax.runs.intervals import wilson_interval
 
 SPLITS = ("test", "val", "train")
@@ -37,20 +38,51 @@ class Predictions:
 
 
 def read_records(run_dir: str | Path, kind: str) -> list[dict[str, Any]]:
-    """Records of one kind ("train", "epoch") in metrics.jsonl; a torn last line is passed over."""
+    """Records of one kind ("train", "epoch") in metrics.jsonl; a torn last line is passed over.
+
+    Raises:
+      ValueError: another line is damaged; names the file and the line.
+    """
     path = Path(run_dir) / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    return [r for r in (json.loads(line) for line in lines if line.endswith("\n")) if r["kind"] == kind]
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith(b"\n"):
+            continue
+        try:
+            record = json.loads(line)
+            if record["kind"] == kind:
+                records.append(record)
+        except (ValueError, TypeError, KeyError, RecursionError) as e:
+            raise ValueError(
+                f"{path} is damaged in line {number}: {line[:40]!r}; expected a JSON object with a 'kind'. "
+                "Remove the line"
+            ) from e
+    return records
 
 
 def read_predictions(run_dir: str | Path, split: str) -> Predictions | None:
-    """The predictions of a split, or None where it was not evaluated."""
+    """The predictions of a split, or None where it was not evaluated.
+
+    Raises:
+      ValueError: the file is damaged; names it and the remedy.
+    """
     path = Path(run_dir) / f"predictions_{split}.npz"
     if not path.is_file():
         return None
-    with np.load(path, allow_pickle=False) as saved:
-        arrays = {name: saved[name] for name in ("probs", "labels", "index", "ids")}
-        return Predictions(split, **arrays, classes=tuple(map(str, saved["classes"])))
+    remedy = f"`bmjax eval RUN --split {split}` writes it again"
+    try:
+        arrays = read_npz(path, ("probs", "labels", "index", "ids", "classes"))
+    except ValueError as e:
+        raise ValueError(f"{e}; {remedy}") from e
+    n, k = len(arrays["ids"]), arrays["classes"].size
+    expected = {"probs": ("f", (n, k)), "labels": ("iu", (n,)), "index": ("iu", (n,)), "ids": ("U", (n,))}
+    for name, (kinds, shape) in (expected | {"classes": ("U", (k,))}).items():
+        if arrays[name].shape != shape or arrays[name].dtype.kind not in kinds:
+            found = f"{arrays[name].dtype} {arrays[name].shape}"
+            raise ValueError(f"{path}: array {name!r} is {found}; expected shape {shape}; {remedy}")
+    classes = tuple(map(str, arrays.pop("classes")))
+    return Predictions(split, **arrays, classes=classes)
 
 
 def reported_split(results: dict[str, Any]) -> str | None:

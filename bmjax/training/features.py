@@ -28,7 +28,7 @@ from bmjax.data.batches import eval_batches
 from bmjax.data.dataset import Dataset
 from bmjax.data.progress import Meter
 from bmjax.environment import cache_folder
-from bmjax.files import temporary_folder
+from bmjax.files import mapped, temporary_folder
 from bmjax.layers.ops import at_least_float32
 from bmjax.model.create import create, resolve
 from bmjax.model.parameters import Tree
@@ -163,10 +163,10 @@ def pooled_maps(maps: np.ndarray) -> np.ndarray:
 def _read(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray | None:
     """The maps in a file; None where there is none or it is damaged."""
     try:
-        maps = np.load(path, mmap_mode="r")
+        maps = mapped(path)
     except FileNotFoundError:
         return None
-    except (ValueError, OSError, EOFError) as e:
+    except (ValueError, OSError) as e:
         log.warning("%s: damaged (%s); made anew", path, e)
         return None
     if maps.shape != shape or maps.dtype != dtype:

@@ -31,6 +31,7 @@ from bmjax.runs.folder import (
     save_results,
 )
 from bmjax.runs.metrics import classification_metrics, load_metrics
+from bmjax.runs.records import read_predictions
 from bmjax.runs.tracking import Tracker
 from bmjax.training.parallel import Parallel
 from bmjax.training.signals import Signals
@@ -196,8 +197,9 @@ def predict_probs(run: Run, images: np.ndarray, predictor: Predictor | None = No
 def track_results(run_dir: Path, tracker: Tracker, dataset: Dataset, results: dict[str, dict[str, Any]]) -> None:
     """Summary, confusion matrix, mispredicted cells and the best checkpoint, of the last split evaluated."""
     split = list(results)[-1]
-    with np.load(run_dir / f"predictions_{split}.npz") as saved:
-        probs, labels, rows = saved["probs"], saved["labels"], saved["index"]
+    saved = read_predictions(run_dir, split)
+    assert saved is not None, "written by the evaluation before"
+    probs, labels, rows = saved.probs, saved.labels, saved.index
     tracker.summary({f"{s}/{k}": v for s, m in results.items() for k, v in m.items() if isinstance(v, (int, float))})
     tracker.confusion(labels, probs.argmax(-1), dataset.classes)
     wrong = np.flatnonzero(probs.argmax(-1) != labels)[:100]

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from bmjax.backbones import create_backbone, family_of
-from bmjax.files import checksum
+from bmjax.files import checksum, reading
 from bmjax.registry import unknown
-from bmjax.weights import catalog, download, keras_files, safetensors_files, timm
+from bmjax.weights import catalog, download, fine_tuned, keras_files, keras_match, safetensors_files, timm
+from bmjax.weights.fine_tuned import Head
 from bmjax.weights.merge import merge
 from bmjax.weights.network import Tree, classes_of, network, network_shapes, top_layers
 from bmjax.weights.record import WeightRecord
@@ -53,11 +54,14 @@ def find_record(backbone: str, weights: str) -> WeightRecord:
     return read(found, backbone)[0] if isinstance(found, Path) else found
 
 
-def read(path: Path, backbone: str, record: WeightRecord | None = None) -> tuple[WeightRecord, dict[str, Tree]]:
+def read(
+    path: Path, backbone: str, record: WeightRecord | None = None, *, head: Head = "drop"
+) -> tuple[WeightRecord, dict[str, Tree]]:
     """A file's record and the {"params", "batch_stats"} of the record's network, on the host, every leaf matched.
 
     Without `record` it is the file's own where it is a ported one, the catalog's where the bytes are those, or else
-    what the rule of the family and the source says.
+    what the rule of the family and the source says. Of a fine-tuned Keras model the base is taken, and `head` says what
+    becomes of the rest.
 
     Raises:
       ValueError: no weight file of a known kind, damaged, of another backbone, or not the network's leaf by leaf; names
@@ -66,27 +70,42 @@ def read(path: Path, backbone: str, record: WeightRecord | None = None) -> tuple
     with path.open("rb") as file:
         start = file.read(9)
     if start.startswith((b"\x89HDF", b"PK\x03\x04")):
-        return _read_keras(path, backbone, record)
+        with reading(path, "Keras weight file"):
+            return _read_keras(path, backbone, record, head)
     if start.endswith(b"{") and len(start) == 9:  # eight bytes of length, then JSON
-        return _read_safetensors(path, backbone, record)
+        with reading(path, "safetensors file"):
+            return _read_safetensors(path, backbone, record)
     raise ValueError(f"{path}: no weight file; expected HDF5 or a .keras archive of Keras, or safetensors")
 
 
-def _read_keras(path: Path, backbone: str, record: WeightRecord | None) -> tuple[WeightRecord, dict[str, Tree]]:
+def _read_keras(
+    path: Path, backbone: str, record: WeightRecord | None, head: Head
+) -> tuple[WeightRecord, dict[str, Tree]]:
     layers = keras_files.read(path)
-    classes = next((layer.arrays["kernel"].shape[1] for layer in layers if layer.kind == "dense"), None)
     if record is None:
         found = f"md5:{checksum(path, 'md5')}"
         record = next((_suitable(r, backbone, str(path)) for r in catalog.RECORDS if r.checksum == found), None)
+    rule = record or catalog.unpublished(backbone, "keras", path.name, top=True)
+    ours = [layer for layer in layers if not keras_match.is_unused(layer, rule.unused)]
+    shapes, order = network_shapes(network(dataclasses.replace(rule, top=True)))
+    parts = fine_tuned.parts_of(path, ours, shapes, order, head)
+    classes = None if parts.top is None else parts.top.arrays["kernel"].shape[1]
     if record is None:
-        record = catalog.unpublished(backbone, "keras", path.name, top=classes is not None)
-        if (mode := keras_files.preprocess_within(path, layers)) is not None:
+        record = dataclasses.replace(rule, top=classes is not None)
+        within = [layer for layer in layers if not parts.base or layer.model == parts.base[0].model]
+        if (mode := keras_match.preprocess_within(path, within)) is not None:
             record = dataclasses.replace(record, preprocess=mode)
-    model = network(record, classes or 1000)
-    shapes, order = network_shapes(model)
-    layers = [layer for layer in layers if not keras_files.is_unused(layer, record.unused)]
-    source = keras_files.to_variables(layers, shapes, order)
-    return _counted(record, shapes), merge(shapes, source, str(path))
+    shapes, order = network_shapes(network(record, classes or 1000))
+    matched, _ = keras_match.match(parts.base, shapes, order)
+    try:
+        return _counted(record, shapes), merge(shapes, keras_match.to_variables(matched, parts.base, shapes), str(path))
+    except ValueError as e:
+        if (member := fine_tuned.member_of(parts.base)) not in (None, backbone):
+            raise ValueError(
+                f"{path}: this is {_title(member)}; the backbone is {backbone}. Expected a file of {backbone}, or the "
+                f"backbone {member} ({e})"
+            ) from e
+        raise
 
 
 def _read_safetensors(path: Path, backbone: str, record: WeightRecord | None) -> tuple[WeightRecord, dict[str, Tree]]:
@@ -110,6 +129,12 @@ def _read_safetensors(path: Path, backbone: str, record: WeightRecord | None) ->
             f"the file begins with {next(iter(tensors), 'nothing')!r}"
         )
     return _counted(record, shapes), merge(shapes, timm.to_variables(tensors, backbone, model, shapes), str(path))
+
+
+def _title(backbone: str) -> str:
+    """`densenet169` -> `DenseNet169`."""
+    kind = type(create_backbone(backbone)).__name__
+    return kind + backbone.replace("_", "").removeprefix(kind.lower()).upper()
 
 
 def _counted(record: WeightRecord, shapes: dict[str, Tree]) -> WeightRecord:

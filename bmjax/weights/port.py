@@ -8,6 +8,7 @@ from pathlib import Path
 from bmjax.files import checksum
 from bmjax.registry import unknown
 from bmjax.weights import safetensors_files
+from bmjax.weights.fine_tuned import Head
 from bmjax.weights.load import read
 from bmjax.weights.merge import check_leaves
 from bmjax.weights.preprocess import MODES
@@ -30,15 +31,17 @@ def port(
     record: WeightRecord | None = None,
     *,
     preprocess: str | None = None,
+    head: Head = "drop",
 ) -> WeightRecord:
     """Writes a file's weights as safetensors that carry their record, which is returned.
 
-    `preprocess` takes the place of the record's mode.
+    `preprocess` takes the place of the record's mode. `head` of a fine-tuned Keras model: "drop" leaves it out, "keep"
+    makes a single Dense the network's top.
 
     Raises:
       ValueError: as `read` and `check_leaves`, or the mode isn't known.
     """
-    record, variables = read(path, backbone, record)
+    record, variables = read(path, backbone, record, head=head)
     if preprocess is not None and preprocess not in MODES:
         raise unknown("preprocessing mode", preprocess, MODES)
     check_leaves(variables, str(path))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bmjax.cli import main as cli
+from bmjax.cli.main import main
 from bmjax.config import DataConfig
 from bmjax.data.builders import bloodmnist, bm_cytomorphology
 from bmjax.data.images.decode import decode_image
@@ -36,7 +36,7 @@ def tree(request, tmp_path):
 
 
 def build(*words):
-    return cli.main(["data", "build", *map(str, words)])
+    return main(["data", "build", *map(str, words)])
 
 
 def test_published_counts_add_up():

@@ -10,7 +10,8 @@ import pytest
 from flax import traverse_util
 
 from bmjax.backbones import create_backbone, list_backbones
-from bmjax.config import PARTS, BatchNormConfig, HeadConfig, ModelConfig
+from bmjax.config import BatchNormConfig, HeadConfig, ModelConfig
+from bmjax.config.training import PARTS
 from bmjax.model.create import create, init
 from bmjax.model.parameters import count_parameters, parameter_table, part_of
 from bmjax.weights.preprocess import preprocess

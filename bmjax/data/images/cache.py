@@ -21,7 +21,7 @@ from bmjax.data.images.decode import decode_images
 from bmjax.data.images.stain import METHODS, normalised
 from bmjax.data.progress import Meter
 from bmjax.data.sources.listing import Listing, read_each
-from bmjax.files import temporary_folder
+from bmjax.files import mapped, temporary_folder
 
 log = logging.getLogger(__name__)
 VERSION = 2  # of decoding, resizing and the cache's layout; a change makes every cache anew
@@ -137,16 +137,19 @@ def _fill(path: Path, n: int, size: int, source: Iterable[np.ndarray | str], pro
 def _read(folder: Path, n: int, size: int) -> tuple[np.ndarray, Errors] | None:
     """What the cache holds; None where it isn't there or is damaged."""
     try:
-        errors = {int(i): str(reason) for i, reason in json.loads((folder / "skipped.json").read_text())}
+        skipped = json.loads((folder / "skipped.json").read_text("utf-8"))
+        errors = {i: str(reason) for i, reason in skipped}
+        if len(errors) < len(skipped) or not all(type(i) is int and 0 <= i < n for i in errors):
+            raise ValueError(f"skipped.json names images {list(errors)[:5]}; expected 0 to {n - 1}, each once")
         if n == len(errors):
             return np.zeros((0, size, size, 3), np.uint8), errors
-        images = np.load(folder / "images.npy", mmap_mode="r")
+        images = mapped(folder / "images.npy")
         if images.shape == (n - len(errors), size, size, 3) and images.dtype == np.uint8:
             return images, errors
         reason = f"{images.dtype} {images.shape}"
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, OSError, EOFError) as e:
+    except (ValueError, TypeError, OSError, RecursionError) as e:
         reason = str(e)
     log.warning("%s: damaged (%s); made anew", folder, reason)
     return None

@@ -8,7 +8,6 @@ import logging
 import stat
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import numpy as np
 from bmjax.data.images.decode import MAX_BYTES
 from bmjax.data.sources.layout import arrange
 from bmjax.data.sources.listing import Listing, Seen, why_passed_over
-from bmjax.files import printable
+from bmjax.files import printable, reading
 
 log = logging.getLogger(__name__)
 Read = Callable[[], bytes]
@@ -37,12 +36,13 @@ def list_archive(path: str | Path) -> Listing:
     if not str(path) or not Path(path).is_file():
         raise FileNotFoundError(f"config field 'data.root' is {str(path)!r}; expected a .zip or .tar file")
     path = Path(path)
-    if zipfile.is_zipfile(path):
-        members = _zip_members(path)
-    elif tarfile.is_tarfile(path):
-        members = _tar_members(path)
-    else:
-        raise ValueError(f"{path}: neither a zip nor a tar file; expected one of them")
+    with reading(path, "zip or tar file"):
+        if zipfile.is_zipfile(path):
+            members = _zip_members(path)
+        elif _is_tar(path):
+            members = _tar_members(path)
+        else:
+            raise ValueError(f"{path}: neither a zip nor a tar file; expected one of them")
     reasons = {name: why_passed_over(name) for name in members}
     images = sorted(name for name, reason in reasons.items() if not reason)
     # Sorted paths have in common what the first and the last have.
@@ -67,6 +67,13 @@ def list_archive(path: str | Path) -> Listing:
     )
 
 
+def _is_tar(path: Path) -> bool:
+    try:
+        return tarfile.is_tarfile(path)
+    except (ValueError, OverflowError, EOFError):  # numbers in the first header that no file has
+        return False
+
+
 def _check_name(archive: Path, name: str) -> None:
     parts = name.replace("\\", "/").split("/")
     if name.startswith(("/", "\\")) or ".." in parts or ":" in parts[0] or "\0" in name:
@@ -86,6 +93,10 @@ def _zip_members(path: Path) -> dict[str, Read]:
     members: dict[str, Read] = {}
     for info in archive.infolist():
         _check_name(path, info.filename)
+        if b"PK\x01\x02" in info.comment + info.extra:
+            raise ValueError(f"{path}: member {info.filename!r} swallows the one after it: the list is damaged")
+        if why_passed_over(info.filename):  # never opened, so a damaged name would lose an image without a word
+            _check_entry(path, info)
         if info.is_dir():
             continue
         if stat.S_ISLNK(info.external_attr >> 16):
@@ -98,12 +109,23 @@ def _zip_members(path: Path) -> dict[str, Read]:
     return members
 
 
+def _check_entry(path: Path, info: zipfile.ZipInfo) -> None:
+    """Holds a member's name in the list at the archive's end to the name before its bytes."""
+    with path.open("rb") as f:
+        f.seek(info.header_offset)
+        head = f.read(30)
+        name = f.read(int.from_bytes(head[26:28], "little"))
+    if name.decode("utf-8" if info.flag_bits & 0x800 else "cp437", "replace") != info.orig_filename:
+        raise ValueError(f"{path}: member {info.filename!r} is {name!r} before its bytes; expected one name")
+
+
 def _read_zipped(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     _limited(info.file_size)  # what it unpacks to; zipfile stops there, whatever the compressed bytes go on to say
     try:
         return archive.read(info)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as e:
-        raise ValueError(str(e) or type(e).__name__) from e
+    # zlib.error, LZMAError, EOFError, NotImplementedError, RuntimeError: each way of packing has its own.
+    except Exception as e:
+        raise ValueError(f"{info.filename}: damaged in the archive: {str(e) or type(e).__name__}") from e
 
 
 def _tar_members(path: Path) -> dict[str, Read]:
@@ -126,9 +148,18 @@ def _tar_members(path: Path) -> dict[str, Read]:
 
 def _infos(path: Path, archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """The members; a ValueError where the archive breaks off, which tarfile takes for its end between two members."""
+    last, length = -1, path.stat().st_size
     try:
-        yield from archive
-    except tarfile.ReadError as e:
+        for info in archive:
+            # A negative size sends tarfile back to where it was, for ever.
+            if info.size < 0 or info.offset_data <= last or info.offset_data + (info.isreg() and info.size) > length:
+                raise ValueError(
+                    f"{path}: member {info.name!r} of {info.size} bytes at {info.offset_data} is not within the file's "
+                    f"{length}: unexpected end of data, or a damaged header"
+                )
+            last = info.offset_data
+            yield info
+    except (tarfile.TarError, EOFError, OverflowError) as e:
         raise ValueError(f"{path}: {e}") from e
     with path.open("rb") as f:
         f.seek(archive.offset)
@@ -140,4 +171,7 @@ def _read_tarred(path: Path, info: tarfile.TarInfo) -> bytes:
     _limited(info.size)
     with path.open("rb") as f:
         f.seek(info.offset_data)
-        return f.read(info.size)
+        data = f.read(info.size)
+    if len(data) < info.size:
+        raise ValueError(f"{info.name}: {len(data)} bytes in the archive; expected {info.size}")
+    return data
