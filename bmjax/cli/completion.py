@@ -20,5 +20,5 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         import shtab  # pyright: ignore[reportMissingImports]
     except ImportError as e:
         raise ValueError("completion needs the library shtab; pip install 'bmjax[completion]'") from e
-    print(shtab.complete(options.top, options.shell))
+    print(shtab.complete(options.all_verbs, options.shell))
     return 0

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser()
     options, rest = parser.parse_known_args(arguments)
     _set_logging(options)
-    options.top = parser
+    options.all_verbs = parser
     configured = getattr(options, "configured", False)
     asked = help_asked(rest) if configured else None
     if asked == "" or (asked is not None and options.experiment is None):

@@ -5,7 +5,7 @@
 """
 
 from bmjax.weights.load import find_record, load, load_into, read
-from bmjax.weights.network import classes_of, network, network_shapes
+from bmjax.weights.network import classes_of, network, network_shapes, top_layers
 from bmjax.weights.port import backbone_of, port
 from bmjax.weights.preprocess import preprocess
 
@@ -20,4 +20,5 @@ __all__ = [
     "port",
     "preprocess",
     "read",
+    "top_layers",
 ]

@@ -30,7 +30,7 @@ def run():
 @pytest.fixture
 def bmjax_predict(run, monkeypatch, tmp_path):
     """Runs the verb: (exit status, rows as lists, the table's columns)."""
-    monkeypatch.setattr("bmjax.runs.folder.load_run", lambda *arguments: run)
+    monkeypatch.setattr("bmjax.runs.folder.load_run", lambda *arguments, **options: run)
 
     def call(*arguments, ending="csv"):
         out = tmp_path / f"table.{ending}"

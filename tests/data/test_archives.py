@@ -118,7 +118,7 @@ def test_a_cut_tar_is_named(tmp_path):
     last = data.rindex(b"NGS/2.png")
     for cut in (last, last + 100, last + 512 + 300):  # between two members, in a head, in a file
         path.write_bytes(data[:cut])
-        with pytest.raises(ValueError, match=r"a\.tar: (unexpected end of data|truncated header)"):
+        with pytest.raises(ValueError, match=r"a\.tar: .*(unexpected end of data|truncated header)"):
             list_archive(path)
 
 

@@ -130,7 +130,7 @@ def test_damaged_cache_is_made_anew(config, damage, caplog):
         with open(listed, "w") as f:
             f.write('{"half')
     np.testing.assert_array_equal(load_dataset(config, progress=False).images, good)
-    assert ("damaged" in caplog.text) == (damage != "no_list")
+    assert ("damaged (" in caplog.text) == (damage != "no_list")
 
 
 def test_a_kill_leaves_no_cache_that_is_read(config, tmp_path, monkeypatch):
