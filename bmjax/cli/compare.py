@@ -38,7 +38,12 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from bmjax.analysis.compare.compare import compare, markdown
 
     # A line a run, not one an epoch.
-    logging.getLogger("bmjax.training").setLevel(logging.WARNING)
-    comparison = compare(config, options.variants, options.seeds, options.baseline, options.at_once)
+    training = logging.getLogger("bmjax.training")
+    level = training.level
+    training.setLevel(logging.WARNING)
+    try:
+        comparison = compare(config, options.variants, options.seeds, options.baseline, options.at_once)
+    finally:
+        training.setLevel(level)
     print(markdown(comparison))
     return 0

@@ -107,7 +107,7 @@ def test_arrays_train_and_their_faults_are_named(tiny_config):
         bmjax.evaluate(result.run_dir, "val")
     for wrong, message in (
         ((images / 255, labels), "images are float64; expected uint8"),
-        ((images[..., :1], labels), r"shape \[60, 32, 32, 1\]; expected \[n, s, s, 3\]"),
+        ((images[..., :1], labels), r"shape \[60, 32, 32, 1\]; expected \[n, h, w, 3\]"),
         ((images[:0], labels[:0]), "n >= 1"),
         ((images, labels[:-1]), r"labels have shape \[59\]"),
         ((images, np.zeros(60)), "expected at least two"),

@@ -127,7 +127,7 @@ def test_few_images_are_not_padded_to_a_whole_batch(tiny_config):
 
 def test_the_first_call_of_a_step_says_how_long_it_took(caplog):
     step = announced(lambda state, batch: state + batch, stage=2)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="bmjax.training.progress"):
         assert [step(1, 2), step(3, 4)] == [3, 7]
     assert len(caplog.messages) == 1
     assert re.fullmatch(r"stage 2: its step compiled, or was read from the cache, in \d+\.\d s", caplog.messages[0])

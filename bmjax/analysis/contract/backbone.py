@@ -13,7 +13,7 @@ import numpy as np
 from bmjax.analysis.contract import modules
 from bmjax.analysis.contract.subject import BATCH, Subject, init_keys
 from bmjax.analysis.contract.verdict import Contract, Tree, first_line, leaves, say, unequal
-from bmjax.backbones import fault_of
+from bmjax.backbones._registry import fault_of
 from bmjax.layers.collectives import all_sum
 
 SIZES = ((96, 96), (80, 80))
