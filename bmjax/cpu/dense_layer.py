@@ -19,12 +19,12 @@ from jax import lax
 
 from bmjax.cpu import build
 from bmjax.cpu.convolution import forward, input_gradient, kernel_gradient
-from bmjax.cpu.norm import sums
 from bmjax.layers import norm, ops
 from bmjax.layers.collectives import over_devices
 from bmjax.layers.dense_block import Statistics
 from bmjax.layers.dispatch import platform
 from bmjax.layers.ops import NO_PADDING, Pixels, apply_affine, norm_relu, over_channels
+from bmjax.layers.ops import channel_sums as sums
 
 Affine = tuple[jax.Array, jax.Array]
 

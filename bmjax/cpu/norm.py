@@ -9,13 +9,6 @@ from bmjax.layers import ops
 from bmjax.layers.ops import at_least_float32
 
 
-def sums(gradient: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Sums of the gradient and of gradient * x over all but the channels, in at least float32."""
-    axes, dtype = tuple(range(x.ndim - 1)), at_least_float32(x.dtype)
-    gradient = gradient.astype(dtype)
-    return gradient.sum(axes), (gradient * x.astype(dtype)).sum(axes)
-
-
 def by_hand(x: jax.Array) -> bool:
     """Takes the place of bmjax.layers.norm.by_hand: for maps [b, h, w, c] that the kernels serve."""
     return x.ndim == 4 and build.usable(x.dtype)
@@ -28,4 +21,4 @@ def moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def channel_sums(gradient: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Takes the place of bmjax.layers.norm.channel_sums."""
-    return build.call("channel_sums", sums, gradient, x)
+    return build.call("channel_sums", ops.channel_sums, gradient, x)

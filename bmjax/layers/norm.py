@@ -38,9 +38,7 @@ def moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 @replaceable
 def channel_sums(gradient: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Sums [c] of the gradient and of gradient * x over all but the channels, in at least float32."""
-    axes, dtype = tuple(range(x.ndim - 1)), at_least_float32(x.dtype)
-    gradient = gradient.astype(dtype)
-    return gradient.sum(axes), (gradient * x.astype(dtype)).sum(axes)
+    return ops.channel_sums(gradient, x)
 
 
 @replaceable

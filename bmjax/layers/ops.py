@@ -122,6 +122,13 @@ def moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return mean, jnp.square(x - over_channels(mean, x.ndim)).mean(axes)
 
 
+def channel_sums(gradient: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sums [c] of the gradient and of gradient * x over all but the channels, in at least float32."""
+    axes, dtype = tuple(range(x.ndim - 1)), at_least_float32(x.dtype)
+    gradient = gradient.astype(dtype)
+    return gradient.sum(axes), (gradient * x.astype(dtype)).sum(axes)
+
+
 def apply_affine(x: jax.Array, factor: jax.Array, offset: jax.Array) -> jax.Array:
     """factor * x + offset per channel of x [..., c], in the type of the factor."""
     return x.astype(factor.dtype) * over_channels(factor, x.ndim) + over_channels(offset, x.ndim)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import hashlib
 import json
 import logging
@@ -52,6 +53,7 @@ def _version(package: str) -> str | None:
         return None
 
 
+@functools.cache
 def _commit() -> dict[str, Any] | None:
     """The commit of the checkout that bmjax is run from, and whether its files differ from it; None outside one."""
     folder = Path(__file__).parent

@@ -24,6 +24,7 @@ from bmjax.data.dataset import Dataset
 from bmjax.data.splits import Splits
 from bmjax.model.classifier import Classifier
 from bmjax.model.parameters import Tree
+from bmjax.registry import label_of
 from bmjax.runs.checkpoint import Checkpoints
 from bmjax.runs.state import Progress, TrainState
 from bmjax.training import optim
@@ -76,10 +77,6 @@ class Keeper:
         self._engine, self._least = engine, least_seconds
         self._pending: tuple[TrainState, dict[str, Any]] | None = None
         self._saved = time.monotonic()
-
-    def newest(self) -> int | None:
-        """The step of the newest `last` checkpoint."""
-        return self._last.latest()
 
     def progress(self, step: int) -> Progress:
         """Where the run stood at that checkpoint."""
@@ -186,7 +183,7 @@ def end_epoch(
     record["train/accuracy_running"] = progress.correct / max(progress.count, 1)
     if step == engine.plans[-1].end or (every and epoch % every == 0):
         record["train/accuracy_eval_mode"] = engine.evaluate(placed, "train")["accuracy"]
-    own = [name for name in val if name not in _BUILT_IN]
+    own = map(label_of, config.train.metrics)
     record |= {f"val/{name}": val[name] for name in ("loss", "accuracy", "macro_f1", "balanced_accuracy", "n", *own)}
     if wait is not None:
         record["input_wait"] = wait
@@ -233,12 +230,6 @@ def statistics_lag(plans: Sequence[StagePlan], step: int, running: float, evalua
         "train.batch_size smaller), or leave the statistics of a pretrained backbone as they are "
         "(stages.batch_norm.backbone stats_frozen)"
     )
-
-
-# Figures that classification_metrics gives of itself; any other is the user's.
-_BUILT_IN = {"n", "accuracy", "accuracy_low", "accuracy_high", "macro_f1", "macro_f1_low", "macro_f1_high"}
-_BUILT_IN |= {"balanced_accuracy", "balanced_accuracy_low", "balanced_accuracy_high", "loss", "ece", "per_class"}
-_BUILT_IN |= {"confusion"}
 
 
 class ImageEngine:

@@ -22,6 +22,7 @@ from bmjax.data.splits import Splits, split_dataset
 from bmjax.model.classifier import Classifier
 from bmjax.model.create import create, resolve
 from bmjax.runs import folder, identity
+from bmjax.runs.checkpoint import Checkpoints
 from bmjax.runs.folder import Run
 from bmjax.runs.metrics import load_metrics, try_metrics
 from bmjax.runs.state import Progress, TrainState, create_state
@@ -271,10 +272,10 @@ def _train(config: Config, run_dir: Path, plan: _Plan, one: _One) -> Result:
     newest = _newest(run_dir) if one.resume else None
     # A checkpoint holds every array, so a resume needs the weights' file no longer.
     state = plan.start(newest is None)
-    _record(config, run_dir, dataset, splits, one.files)
+    run_id = _record(config, run_dir, dataset, splits, one.files)
     cached = config.features.cached
     keeper = Keeper(run_dir, engine, least_seconds=_MAPS_CHECKPOINT_SECONDS if cached else 0.0, one_at_a_time=cached)
-    progress = Progress(run_id=identity.read_environment(run_dir).get("run_id") or new_run_id())
+    progress = Progress(run_id=run_id)
     if newest is not None:
         progress = keeper.progress(newest)
         template = state.replace(opt_state=engine.plans[progress.stage].opt_state(state.params))
@@ -299,8 +300,6 @@ def _train(config: Config, run_dir: Path, plan: _Plan, one: _One) -> Result:
 
 
 def _newest(run_dir: Path) -> int | None:
-    from bmjax.runs.checkpoint import Checkpoints
-
     last = run_dir / "checkpoints/last"
     if not last.is_dir():
         return None
@@ -308,12 +307,11 @@ def _newest(run_dir: Path) -> int | None:
         return checkpoints.latest()
 
 
-def _record(config: Config, run_dir: Path, dataset: Dataset, splits: Splits, files: Sequence[Path]) -> None:
-    """Writes what the run is, now that all is checked."""
+def _record(config: Config, run_dir: Path, dataset: Dataset, splits: Splits, files: Sequence[Path]) -> str:
+    """Writes what the run is, now that all is checked; returns its id."""
     folder.write_config(run_dir, config)
     folder.record_split(run_dir, dataset, splits)
-    if jax.process_index() == 0:
-        identity.record(run_dir, new_run_id(), config, files)
+    return identity.record(run_dir, new_run_id(), config, files) if jax.process_index() == 0 else new_run_id()
 
 
 def _results(
