@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -61,10 +62,11 @@ class Crew:
             asked = None
             while any(thread.is_alive() for thread in threads):
                 threads[0].join(0.1) if threads[0].is_alive() else time.sleep(0.1)  # signals are handled between two
-                if self.signals.stop is not None:
+                stop = self.signals.stop
+                if isinstance(stop, signal.Signals):
                     asked = asked or time.monotonic()
                     if time.monotonic() - asked > GRACE_SECONDS:
-                        exit_now(self.signals.stop)
+                        exit_now(stop)
         if self._failure is not None:
             raise self._failure
         self.signals.check()

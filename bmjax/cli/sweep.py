@@ -35,9 +35,7 @@ def add_parser(verbs: Any) -> None:
         help="successive halving: at each rung of epochs the best one in ETA goes on (3)",
     )
     p.add_argument("--at-once", type=int, metavar="N", help="cells at a time in a process, on cached features")
-    p.add_argument(
-        "--workers", type=int, default=1, metavar="N", help="processes, each with its cores or a GPU of its own"
-    )
+    p.add_argument("--workers", type=int, default=1, metavar="N", help="processes, each with its cores or its own GPU")
     p.add_argument("--retry", action="store_true", help="train cells again that failed")
     p.add_argument("--wandb", action="store_true", help="write, and register, a sweep for W&B's agents; train nothing")
     p.add_argument(
