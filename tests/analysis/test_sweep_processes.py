@@ -20,12 +20,12 @@ GRID = ["--grid", "optim.name=adam,sgd", "optim.lr=0.01,1e30", "seed=0:2"]
 @pytest.mark.slow
 def test_a_sweep_killed_at_five_moments_is_as_one_never_killed(tiny_config, tmp_path):
     config = tiny(tiny_config, tmp_path, epochs=25)
-    grid = ["--grid", "optim.name=adam,sgd", "train.batch_size=8,16", "seed=0:3"]
+    grid = ["--grid", "optim.name=adam,sgd", "seed=0:4"]
     finish(start(config, tmp_path / "whole", *grid))
     r, killed = random.Random(0), tmp_path / "killed"
     done: dict[str, int] = {}
     for kill in range(5):
-        goal = epochs_logged(killed) + r.randint(10, 55)  # of 12 times 25
+        goal = epochs_logged(killed) + r.randint(10, 38)  # of 8 times 25
         process = start(config, killed, *grid)
         until(lambda goal=goal, process=process: epochs_logged(killed) >= goal or process.poll() is not None)
         time.sleep(r.uniform(0, 0.2))
@@ -37,10 +37,10 @@ def test_a_sweep_killed_at_five_moments_is_as_one_never_killed(tiny_config, tmp_
         rows = (killed / "lab").glob("*/row.json")
         done = {row.parent.name: (row.parent / "results.json").stat().st_mtime_ns for row in rows}
         print(f"killed {kill + 1}: {epochs_logged(killed)} epochs logged, {len(done)} cells finished")
-    assert len(done) < 12
+    assert len(done) < 8
     finish(start(config, tmp_path / "killed", *grid))
     found = table(tmp_path / "killed")
-    assert len(found) == 12
+    assert len(found) == 8
     assert found == table(tmp_path / "whole")
     for name, before in done.items():
         assert (tmp_path / "killed/lab" / name / "results.json").stat().st_mtime_ns == before, f"{name} ran twice"
@@ -73,7 +73,7 @@ def test_workers_and_halving_give_the_table_of_one_process(tiny_config, tmp_path
         assert "Fatal" not in out
     one, two = table(tmp_path / "one"), table(tmp_path / "two")
     assert one == two
-    assert sorted(row["status"] for row in one) == ["failed"] * 4 + ["finished"] + ["paused"] * 3
+    assert sorted(row["status"] for row in one) == ["failed"] * 4 + ["finished"] * 2 + ["paused"] * 2
 
 
 @pytest.mark.slow
