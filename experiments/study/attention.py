@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from common import DEFAULT, Settings, about, base, choices, finish, settings, sweep_cells
+from common import DEFAULT, Settings, about, base, choices, finish, start, sweep_cells
 
 from bmjax.analysis.study.records import Part
 from bmjax.config import Config
@@ -40,4 +40,4 @@ def run(s: Settings) -> Part:
 
 
 if __name__ == "__main__":
-    run(settings(__doc__))
+    start(run, __doc__)

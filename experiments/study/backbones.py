@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from common import DEFAULT, HEAD, Settings, about, base, choices, facts_of, finish, networks, settings, sweep_cells
+from common import DEFAULT, HEAD, Settings, about, base, choices, facts_of, finish, networks, start, sweep_cells
 
 from bmjax.analysis.study.records import Part
 from bmjax.config import AugmentConfig, Config, FeaturesConfig, OptimConfig, StageConfig, TrainConfig
@@ -62,4 +62,4 @@ def run(s: Settings) -> Part:
 
 
 if __name__ == "__main__":
-    run(settings(__doc__))
+    start(run, __doc__)

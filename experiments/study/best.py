@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from common import DEFAULT, Settings, about, base, choices, facts_of, finish, settings, sweep_cells
+from common import DEFAULT, Settings, about, base, choices, facts_of, finish, start, sweep_cells
 
 from bmjax.analysis.study.records import Entry, Part, read_part, results_of
 from bmjax.analysis.study.tables import grouped, mean_of
@@ -101,7 +101,7 @@ def _train_images(s: Settings) -> int:
     from bmjax.data import list_source
 
     plain = base(s, "best").data
-    n = 7 * plain.synthetic_per_class if plain.source == "synthetic" else len(list_source(plain).paths)
+    n = 7 * plain.synthetic_per_class if plain.source == "synthetic" else len(list_source(plain))
     return int(plain.split[0] * n)
 
 
@@ -144,4 +144,4 @@ def run(s: Settings) -> Part:
 
 
 if __name__ == "__main__":
-    run(settings(__doc__))
+    start(run, __doc__)

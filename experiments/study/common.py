@@ -14,9 +14,9 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from bmjax.analysis.study.records import Entry, Part, read_part, write_part
 from bmjax.config import (
@@ -121,6 +121,22 @@ def settings(doc: str | None, arguments: Sequence[str] | None = None) -> Setting
     for noisy in ("absl", "jax", "orbax", "grain", "bmjax.training"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     return Settings(**vars(options))
+
+
+def start(run: Callable[[Settings], Any], doc: str | None) -> NoReturn:
+    """A part as a program: its options, one line where something is wrong, and the exit status of `bmjax`."""
+    from bmjax.training.signals import Interrupted
+
+    try:
+        run(settings(doc))
+    except Interrupted as e:
+        sys.exit(e.code)
+    except (ValueError, OSError, FloatingPointError) as e:
+        if os.environ.get("BMJAX_DEBUG"):
+            raise
+        print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)
 
 
 def networks(s: Settings) -> list[tuple[str, str | None]]:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from common import BATCHES, DEFAULT, OPTIMIZERS, Settings, about, base, choices, finish, settings, sweep_cells
+from common import BATCHES, DEFAULT, OPTIMIZERS, Settings, about, base, choices, finish, start, sweep_cells
 
 from bmjax.analysis.study.records import Entry, Part, results_of
 from bmjax.analysis.study.tables import grouped
@@ -94,4 +94,4 @@ def run(s: Settings) -> Part:
 
 
 if __name__ == "__main__":
-    run(settings(__doc__))
+    start(run, __doc__)

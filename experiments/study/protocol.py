@@ -25,11 +25,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from common import DEFAULT, Settings, about, base, choices, finish, settings
+from common import DEFAULT, Settings, about, base, choices, finish, start
 
 from bmjax.analysis.study.records import Entry, Part
 from bmjax.config import AugmentConfig, Config, FeaturesConfig, OptimConfig, StageConfig
 from bmjax.data.dataset import Dataset
+from bmjax.training.signals import Interrupted
 
 log = logging.getLogger("bmjax.study")
 PROTOCOLS = ("split first", "augmented first", "blocks", "chosen on test")
@@ -44,7 +45,7 @@ def config(s: Settings = DEFAULT) -> Config:
     plain = base(s, "protocol")
     return dataclasses.replace(
         plain,
-        data=dataclasses.replace(plain.data, stratify=True),
+        data=dataclasses.replace(plain.data, stratify=True, block_size=2 if s.smoke else BLOCK),
         optim=OptimConfig(name="adam", preset="keras"),
         # Long enough that a head can learn its training cells by heart, as a training accuracy of 99.97 % says.
         stages=(StageConfig(epochs=4 if s.smoke else 40, train=("attention", "head")),),
@@ -102,7 +103,7 @@ def layout(protocol: str, cells: Dataset, config: Config) -> tuple[np.ndarray, n
         parts = [(*np.divmod(rows, 1 + COPIES), k) for k, rows in enumerate((splits.train, splits.val, splits.test))]
     else:
         if protocol == "blocks":
-            by = dataclasses.replace(by, split_by="block", block_size=BLOCK)
+            by = dataclasses.replace(by, split_by="block")
         splits = split_dataset(cells, by)
         chooses = splits.test if protocol == "chosen on test" else splits.val
         parts = [(splits.train, np.full(len(splits.train), copy), 0) for copy in range(1 + COPIES)]
@@ -165,12 +166,12 @@ def run(s: Settings, copied: Copies | None = None) -> Part:
     for entry, one, prepared in runs(s, plan, copied or copies(s, plan)):
         result = train_run(one, resume=True, prepared=prepared)
         if result.interrupted:
-            raise SystemExit(128 + signal.Signals[result.interrupted])
+            raise Interrupted(signal.Signals[result.interrupted])
         log.info("%s: %.3f on test", entry.run, result.metrics["test"]["accuracy"])
         entries.append(entry)
     notes = (
         f"{COPIES} copies of each cell: {', '.join(k for k, v in dataclasses.asdict(COPIED_BY).items() if v)}.",
-        f"Blocks of {BLOCK} file numbers of a class. Where they do worse than cells split one by one, neighbours help "
+        f"Blocks of {plan.data.block_size} file numbers of a class. Where they do worse than cells split one by one, neighbours help "
         "one another across the split.",
         "The test split of each run was opened once; nothing was chosen by it, but where the protocol says so.",
     )
@@ -179,4 +180,4 @@ def run(s: Settings, copied: Copies | None = None) -> Part:
 
 
 if __name__ == "__main__":
-    run(settings(__doc__))
+    start(run, __doc__)

@@ -20,7 +20,7 @@ import best
 import head
 import optimizers
 import protocol
-from common import Settings, settings
+from common import Settings, start
 
 log = logging.getLogger("bmjax.study")
 PARTS = (backbones, head, optimizers, attention, best, protocol)
@@ -40,4 +40,4 @@ def run(s: Settings) -> None:
 
 
 if __name__ == "__main__":
-    run(settings(__doc__))
+    start(run, __doc__)

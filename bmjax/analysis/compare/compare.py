@@ -6,12 +6,10 @@ again it goes on where it was: finished runs stay as they are, the others are tr
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import json
 import logging
-import os
 import threading
 import time
 from collections.abc import Sequence
@@ -22,6 +20,7 @@ import jax
 import numpy as np
 
 from bmjax.analysis.compare import planning, statistics
+from bmjax.analysis.several import Crew, Shared, width
 from bmjax.config.base import Config
 from bmjax.files import read_json, write_text
 from bmjax.model.classifier import at_last
@@ -29,8 +28,7 @@ from bmjax.model.create import create, resolve
 from bmjax.model.parameters import count_parameters, part_of, split_params
 from bmjax.runs.folder import run_folder
 from bmjax.runs.records import read_predictions, read_records
-from bmjax.training.run import Prepared, Result, prepare, train_run
-from bmjax.training.signals import GRACE_SECONDS, Signals, exit_now
+from bmjax.training.run import train_run
 
 log = logging.getLogger(__name__)
 _NOTE = """Accuracy is the mean over seeds, of each run's best epoch on validation. Images and runs are both taken as
@@ -120,13 +118,7 @@ def compare(
     """
     variants = list(variants) if baseline in variants else [baseline, *variants]
     configs = configurations(config, variants, seeds)
-    cached = config.features.cached
-    if at_once is None:
-        cpus = jax.default_backend() == "cpu"
-        at_once = (min(2, os.cpu_count() or 1) if cpus else jax.local_device_count()) if cached else 1
-    if at_once < 1 or (at_once > 1 and not cached):
-        expected = "at least 1" if cached else "1 end to end, where a run has all devices"
-        raise ValueError(f"--at-once is {at_once}; expected {expected}")
+    at_once = width(at_once, config.features.cached)
     began = time.perf_counter()
     _Runs(configs).train(at_once)
     log.info("%d runs in %.1f min", sum(map(len, configs.values())), (time.perf_counter() - began) / 60)
@@ -138,82 +130,42 @@ def compare(
 
 
 class _Runs:
-    """The runs of a comparison and what they share, trained by one thread or more."""
+    """The runs of a comparison, trained by one thread or more."""
 
     def __init__(self, configs: dict[str, list[Config]]):
         self._waiting = [(variant, run) for variant, runs in configs.items() for run in runs]
         self._count, self._done = len(self._waiting), 0
-        self._shared: Prepared | None = None
-        self._prepared: dict[str, Prepared] = {}
-        self._lock, self._signals = threading.Lock(), Signals()
-        self._failure: BaseException | None = None
+        self._lock, self._crew, self._shared = threading.Lock(), Crew(), Shared()
 
     def train(self, at_once: int) -> None:
         """Trains all, so many at a time. Raises what a run raised, once others that were under way have ended."""
-        self._began = time.monotonic()
-        if at_once == 1:
-            with self._signals:
-                while self._next() is not None:
-                    pass
-            return
-        self._waiting = _interleaved(self._waiting, at_once)  # so that they don't wait for the same to be compiled
-        with self._signals, self._signals.gently():
-            threads = [threading.Thread(target=self._work, args=(i,), daemon=True) for i in range(at_once)]
-            for thread in threads:
-                thread.start()
-            asked = None
-            while any(thread.is_alive() for thread in threads):
-                threads[0].join(0.1) if threads[0].is_alive() else time.sleep(0.1)  # signals are handled between two
-                if self._signals.stop is not None:
-                    asked = asked or time.monotonic()
-                    if time.monotonic() - asked > GRACE_SECONDS:
-                        exit_now(self._signals.stop)
-        if self._failure is not None:
-            raise self._failure
-        self._signals.check()
+        if at_once > 1:
+            self._waiting = _interleaved(self._waiting, at_once)  # so that they don't wait for the same to be compiled
+        self._crew.work(self._next, at_once)
 
-    def _work(self, i: int) -> None:
-        devices = jax.local_devices()
-        on_one = jax.default_device(devices[i % len(devices)]) if len(devices) > 1 else contextlib.nullcontext()
-        try:
-            with on_one:
-                while self._signals.stop is None and self._failure is None and self._next():
-                    pass
-        except BaseException as e:
-            self._failure = self._failure or e
-
-    def _next(self) -> Result | None:
-        """Trains the next run; None where there is none left."""
+    def _next(self) -> bool:
+        """Trains the next run; False where there is none left."""
         with self._lock:
             if not self._waiting:
-                return None
+                return False
             variant, run = self._waiting.pop(0)
         start = time.perf_counter()
-        prepared = self._prepare(variant, run) if run.features.cached else None
-        result = train_run(run, resume=True, prepared=prepared, signals=self._signals)
-        self._signals.check()
-        if not result.interrupted:
-            accuracy, took = result.metrics["test"]["accuracy"], time.perf_counter() - start
-            with self._lock:
-                self._done += 1
-                log.info(
-                    "%d of %d: %s, seed %d: %.3f on test, %.1f s",
-                    self._done,
-                    self._count,
-                    variant,
-                    run.seed,
-                    accuracy,
-                    took,
-                )
-        return result
-
-    def _prepare(self, variant: str, run: Config) -> Prepared:
-        if run.model.weights is None:  # random backbones are the seed's own; pretrained ones are one
-            return prepare(run)
+        prepared = self._shared.prepared(run) if run.features.cached else None
+        result = train_run(run, resume=True, prepared=prepared, signals=self._crew.signals)
+        self._crew.signals.check()
+        accuracy, took = result.metrics["test"]["accuracy"], time.perf_counter() - start
         with self._lock:
-            if variant not in self._prepared:
-                self._prepared[variant] = self._shared = prepare(run, shared=self._shared)
-            return self._prepared[variant]
+            self._done += 1
+            log.info(
+                "%d of %d: %s, seed %d: %.3f on test, %.1f s",
+                self._done,
+                self._count,
+                variant,
+                run.seed,
+                accuracy,
+                took,
+            )
+        return True
 
 
 def _interleaved(runs: list[tuple[str, Config]], width: int) -> list[tuple[str, Config]]:

@@ -55,7 +55,7 @@ def accuracies(runs: Sequence[tuple[str, list[dict[str, Any]]]]) -> Figure:
             if points:
                 axis.plot(*zip(*points, strict=True), style, color=colour, label=label, marker="o", ms=3)
     axis.set(xlabel="epoch", ylabel="accuracy", ylim=(0, 1.02))
-    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set_xticks(sorted({r["epoch"] for _, epochs in runs for r in epochs}))
     plain(axis)
     axis.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure

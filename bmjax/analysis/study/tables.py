@@ -191,7 +191,7 @@ def _best(study: Path, part: Part) -> list[Table]:
     for entry in part.of("best"):
         run = study / entry.run
         results = results_of(run)
-        rows = [("published (abstract)", "train", "", f"{PUBLISHED['train']:.4f}", "", "")]
+        rows: list[tuple[str, ...]] = [("published (abstract)", "train", "", f"{PUBLISHED['train']:.4f}", "", "")]
         rows += [("published (abstract)", "test", "", f"{PUBLISHED['test']:.4f}", "", "")]
         rows += [("ours", "train, running", "", f"{running_accuracy(run):.4f}", "", "")]
         names = {"train": "train, evaluation mode", "val": "validation", "test": "test, opened once"}
