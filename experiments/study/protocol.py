@@ -171,8 +171,8 @@ def run(s: Settings, copied: Copies | None = None) -> Part:
         entries.append(entry)
     notes = (
         f"{COPIES} copies of each cell: {', '.join(k for k, v in dataclasses.asdict(COPIED_BY).items() if v)}.",
-        f"Blocks of {plan.data.block_size} file numbers of a class. Where they do worse than cells split one by one, neighbours help "
-        "one another across the split.",
+        f"Blocks of {plan.data.block_size} file numbers of a class. Where they do worse than cells split one by one, "
+        "neighbours help one another across the split.",
         "The test split of each run was opened once; nothing was chosen by it, but where the protocol says so.",
     )
     part = Part("protocol", about(plan), "", tuple(entries), choices(plan), notes)
