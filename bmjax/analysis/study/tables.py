@@ -86,7 +86,7 @@ def _backbones(study: Path, part: Part) -> list[Table]:
     for entry in part.of("backbone"):
         run, facts = study / entry.run, entry.facts
         found = results_of(run)
-        val, memory = found["val"], facts.get("step_bytes")
+        val = found["val"]
         rows.append(
             (
                 str(entry.fields["model.backbone"]),
@@ -100,10 +100,15 @@ def _backbones(study: Path, part: Part) -> list[Table]:
                 str(facts["best_epoch"]),
                 f"{seconds_of(run) / 60:.1f}",
                 f"{speed_of(run):.1f}",
-                "" if memory is None else f"{memory / 1e6:.0f}",
+                _megabytes(entry),
             )
         )
     return [Table("Backbones on one protocol", header, tuple(rows), part.notes)]
+
+
+def _megabytes(entry: Entry) -> str:
+    found = entry.facts.get("step_bytes")
+    return "" if found is None else f"{found / 1e6:.0f}"
 
 
 def _paired(title: str, field: str, role: str) -> Callable[[Path, Part], list[Table]]:
@@ -202,6 +207,9 @@ def _best(study: Path, part: Part) -> list[Table]:
                 rows.append(("ours", name, str(m["n"]), *figures))
         header = ("model", "split", "n", "accuracy", "macro F1", "balanced accuracy")
         found.append(Table("The selected model, beside the published figures", header, tuple(rows), part.notes))
+        cost = (f"{entry.facts['parameters']:,}", f"{seconds_of(run) / 60:.1f}", f"{speed_of(run):.1f}")
+        header = ("parameters", "minutes", "images/s", "memory of a step, MB")
+        found.append(Table("What it cost", header, ((*cost, _megabytes(entry)),)))
         split = "test" if "test" in results else "val"
         predictions = read_predictions(run, split)
         if predictions is not None:
