@@ -200,6 +200,8 @@ def choices(config: Config, varied: Iterable[str] = ()) -> tuple[tuple[str, str,
             found = getattr(found, name)
         if field == "stages":
             return "; ".join(f"{stage.epochs} epochs of {' + '.join(stage.train)}" for stage in found)
+        if field == "data.root" and not found:
+            return "rendered cells" if config.data.source == "synthetic" else "a folder"
         if field == "augment":
             return _switched_on(found)
         return Path(found).name if field in ("data.root", "model.weights") and found else str(found)

@@ -34,13 +34,13 @@ def write_study(folder: str | Path) -> tuple[Path, Path]:
         body.append(_table(found[name][0]) if found[name] else "")
         body.append(_PICTURES.get(name, _nothing)(study, part))
         body += [_table(table) for table in found[name][1:]]
-        body.append(_note(_about(part)))
+        body.append(f"{_note(_about(part))}<p class='note'><code>{page.text(part.command)}</code></p>")
     body.append(_table(choices))
     html, text = study / "study.html", study / "study.md"
     page.write(html, "The published study", body)
     blocks = ["# The published study, run again\n", _state(parts) + "\n"]
     for name, part in parts.items():
-        blocks += [markdown(found[name]), _about(part) + "\n"]
+        blocks += [markdown(found[name]), f"{_about(part)} `{part.command}`\n"]
     write_text(text, "\n".join([*blocks, markdown([choices])]), errors="replace")
     return html, text
 
@@ -62,7 +62,7 @@ def _state(parts: dict[str, Part]) -> str:
 
 
 def _about(part: Part) -> str:
-    return f"{part.name}: {part.about}. {part.seconds / 60:.1f} min on {part.device}. `{part.command}`"
+    return f"{part.name}: {part.about}. {part.seconds / 60:.1f} min on {part.device}."
 
 
 def _cards(study: Path, parts: dict[str, Part]) -> str:

@@ -80,35 +80,30 @@ def tables(study: Path, part: Part) -> list[Table]:
 
 
 def _backbones(study: Path, part: Part) -> list[Table]:
-    header = ("network", "weights", "parameters", "validation accuracy", "n", "macro F1", "train, running")
-    header += ("train, evaluation mode", "best epoch", "minutes", "images/s", "memory of a step, MB")
-    rows = []
+    header = ("network", "weights", "validation accuracy", "n", "macro F1", "train, running", "train, evaluation mode")
+    rows, costs = [], []
     for entry in part.of("backbone"):
-        run, facts = study / entry.run, entry.facts
-        found = results_of(run)
-        val = found["val"]
-        rows.append(
-            (
-                str(entry.fields["model.backbone"]),
-                Path(entry.fields["model.weights"]).name if entry.fields["model.weights"] else "random",
-                f"{facts['parameters']:,}",
-                interval_text(val, "accuracy"),
-                str(val["n"]),
-                interval_text(val, "macro_f1"),
-                f"{running_accuracy(run):.3f}",
-                f"{found['train']['accuracy']:.3f}",
-                str(facts["best_epoch"]),
-                f"{seconds_of(run) / 60:.1f}",
-                f"{speed_of(run):.1f}",
-                _megabytes(entry),
-            )
+        run, name = study / entry.run, str(entry.fields["model.backbone"])
+        weights, found = entry.fields["model.weights"], results_of(run)
+        figures = (
+            interval_text(found["val"], "accuracy"),
+            str(found["val"]["n"]),
+            interval_text(found["val"], "macro_f1"),
         )
-    return [Table("Backbones on one protocol", header, tuple(rows), part.notes)]
+        trained = (f"{running_accuracy(run):.3f}", f"{found['train']['accuracy']:.3f}")
+        rows.append((name, Path(weights).name.split("_weights")[0] if weights else "random", *figures, *trained))
+        costs.append((name, *_cost(run, entry), str(entry.facts["best_epoch"])))
+    cost = Table("What the networks cost", ("network", *_COST, "best epoch"), tuple(costs))
+    return [Table("Backbones on one protocol", header, tuple(rows), part.notes), cost]
 
 
-def _megabytes(entry: Entry) -> str:
-    found = entry.facts.get("step_bytes")
-    return "" if found is None else f"{found / 1e6:.0f}"
+_COST = ("parameters", "minutes", "images/s in training", "memory of a step, MB")
+
+
+def _cost(run: Path, entry: Entry) -> tuple[str, ...]:
+    memory = entry.facts.get("step_bytes")
+    found = (f"{entry.facts['parameters']:,}", f"{seconds_of(run) / 60:.1f}", f"{speed_of(run):.1f}")
+    return (*found, "" if memory is None else f"{memory / 1e6:.0f}")
 
 
 def _paired(title: str, field: str, role: str) -> Callable[[Path, Part], list[Table]]:
@@ -207,9 +202,7 @@ def _best(study: Path, part: Part) -> list[Table]:
                 rows.append(("ours", name, str(m["n"]), *figures))
         header = ("model", "split", "n", "accuracy", "macro F1", "balanced accuracy")
         found.append(Table("The selected model, beside the published figures", header, tuple(rows), part.notes))
-        cost = (f"{entry.facts['parameters']:,}", f"{seconds_of(run) / 60:.1f}", f"{speed_of(run):.1f}")
-        header = ("parameters", "minutes", "images/s", "memory of a step, MB")
-        found.append(Table("What it cost", header, ((*cost, _megabytes(entry)),)))
+        found.append(Table("What it cost", _COST, (_cost(run, entry),)))
         split = "test" if "test" in results else "val"
         predictions = read_predictions(run, split)
         if predictions is not None:
@@ -295,7 +288,9 @@ def markdown(found: Iterable[Table], level: int = 2) -> str:
     """Tables as Markdown."""
 
     def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+        return (
+            "| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ") for cell in cells) + " |"
+        )
 
     blocks = []
     for table in found:
