@@ -15,7 +15,7 @@ from bmjax.config.base import Config
 from bmjax.layers.dispatch import prepare
 from bmjax.model.classifier import Classifier
 from bmjax.runs.state import create_state
-from bmjax.training.losses import cross_entropy
+from bmjax.training.losses import Loss, cross_entropy
 from bmjax.training.parallel import Parallel
 from bmjax.training.stages import StagePlan, compile_stage
 
@@ -79,7 +79,7 @@ def _step(module: nn.Module) -> Callable[[Any, jax.Array], Any]:
     return step
 
 
-def step_program(config: Config, model: Classifier, plan: StagePlan, variables: Any) -> Any:
+def step_program(config: Config, model: Classifier, plan: StagePlan, variables: Any, loss: Loss = cross_entropy) -> Any:
     """The compiled train step of a stage on one device; nothing runs. `variables` may be shapes alone."""
     prepare()
     size, b = config.data.image_size, config.train.batch_size
@@ -88,4 +88,4 @@ def step_program(config: Config, model: Classifier, plan: StagePlan, variables: 
     ema = config.train.ema_decay is not None
     state = jax.eval_shape(lambda v: create_state(v, plan.optimizer.tx, plan.is_trainable, seed=0, ema=ema), variables)
     parallel = Parallel("jit", (jax.devices()[0],))
-    return compile_stage(config, model, plan, parallel, cross_entropy).lower(state, batch).compile()
+    return compile_stage(config, model, plan, parallel, loss).lower(state, batch).compile()

@@ -237,7 +237,7 @@ def sweep_cells(s: Settings, config: Config, changes: Sequence[dict[str, Any]], 
 
 def _entry(s: Settings, fields: dict[str, Any], row: dict[str, Any]) -> Entry:
     run = Path(row["run_dir"])
-    error = "" if row["status"] == "finished" else str(row.get("error") or row["status"])
+    error = "" if row["status"] == "finished" else str(row["error"] or row["status"]).split(" Images of the batch")[0]
     if not error:
         # Only the best checkpoint is read from here on, and each holds the whole backbone.
         shutil.rmtree(run / "checkpoints" / "last", ignore_errors=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from bmjax.analysis.cost import step_program
 from bmjax.data.batches import steps_per_epoch
@@ -15,6 +16,7 @@ from bmjax.model.create import create, init
 from bmjax.model.parameters import count_parameters
 from bmjax.runs.folder import read_config
 from bmjax.runs.records import read_records
+from bmjax.training.losses import make_loss
 from bmjax.training.stages import plan_stages
 
 
@@ -30,9 +32,10 @@ def network_facts(run: Path) -> dict[str, Any]:
     config, data, results = read_config(run), read_json(run / "dataset.json"), read_json(run / "results.json")
     model = create(config.model, len(data["classes"]), config.train.dtype)
     variables = jax.eval_shape(lambda: init(model, jax.random.key(0), config.data.image_size))
-    per_epoch = steps_per_epoch(sum(data["counts"]["train"].values()), config.train.batch_size)
+    counts = np.array([data["counts"]["train"][name] for name in data["classes"]])
+    per_epoch = steps_per_epoch(int(counts.sum()), config.train.batch_size)
     plan = plan_stages(config, per_epoch, model, variables["batch_stats"])[-1]
-    memory = step_program(config, model, plan, variables).memory_analysis()
+    memory = step_program(config, model, plan, variables, make_loss(config.train, counts)).memory_analysis()
     epochs = read_records(run, "epoch")
     found = {
         "parameters": count_parameters(variables),
