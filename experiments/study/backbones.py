@@ -45,7 +45,7 @@ def config(s: Settings = DEFAULT) -> Config:
 
 def sweep(s: Settings = DEFAULT) -> Iterator[dict[str, Any]]:
     for backbone, weights in networks(s):
-        yield {"model.backbone": backbone, "model.weights": weights}
+        yield {"name": backbone, "model.backbone": backbone, "model.weights": weights}
 
 
 def run(s: Settings) -> Part:

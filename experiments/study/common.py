@@ -241,6 +241,7 @@ def _entry(s: Settings, fields: dict[str, Any], row: dict[str, Any]) -> Entry:
     if not error:
         # Only the best checkpoint is read from here on, and each holds the whole backbone.
         shutil.rmtree(run / "checkpoints" / "last", ignore_errors=True)
+    fields.pop("name", None)
     return Entry(str(run.relative_to(s.out)), fields, error=error)
 
 

@@ -35,9 +35,9 @@ def config(s: Settings = DEFAULT) -> Config:
 
 
 def sweep(s: Settings = DEFAULT) -> Iterator[dict[str, Any]]:
-    for fields in HEADS.values():
+    for name, fields in HEADS.items():
         for seed in range(s.seeds):
-            yield fields | {"seed": seed}
+            yield fields | {"name": f"{name.replace(', ', '-').replace(' ', '_')}-{seed}", "seed": seed}
 
 
 def run(s: Settings) -> Part:
