@@ -28,6 +28,8 @@ NOTES = (
 
 def config(s: Settings = DEFAULT) -> Config:
     plain = base(s, "backbones")
+    # Ours: the new head first, as transfer learning does, then everything at a third of the rate.
+    stages = (StageConfig(epochs=1, train=("attention", "head")), StageConfig(epochs=2, lr_scale=0.3))
     return dataclasses.replace(
         plain,
         # Ours: 75 pixels, the least that Xception takes; what is possible on two cores.
@@ -35,8 +37,7 @@ def config(s: Settings = DEFAULT) -> Config:
         augment=AugmentConfig(flip=True, right_angles=True),
         model=dataclasses.replace(plain.model, attention="none", head=HEAD),
         optim=OptimConfig(name="adamax", preset="keras"),
-        # Ours: the new head first, as transfer learning does, then everything at a third of the rate.
-        stages=(StageConfig(epochs=1, train=("attention", "head")), StageConfig(epochs=2, lr_scale=0.3)),
+        stages=stages[1:] if s.smoke else stages,
         # Small batches, so that the norms' statistics have seen enough steps.
         train=TrainConfig(batch_size=16, train_eval_epochs=0),
         features=FeaturesConfig(),

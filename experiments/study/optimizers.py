@@ -35,8 +35,16 @@ def config(s: Settings = DEFAULT) -> Config:
 
 def sweep(s: Settings = DEFAULT) -> Iterator[dict[str, Any]]:
     """The grid at Keras's default rates, one seed."""
-    for name, batch in itertools.product(OPTIMIZERS, BATCHES):
+    for name, batch in itertools.product(OPTIMIZERS, batches(s)):
         yield {"optim.name": name, "train.batch_size": batch, "optim.lr": default_rate(name)}
+
+
+def batches(s: Settings) -> tuple[int, ...]:
+    return BATCHES[::2] if s.smoke else BATCHES
+
+
+def rates(s: Settings) -> tuple[float, ...]:
+    return RATES[1:3] if s.smoke else RATES
 
 
 def default_rate(optimizer: str) -> float:
@@ -45,10 +53,9 @@ def default_rate(optimizer: str) -> float:
 
 def trials(s: Settings) -> list[dict[str, Any]]:
     """Every cell at every rate."""
-    rates = RATES[1:4] if s.smoke else RATES
     return [
         {"optim.name": name, "train.batch_size": batch, "optim.lr": rate, "seed": TUNING_SEED}
-        for name, batch, rate in itertools.product(OPTIMIZERS, BATCHES, rates)
+        for name, batch, rate in itertools.product(OPTIMIZERS, batches(s), rates(s))
     ]
 
 
@@ -56,7 +63,7 @@ def reported(s: Settings, tuned: dict[tuple, float]) -> dict[tuple, tuple[dict[s
     """What is run for the tables, with the roles it has: a default rate may be the tuned one."""
     found: dict[tuple, tuple[dict[str, Any], list[str]]] = {}
     seeds = range(TUNING_SEED + 1, TUNING_SEED + 1 + (1 if s.smoke else 3))
-    for name, batch, seed in itertools.product(OPTIMIZERS, BATCHES, seeds):
+    for name, batch, seed in itertools.product(OPTIMIZERS, batches(s), seeds):
         for role, rate in (("default", default_rate(name)), ("tuned", tuned.get((name, batch)))):
             if rate is not None:
                 fields = {"optim.name": name, "train.batch_size": batch, "optim.lr": rate, "seed": seed}
@@ -84,9 +91,8 @@ def run(s: Settings) -> Part:
     chosen = list(reported(s, best_rates(s, tried)).values())
     found = sweep_cells(s, under["reported"], [fields for fields, _ in chosen])
     entries = [dataclasses.replace(entry, roles=tuple(r)) for entry, (_, r) in zip(found, chosen, strict=True)]
-    rates = ", ".join(f"{rate:g}" for rate in (RATES[1:4] if s.smoke else RATES))
     notes = (
-        f"Tuned: of the rates {rates}, the best on validation in one run with seed {TUNING_SEED}, which is not in the "
+        f"Tuned: of the rates {', '.join(f'{rate:g}' for rate in rates(s))}, the best on validation in one run with seed {TUNING_SEED}, which is not in the "
         "table. The images are those that chose it, so tuned figures are a little too good.",
     )
     left_open = choices(plan, {"optim.name", "optim.lr", "train.batch_size"})
