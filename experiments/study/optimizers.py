@@ -91,9 +91,10 @@ def run(s: Settings) -> Part:
     chosen = list(reported(s, best_rates(s, tried)).values())
     found = sweep_cells(s, under["reported"], [fields for fields, _ in chosen])
     entries = [dataclasses.replace(entry, roles=tuple(r)) for entry, (_, r) in zip(found, chosen, strict=True)]
+    tried_rates = ", ".join(f"{rate:g}" for rate in rates(s))
     notes = (
-        f"Tuned: of the rates {', '.join(f'{rate:g}' for rate in rates(s))}, the best on validation in one run with seed {TUNING_SEED}, which is not in the "
-        "table. The images are those that chose it, so tuned figures are a little too good.",
+        f"Tuned: of the rates {tried_rates}, the best on validation in one run with seed {TUNING_SEED}, which is not in "
+        "the table. The images are those that chose it, so tuned figures are a little too good.",
     )
     left_open = choices(plan, {"optim.name", "optim.lr", "train.batch_size"})
     return finish(s, Part("optimizers", about(plan), "", (*tried, *entries), left_open, notes), began)
