@@ -93,7 +93,7 @@ def run(s: Settings) -> Part:
     entries = [dataclasses.replace(entry, roles=tuple(r)) for entry, (_, r) in zip(found, chosen, strict=True)]
     tried_rates = ", ".join(f"{rate:g}" for rate in rates(s))
     notes = (
-        f"Tuned: of the rates {tried_rates}, the best on validation in one run with seed {TUNING_SEED}, which is not in "
+        f"Tuned: of the rates {tried_rates} the best on validation in one run, of seed {TUNING_SEED}, which is not in "
         "the table. The images are those that chose it, so tuned figures are a little too good.",
     )
     left_open = choices(plan, {"optim.name", "optim.lr", "train.batch_size"})
