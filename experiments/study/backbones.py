@@ -59,7 +59,7 @@ def run(s: Settings) -> Part:
     replaced = [n for n, weights in networks(s) if weights and n.startswith("densenet") and n != "densenet121"]
     notes = (*NOTES, *(f"{name} stands for DenseNet121, whose file was not there." for name in replaced))
     left_open = choices(plan, {"model.weights"})
-    return finish(s, Part("backbones", about(plan), "", tuple(entries), left_open, notes), began)
+    return finish(s, Part("backbones", about(plan, "five networks"), "", tuple(entries), left_open, notes), began)
 
 
 if __name__ == "__main__":

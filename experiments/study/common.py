@@ -203,23 +203,25 @@ def choices(config: Config, varied: Iterable[str] = ()) -> tuple[tuple[str, str,
         if field == "data.root" and not found:
             return "rendered cells" if config.data.source == "synthetic" else "a folder"
         if field == "augment":
-            return _switched_on(found)
+            return switched_on(found)
         return Path(found).name if field in ("data.root", "model.weights") and found else str(found)
 
     return tuple((field, value(field), why) for field, why in OPEN.items() if field not in varied)
 
 
-def _switched_on(augment: AugmentConfig) -> str:
+def switched_on(augment: AugmentConfig) -> str:
+    """The augmentations that are not off, with their strengths."""
     default = AugmentConfig(flip=False, right_angles=False)
     pairs = [(f.name, getattr(augment, f.name)) for f in dataclasses.fields(augment)]
     return ", ".join(f"{name} {value}" for name, value in pairs if value != getattr(default, name)) or "none"
 
 
-def about(config: Config) -> str:
-    """What a part trains on, in a line."""
+def about(config: Config, network: str = "") -> str:
+    """What a part trains on, in a line; `network` where it is not the configuration's."""
     weights = f"weights {Path(config.model.weights).name}" if config.model.weights else "random weights"
+    network = network or f"{config.model.backbone}, {weights}"
     where = "rendered cells" if config.data.source == "synthetic" else Path(config.data.root).name
-    text = f"{where} at {config.data.image_size} pixels; {config.model.backbone}, {weights}"
+    text = f"{where} at {config.data.image_size} pixels; {network}"
     text += ", frozen, on cached features" if config.features.cached else ", end to end"
     return f"{text}; {' + '.join(str(stage.epochs) for stage in config.stages)} epochs"
 

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from common import DEFAULT, Settings, about, base, choices, finish, start
+from common import DEFAULT, Settings, about, base, choices, finish, start, switched_on
 
 from bmjax.analysis.study.records import Entry, Part
 from bmjax.config import AugmentConfig, Config, FeaturesConfig, OptimConfig, StageConfig
@@ -170,7 +170,7 @@ def run(s: Settings, copied: Copies | None = None) -> Part:
         log.info("%s: %.3f on test", entry.run, result.metrics["test"]["accuracy"])
         entries.append(entry)
     notes = (
-        f"{COPIES} copies of each cell: {', '.join(k for k, v in dataclasses.asdict(COPIED_BY).items() if v)}.",
+        f"{COPIES} copies of each cell: {switched_on(COPIED_BY)}.",
         f"Blocks of {plan.data.block_size} file numbers of a class. Where they do worse than cells split one by one, "
         "neighbours help one another across the split.",
         "The test split of each run was opened once; nothing was chosen by it, but where the protocol says so.",
