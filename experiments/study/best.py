@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from common import DEFAULT, Settings, about, base, choices, facts_of, finish, start, sweep_cells
+from common import DEFAULT, Settings, about, alone, base, choices, facts_of, finish, start, sweep_cells
 
 from bmjax.analysis.study.records import Entry, Part, read_part, results_of
 from bmjax.analysis.study.tables import grouped, mean_of
@@ -113,9 +113,10 @@ def test_once(s: Settings, entry: Entry) -> None:
     from bmjax.runs.folder import read_config
 
     folder = s.out / entry.run
-    if "test" not in results_of(folder):
-        log.info("%s: opening the test split", entry.run)
-        bmjax.evaluate(folder, "test")
+    with alone(folder / "opening.lock"):
+        if "test" not in results_of(folder):
+            log.info("%s: opening the test split", entry.run)
+            bmjax.evaluate(folder, "test")
     write_report(folder, load_dataset(read_config(folder).data).images)
 
 

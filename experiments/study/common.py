@@ -7,6 +7,7 @@ attention, five optimizers and four batch sizes. All else here is ours, each cho
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import logging
 import os
@@ -14,7 +15,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -226,14 +227,14 @@ def about(config: Config, network: str = "") -> str:
     return f"{text}; {' + '.join(str(stage.epochs) for stage in config.stages)} epochs"
 
 
-def sweep_cells(s: Settings, config: Config, changes: Sequence[dict[str, Any]], workers: int = 1) -> list[Entry]:
+def sweep_cells(s: Settings, config: Config, changes: Sequence[dict[str, Any]]) -> list[Entry]:
     """Trains a cell for each of the changes, but for those that are there already; their entries, in order."""
     from bmjax.analysis.sweep.cells import cells_of
     from bmjax.analysis.sweep.run import run_sweep
 
     cells = cells_of(config, list(changes))
     at_once = s.at_once if config.features.cached else None
-    rows = run_sweep(config, cells, at_once=at_once, workers=workers).rows
+    rows = run_sweep(config, cells, at_once=at_once).rows
     return [_entry(s, dict(change), row) for change, row in zip(changes, rows, strict=True)]
 
 
@@ -245,6 +246,21 @@ def _entry(s: Settings, fields: dict[str, Any], row: dict[str, Any]) -> Entry:
         shutil.rmtree(run / "checkpoints" / "last", ignore_errors=True)
     fields.pop("name", None)
     return Entry(str(run.relative_to(s.out)), fields, error=error)
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Waits until no other process holds this lock file: several may run one study, and share its runs."""
+    from bmjax.runs.folder import locked
+
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(locked(path))
+                break
+            except BlockingIOError:
+                time.sleep(1)
+        yield
 
 
 def facts_of(run: Path) -> dict[str, Any]:

@@ -158,17 +158,30 @@ def runs(s: Settings, config: Config, copies: Copies) -> Iterator[tuple[Entry, C
             yield Entry(where, {"protocol": protocol, "labels": labels, "seed": seed}, ("protocol",)), run, prepared
 
 
-def run(s: Settings, copied: Copies | None = None) -> Part:
-    """Trains what is not trained yet, and writes the part; `copied` takes the place of what `copies` computes."""
+def _train(config: Config, prepared: Any) -> bool:
+    """Trains a run, unless that has been done; False where another process is at it."""
     from bmjax.training.run import train_run
 
-    began, plan, entries = time.monotonic(), config(s), []
-    for entry, one, prepared in runs(s, plan, copied or copies(s, plan)):
-        result = train_run(one, resume=True, prepared=prepared)
-        if result.interrupted:
-            raise Interrupted(signal.Signals[result.interrupted])
-        log.info("%s: %.3f on test", entry.run, result.metrics["test"]["accuracy"])
-        entries.append(entry)
+    try:
+        result = train_run(config, resume=True, prepared=prepared)
+    except BlockingIOError:
+        return False
+    if result.interrupted:
+        raise Interrupted(signal.Signals[result.interrupted])
+    log.info("%s: %.3f on test", config.name, result.metrics["test"]["accuracy"])
+    return True
+
+
+def run(s: Settings, copied: Copies | None = None) -> Part:
+    """Trains what is not trained yet, and writes the part; `copied` takes the place of what `copies` computes."""
+    began, plan = time.monotonic(), config(s)
+    copied = copied or copies(s, plan)
+    while True:
+        found = [(entry, _train(one, prepared)) for entry, one, prepared in runs(s, plan, copied)]
+        entries = [entry for entry, _ in found]
+        if all(trained for _, trained in found):
+            break
+        time.sleep(1)
     notes = (
         f"{COPIES} copies of each cell: {switched_on(COPIED_BY)}.",
         f"Blocks of {plan.data.block_size} file numbers of a class. Where they do worse than cells split one by one, "
