@@ -29,8 +29,9 @@ def width(at_once: int | None, cached: bool) -> int:
       ValueError: not positive, or more than one end to end.
     """
     if at_once is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         cpus = jax.default_backend() == "cpu"
-        at_once = (min(2, os.cpu_count() or 1) if cpus else jax.local_device_count()) if cached else 1
+        at_once = (min(2, cores) if cpus else jax.local_device_count()) if cached else 1
     if at_once < 1 or (at_once > 1 and not cached):
         expected = "at least 1" if cached else "1 end to end, where a run has all devices"
         raise ValueError(f"--at-once is {at_once}; expected {expected}")

@@ -55,7 +55,12 @@ def configuration(
 
     A grid is searched whole; draws are random, or Bayesian where there is no cap. Those end early by Hyperband, a grid
     only where `halving` asks for it.
+
+    Raises:
+      ValueError: the runs would open the test split.
     """
+    if config.train.final_test or "train.final_test" in space:
+        raise ValueError("train.final_test is true; a sweep chooses on validation and refuses to read the test split")
     monitor, falls = config.train.monitor.removeprefix("-"), config.train.monitor_falls
     ranges = any(isinstance(values, Range) for values in space.values())
     method = "random" if runs is not None else "bayes" if ranges else "grid"
@@ -77,15 +82,9 @@ def configuration(
 
 
 def write_and_register(config: Config, tree: dict[str, Any]) -> tuple[Path, str | None]:
-    """Writes wandb-sweep.yaml into the sweep's folder and registers it where there is a server: (the file, the id).
-
-    Raises:
-      ValueError: the runs would open the test split.
-    """
+    """Writes wandb-sweep.yaml into the sweep's folder and registers it where there is a server: (the file, the id)."""
     import yaml
 
-    if config.train.final_test:
-        raise ValueError("train.final_test is true; a sweep chooses on validation and refuses to read the test split")
     folder = run_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "wandb-sweep.yaml"

@@ -7,6 +7,7 @@ https://doi.org/10.1145/3292500.3330701): TPE draws them, the median pruner ends
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import logging
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _AGAIN = 0.1  # seconds
+_BY_WEIGHTS = ("model.backbone", "model.weights", "model.preprocess")
 
 
 def tune(
@@ -55,7 +57,10 @@ def tune(
         raise ValueError('Optuna is not installed; expected: pip install "bmjax[tune]"')
     if trials < 1:
         raise ValueError(f"--random is {trials}; expected at least 1 trial")
-    checked(cells_of(config, draws(space, 1, config.seed)))
+    (first,) = checked(cells_of(config, draws(space, 1, config.seed)))
+    if not any(field.startswith(_BY_WEIGHTS) for field in space):  # then their file need not be read for each trial
+        decided = {name: getattr(first.config.model, name) for name in ("backbone_options", "preprocess")}
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, **decided))
     folder = run_folder(config)
     folder.mkdir(parents=True, exist_ok=True)
     tune = Tune(storage or f"sqlite:///{(folder / 'optuna.db').resolve()}", trials, dict(space))

@@ -66,8 +66,10 @@ def run_workers(plan: Plan, count: int) -> None:
     signals = Signals()
     with signals, contextlib.ExitStack() as stack:
         stack.callback(_end, processes)
+        path = os.pathsep.join(filter(None, sys.path))  # parts of one's own are found as here
         for share in shares(count):
-            env = os.environ | ({"CUDA_VISIBLE_DEVICES": share["gpu"]} if "gpu" in share else {})
+            env = os.environ | {"PYTHONPATH": path}
+            env |= {"CUDA_VISIBLE_DEVICES": share["gpu"]} if "gpu" in share else {}
             command = [sys.executable, "-m", "bmjax.analysis.sweep.workers", str(plan.folder), share["cores"]]
             processes.append(subprocess.Popen(command, env=env, stdin=subprocess.PIPE))
         while any(process.poll() is None for process in processes):
