@@ -118,9 +118,10 @@ def test_copies_on_both_sides_beat_chance_on_shuffled_labels_and_an_honest_split
     honest, leaking = found["split first"], found["augmented first"]
     assert honest.chance == pytest.approx(1 / 7)
     assert honest.test.low < 1 / 7 < honest.test.high
+    assert honest.test.accuracy < 0.3
     assert leaking.test.low > 0.5
     assert leaking.test.n < 0.7 * CELLS, "cells of the test split, not their copies"
-    assert all(row.evaluated > 0.9 for row in found.values()), "learnt by heart"
+    assert all(row.evaluated > 0.8 for row in found.values()), "learnt by heart"
     assert found["chosen on test"].test.accuracy >= honest.test.accuracy
 
 
@@ -242,6 +243,7 @@ def test_a_folder_without_a_study_and_a_damaged_part_are_said(tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_the_whole_study_killed_and_started_again(tmp_path):
     """`run.py --smoke`, killed at random moments, comes to its end and trains no finished run again."""
     out = tmp_path / "study"
@@ -256,8 +258,8 @@ def test_the_whole_study_killed_and_started_again(tmp_path):
     finished = {
         path: path.stat().st_mtime_ns for path in out.rglob("metrics.jsonl") if (path.parent / "row.json").is_file()
     }
-    assert finished
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550)
+    assert finished, "the last kill came after a run had ended"
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
     assert done.returncode == 0, done.stderr
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
     assert [part.name for part in records.read_study(out).values()] == list(records.PARTS)
