@@ -24,6 +24,7 @@ from bmjax.cli import (
     new,
     predict,
     show,
+    study,
     sweep,
     train,
     weights,
@@ -32,7 +33,7 @@ from bmjax.cli.configured import help_asked, print_fields
 from bmjax.config.experiment import load_experiment
 from bmjax.training.signals import Interrupted, Signals
 
-VERBS = (train, sweep, compare, show, predict, names, weights, new, check, explain, data, doctor, completion)
+VERBS = (train, sweep, compare, show, predict, names, weights, new, check, explain, study, data, doctor, completion)
 
 
 def make_parser() -> argparse.ArgumentParser:
