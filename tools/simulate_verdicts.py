@@ -153,29 +153,40 @@ def unequal_luck(repeats: int, quick: bool) -> Iterator[list[str]]:
 
 
 def folds(repeats: int, quick: bool) -> Iterator[list[str]]:
-    """Level over five folds of 422 images, two variants: each fold's run has its luck, a fifth of whose variance the
-    folds share with all others, as their training images; each repetition trains anew on other folds."""
-    rng, k, n = np.random.default_rng(4), 5, 422
-    for repetitions in (1, 3):
+    """Level over five folds of 422 images: each fold's run has its luck, a fifth of whose variance the folds of a
+    variant share, as their training images; and each fold's training set has a luck that all its seeds share."""
+    k, n = 5, 422
+    for v, s in ((2, 1), (2, 3), (8, 1), (8, 2), (22, 2)):
         for luck in (0.0, 2.0) if quick else (0.0, 1.0, 2.0, 3.0):
-            count = np.zeros(3, int)
+            rng, count = np.random.default_rng([4, v, s, int(luck)]), np.zeros(4, int)
             for _ in range(repeats):
-                shared = rng.standard_normal((2, 1, 1))
-                own = rng.standard_normal((2, repetitions, k))
-                run = luck / 100 / 0.235 * (np.sqrt(0.2) * shared + np.sqrt(0.8) * own)
-                fold = rng.permuted(np.tile(np.arange(n) % k, (repetitions, 1)), axis=1)
-                x = 0.55 + 1.5 * rng.standard_normal(n) + 0.25 * rng.standard_normal((2, 1, n))
-                x = x + np.take_along_axis(run, np.broadcast_to(fold, (2, repetitions, n)), axis=2)
-                hits = x + 0.35 * rng.standard_normal((2, repetitions, n)) > 0
-                d = hits[1].astype(float) - hits[0]
-                each = np.array([d[r][fold[r] == j].mean() for r in range(repetitions) for j in range(k)])
+                hits, fold = draw_folds(rng, (v, s, k, n), luck)
+                d = hits.astype(np.float32).mean(1)[1] - hits.astype(np.float32).mean(1)[0]
+                each = np.array([d[fold == j].mean() for j in range(k)])
+                worse = hits.copy()
+                worse[1] &= rng.random((s, n)) > 0.08  # of what was right, so that about 5 points are lost
+                rows = compare(_named(hits), "0", folds=fold), compare(_named(worse), "0", folds=fold)
                 count += [
                     corrected_resampled_t(each, 0.0) < 0.05,
-                    corrected_resampled_t(each, 1 / (k - 1)) < 0.05,
-                    repetitions >= 3 and new(hits).any(),
+                    s >= 3 and new(hits).any(),
+                    any(row.shown for row in rows[0]),
+                    bool(rows[1][1].shown),
                 ]
             texts = [f"{100 * x / repeats:.1f}" for x in count]
-            yield [str(repetitions), f"{luck:g}", *texts[:2], texts[2] if repetitions >= 3 else "no verdict"]
+            bound = f"{texts[2]} ({upper(count[2], repeats):.1f})"
+            yield [str(v), str(s), f"{luck:g}", texts[0], texts[1] if s >= 3 else "no verdict", bound, texts[3]]
+
+
+def draw_folds(
+    rng: np.random.Generator, shape: tuple[int, int, int, int], luck: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """(hits [v, s, n] of equal variants, each image tested in one of k folds; the fold of each image [n])."""
+    v, s, k, n = shape
+    fold = rng.permutation(np.arange(n) % k)
+    parts = np.sqrt(0.2) * rng.standard_normal((v, 1, 1)), np.sqrt(0.2) * rng.standard_normal((v, 1, k))
+    run = luck / 100 / 0.235 * (sum(parts) + np.sqrt(0.6) * rng.standard_normal((v, s, k)))
+    x = 0.55 + 1.5 * rng.standard_normal(n) + 0.25 * rng.standard_normal((v, 1, n)) + run[:, :, fold]
+    return x + 0.35 * rng.standard_normal((v, s, n)) > 0, fold
 
 
 def sequential(repeats: int, quick: bool) -> Iterator[list[str]]:
@@ -216,7 +227,8 @@ def main() -> None:
             lambda: unequal_luck(repeats // 4, quick),
         ),
         "folds": (
-            ("repetitions", "luck", "t over folds", "corrected resampled t", "new, over repetitions"),
+            ("variants", "seeds", "luck", "t over folds, two of them", "as one split", "new: level, % (bound)",
+             "new: power at 5 points, %"),
             lambda: folds(repeats, quick),
         ),
         "sequential": (

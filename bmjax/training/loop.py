@@ -26,6 +26,7 @@ from bmjax.model.classifier import Classifier
 from bmjax.model.parameters import Tree
 from bmjax.registry import label_of
 from bmjax.runs.checkpoint import Checkpoints
+from bmjax.runs.records import score
 from bmjax.runs.state import Progress, TrainState
 from bmjax.training import optim
 from bmjax.training.losses import Loss
@@ -191,12 +192,10 @@ def end_epoch(
         fetched = engine.fetch(placed)
         fetched = fetched.replace(opt_state=optim.update_plateau(plan.optimizer, fetched.opt_state, val["loss"]))
         placed = engine.place(fetched)
-    name = config.train.monitor.removeprefix("-")
-    falls = name != config.train.monitor or name in ("loss", "ece")
-    score = -val[name] if falls else val[name]
-    is_best = progress.best is None or score > progress.best
+    value = score(val, config.train.monitor)
+    is_best = progress.best is None or value > progress.best
     if is_best:
-        progress.best, progress.best_step, progress.epochs_since_best = score, step, 0
+        progress.best, progress.best_step, progress.epochs_since_best = value, step, 0
     else:
         progress.epochs_since_best += 1
     patience = config.train.early_stop_epochs

@@ -57,12 +57,15 @@ def test_a_killed_comparison_goes_on_where_it_was(experiment, tmp_path, monkeypa
     runs = [folder / variant / f"seed{seed}" for variant in ("se", "none") for seed in (0, 1)]
     assert trained == [str(run) for run in runs[:3]]
     assert not (folder / "comparison.md").exists()
-    before = {run: (run / "results.json").read_bytes() for run in runs[:3]}
+    before = {run: (run / "metrics.jsonl").read_bytes() for run in runs[:3]}
+    assert not any((run / "openings.jsonl").exists() for run in runs[:3]), (
+        "the test split is opened at the end, for all"
+    )
     monkeypatch.setattr(comparing, "train_run", train_run)
     capsys.readouterr()
     assert main(["compare", str(experiment), *FLAGS]) == 0
     for run, results in before.items():
-        assert (run / "results.json").read_bytes() == results, "a finished run stays as it is"
+        assert (run / "metrics.jsonl").read_bytes() == results, "a finished run stays as it is"
     out = capsys.readouterr()
     assert "4 of 4: " in out.err
     table = (folder / "comparison.md").read_text()
@@ -78,6 +81,9 @@ def test_a_killed_comparison_goes_on_where_it_was(experiment, tmp_path, monkeypa
     assert "se: no verdict with 2 seeds; at least 3 are needed" in table
     assert all(row["shown"] is None for row in saved["rows"])
     assert "on cached features of the images as they are" in table
+    for opened in (folder, *runs):
+        assert len((opened / "openings.jsonl").read_text().splitlines()) == 1 == saved["openings"]
+    assert "The test split was opened once" in " ".join(table.split())
     # One seed's table is another comparison of the same runs; nothing is trained for it.
     monkeypatch.setattr("bmjax.training.loop.end_epoch", None)
     assert main(["compare", str(experiment), *FLAGS[:-1], "1"]) == 0
