@@ -227,8 +227,15 @@ def main() -> None:
             lambda: unequal_luck(repeats // 4, quick),
         ),
         "folds": (
-            ("variants", "seeds", "luck", "t over folds, two of them", "as one split", "new: level, % (bound)",
-             "new: power at 5 points, %"),
+            (
+                "variants",
+                "seeds",
+                "luck",
+                "t over folds, two of them",
+                "as one split",
+                "new: level, % (bound)",
+                "new: power at 5 points, %",
+            ),
             lambda: folds(repeats, quick),
         ),
         "sequential": (

@@ -90,12 +90,6 @@ def reported_split(results: dict[str, Any]) -> str | None:
     return next((split for split in SPLITS if split in results), None)
 
 
-def score(metrics: dict[str, Any], monitor: str) -> float:
-    """The figure that `train.monitor` names, so that more is better: `-kappa`, loss and ece count from above."""
-    name = monitor.removeprefix("-")
-    return -metrics[name] if name != monitor or name in ("loss", "ece") else metrics[name]
-
-
 def interval_text(metrics: dict[str, Any], name: str) -> str:
     """`0.812 (0.771 to 0.848)`: a figure with its 95 % interval, where it has one."""
     text = f"{metrics[name]:.3f}"

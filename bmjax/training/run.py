@@ -35,7 +35,7 @@ from bmjax.training.losses import Loss, make_loss
 from bmjax.training.parallel import Parallel
 from bmjax.training.predict import SplitName, evaluate_run, track_results
 from bmjax.training.progress import Callback, Recorder
-from bmjax.training.signals import Interrupted, Signals
+from bmjax.training.signals import Interrupted, Pause, Signals
 from bmjax.training.stages import plan_stages
 
 log = logging.getLogger(__name__)
@@ -296,7 +296,8 @@ def _train(config: Config, run_dir: Path, plan: _Plan, one: _One) -> Result:
                 results = _results(config, run_dir, plan, keeper, progress, state)
         if len(results) < len(_wanted(config)):
             assert signals.stop is not None
-            log.warning("%s: stopped by %s at step %d; resume with --resume", run_dir, signals.stop.name, step)
+            level = logging.DEBUG if signals.stop is Pause.PAUSE else logging.WARNING
+            log.log(level, "%s: stopped by %s at step %d; resume with --resume", run_dir, signals.stop.name, step)
             return Result(run_dir, {}, step, (dataset, splits), interrupted=signals.stop.name)
         track_results(run_dir, tracker, dataset, results)
     return Result(run_dir, results, step, (dataset, splits))

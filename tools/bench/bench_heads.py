@@ -119,7 +119,7 @@ def bmjax_train(args: argparse.Namespace, at_once: int | None) -> tuple[float, S
                 shared._programs[key] = dataclasses.replace(prepared, programs=programs)
             return shared._programs[key]
 
-    compare._Shared.prepared = prepare  # type: ignore[method-assign]
+    compare.Shared.prepared = prepare  # type: ignore[method-assign]
     taken: Seconds = {variant: [] for variant in args.variants}
     train = compare.train_run
 

@@ -6,19 +6,16 @@ runs/<name>/<row>/seed<k> is the run of each (<row>/fold<f>/seed<k> over folds);
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
 import json
 import logging
-import os
 import shutil
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from bmjax.analysis.compare import planning, statistics
@@ -26,15 +23,14 @@ from bmjax.analysis.compare.cost import Cost, costs
 from bmjax.analysis.compare.design import Configs, Design, by_row, configurations, trials, tuned
 from bmjax.analysis.compare.opening import open_test
 from bmjax.analysis.compare.table import Comparison, about, markdown
-from bmjax.config.base import Config, to_json
-from bmjax.config.training import TrackingConfig
+from bmjax.analysis.several import Crew, Shared, width
+from bmjax.config.base import Config
 from bmjax.data.progress import saying
-from bmjax.data.splits import split_dataset
 from bmjax.files import write_text
 from bmjax.runs.folder import run_folder
-from bmjax.runs.records import read_predictions, score
-from bmjax.training.run import Prepared, Result, prepare, train_run
-from bmjax.training.signals import GRACE_SECONDS, Signals, exit_now
+from bmjax.runs.records import read_predictions
+from bmjax.training.run import train_run
+from bmjax.training.signals import Signals
 
 log = logging.getLogger(__name__)
 __all__ = ["Comparison", "Cost", "Design", "compare", "configurations", "markdown"]
@@ -63,8 +59,8 @@ def compare(
     design = design or Design()
     at = planning.looks(design.max_seeds) if design.wanted is not None else (seeds,)
     configs = configurations(config, variants, at[0], baseline, design)
-    at_once = _checked(at_once, config.features.cached)
-    folder, shared, tried = run_folder(config), _Shared(), trials(configs, design) if design.tune else {}
+    at_once = width(at_once, config.features.cached)
+    folder, shared, tried = run_folder(config), Shared(), trials(configs, design) if design.tune else {}
     log.info("%s", _announced(configs, tried, design, at_once))
     began, rates = time.perf_counter(), dict[str, tuple[float, ...]]()
     if tried:
@@ -73,10 +69,9 @@ def compare(
         configs = configurations(config, variants, look, baseline, design)
         if tried:
             configs, rates = tuned(configs, tried)
-        runs = _Runs(configs, shared)
-        runs.train(at_once)
-        with runs.signals:
-            openings = open_test(folder, configs, shared.prepared, runs.signals)
+        _Runs(configs, shared).train(at_once)
+        with Signals() as signals:
+            openings = open_test(folder, configs, shared.prepared, signals)
         hits, folds, classes = read_hits(configs)
         if design.wanted is None:
             rows, decided, more = tuple(statistics.compare(hits, baseline, folds=folds)), {}, False
@@ -106,16 +101,6 @@ def compare(
     return found
 
 
-def _checked(at_once: int | None, cached: bool) -> int:
-    if at_once is None:
-        cpus = jax.default_backend() == "cpu"
-        at_once = (min(2, os.cpu_count() or 1) if cpus else jax.local_device_count()) if cached else 1
-    if at_once < 1 or (at_once > 1 and not cached):
-        expected = "at least 1" if cached else "1 end to end, where a run has all devices"
-        raise ValueError(f"--at-once is {at_once}; expected {expected}")
-    return at_once
-
-
 def _announced(configs: Configs, tried: Configs, design: Design, at_once: int) -> str:
     """What is about to be done, in a line."""
     runs = next(iter(configs.values()))
@@ -132,56 +117,23 @@ def _write(folder: Path, found: Comparison, config: Config) -> None:
     write_text(folder / "comparison.md", markdown(found))
 
 
-class _Shared:
-    """What runs on cached features have in common, over all that one process trains."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._data: Prepared | None = None
-        self._of_fold: Prepared | None = None
-        self._programs: dict[str, Prepared] = {}
-
-    def prepared(self, run: Config) -> Prepared:
-        """Data and maps are read once, and programs compiled once for all seeds of a configuration."""
-        if run.model.weights is None:  # random backbones are the seed's own; pretrained ones are one
-            return prepare(run)
-        plain = dataclasses.replace(run, name="", run_dir="", seed=0, tracking=TrackingConfig())
-        with self._lock:
-            key = to_json(plain)
-            if key not in self._programs:
-                self._programs[key] = prepare(run, shared=self._split(run))
-            if self._data is None:
-                self._data = self._of_fold = self._programs[key]
-            return self._programs[key]
-
-    def _split(self, run: Config) -> Prepared | None:
-        """What there is with the split of this run's fold; None at the start."""
-        if self._data is None:
-            return None
-        if self._of_fold is None or self._of_fold.fold != run.data.fold:
-            self._data.features.forget()  # the maps of another fold, which may fill the memory
-            splits = split_dataset(self._data.dataset, run.data)
-            self._of_fold = dataclasses.replace(self._data, splits=splits, fold=run.data.fold)
-        return self._of_fold
-
-
 class _Runs:
-    """Runs by name of their group and what they share, trained by one thread or more."""
+    """Runs by name of their group, trained by one thread or more."""
 
-    def __init__(self, configs: Configs, shared: _Shared | None = None, word: str = "run"):
+    def __init__(self, configs: Configs, shared: Shared | None = None, word: str = "run"):
         runs = [(variant, run) for variant, runs in configs.items() for run in runs]
         self._waiting = sorted(runs, key=lambda pair: pair[1].data.fold)  # a fold's maps fill the memory
         self._count, self._done, self._word = len(self._waiting), 0, word
-        self._shared = shared or _Shared()
         self._now: dict[str, str] = {}
-        self._lock, self.signals = threading.Lock(), Signals()
-        self._failure: BaseException | None = None
+        self._lock, self._crew, self._shared = threading.Lock(), Crew(), shared or Shared()
 
     def train(self, at_once: int) -> None:
         """Trains all, so many at a time. Raises what a run raised, once others that were under way have ended."""
         self._began = time.monotonic()
+        if at_once > 1:
+            self._waiting = _interleaved(self._waiting, at_once)  # so that they don't wait for the same to be compiled
         with saying(self._state):
-            self._train(at_once)
+            self._crew.work(self._next, at_once)
 
     def _state(self) -> str:
         """How far it is, for a line now and then."""
@@ -191,67 +143,28 @@ class _Runs:
         forecast = "" if left is None else f"; about {left:.0f} min to go at this pace"
         return f"{done} of {self._count} {self._word}s done, under way: {now}{forecast}" if now else ""
 
-    def _train(self, at_once: int) -> None:
-        if at_once == 1:
-            with self.signals:
-                while self._next() is not None:
-                    pass
-            return
-        self._waiting = _interleaved(self._waiting, at_once)  # so that they don't wait for the same to be compiled
-        with self.signals, self.signals.gently():
-            threads = [threading.Thread(target=self._work, args=(i,), daemon=True) for i in range(at_once)]
-            for thread in threads:
-                thread.start()
-            asked = None
-            while any(thread.is_alive() for thread in threads):
-                threads[0].join(0.1) if threads[0].is_alive() else time.sleep(0.1)  # signals are handled between two
-                if self.signals.stop is not None:
-                    asked = asked or time.monotonic()
-                    if time.monotonic() - asked > GRACE_SECONDS:
-                        exit_now(self.signals.stop)
-        if self._failure is not None:
-            raise self._failure
-        self.signals.check()
-
-    def _work(self, i: int) -> None:
-        devices = jax.local_devices()
-        on_one = jax.default_device(devices[i % len(devices)]) if len(devices) > 1 else contextlib.nullcontext()
-        try:
-            with on_one:
-                while self.signals.stop is None and self._failure is None and self._next():
-                    pass
-        except BaseException as e:
-            self._failure = self._failure or e
-
-    def _next(self) -> Result | None:
-        """Trains the next run; None where there is none left."""
+    def _next(self) -> bool:
+        """Trains the next run; False where there is none left."""
         with self._lock:
             if not self._waiting:
-                return None
+                return False
             variant, run = self._waiting.pop(0)
             what = f"{variant}, seed {run.seed}" + (f", fold {run.data.fold}" if run.data.folds else "")
             what += f", rate {run.optim.lr:g}" if self._word == "trial" else ""
             self._now[run.run_dir] = what
         start = time.perf_counter()
         prepared = self._shared.prepared(run) if run.features.cached else None
-        result = train_run(run, resume=True, prepared=prepared, signals=self.signals)
-        self.signals.check()
-        if not result.interrupted:
-            # What a resume would need; a comparison may have hundreds, each with the whole network.
-            shutil.rmtree(Path(run.run_dir) / "checkpoints" / "last", ignore_errors=True)
-            with self._lock:
-                self._done += 1
-                del self._now[run.run_dir]
-                log.info(
-                    "%d of %d: %s: %s %.3f on validation, %.1f s",
-                    self._done,
-                    self._count,
-                    what,
-                    run.train.monitor,
-                    abs(score(result.metrics["val"], run.train.monitor)),
-                    time.perf_counter() - start,
-                )
-        return result
+        result = train_run(run, resume=True, prepared=prepared, signals=self._crew.signals)
+        self._crew.signals.check()
+        # What a resume would need; a comparison may have hundreds, each with the whole network.
+        shutil.rmtree(Path(run.run_dir) / "checkpoints" / "last", ignore_errors=True)
+        figure = run.train.monitor.removeprefix("-")
+        value, took = result.metrics["val"][figure], time.perf_counter() - start
+        with self._lock:
+            self._done += 1
+            del self._now[run.run_dir]
+            log.info("%d of %d: %s: %s %.3f on validation, %.1f s", self._done, self._count, what, figure, value, took)
+        return True
 
 
 def _interleaved(runs: list[tuple[str, Config]], width: int) -> list[tuple[str, Config]]:

@@ -11,7 +11,6 @@ from bmjax.config.base import Config
 from bmjax.config.training import TrackingConfig
 from bmjax.model.create import create, resolve
 from bmjax.runs.folder import run_folder, saved_results
-from bmjax.runs.records import score
 from bmjax.training import optim
 
 Configs = dict[str, list[Config]]
@@ -159,7 +158,8 @@ def tuned(configs: Configs, tried: Configs) -> tuple[Configs, dict[str, tuple[fl
     for name, runs in configs.items():
         best: dict[int, tuple[float, float]] = {}
         for trial in tried[name]:
-            value, rate = score(saved_results(Path(trial.run_dir))["val"], trial.train.monitor), trial.optim.lr
+            figure = saved_results(Path(trial.run_dir))["val"][trial.train.monitor.removeprefix("-")]
+            value, rate = -figure if trial.train.monitor_falls else figure, trial.optim.lr
             assert rate is not None
             if trial.data.fold not in best or value > best[trial.data.fold][0]:
                 best[trial.data.fold] = value, rate
