@@ -57,48 +57,60 @@ def compare(
         one of another configuration.
     """
     design = design or Design()
-    at = planning.looks(design.max_seeds) if design.wanted is not None else (seeds,)
-    configs = configurations(config, variants, at[0], baseline, design)
+    looks = planning.looks(design.max_seeds) if design.wanted is not None else (seeds,)
+    configs = configurations(config, variants, looks[0], baseline, design)
     at_once = width(at_once, config.features.cached)
-    folder, shared, tried = run_folder(config), Shared(), trials(configs, design) if design.tune else {}
+    shared, tried = Shared(), trials(configs, design) if design.tune else {}
     log.info("%s", _announced(configs, tried, design, at_once))
     began, rates = time.perf_counter(), dict[str, tuple[float, ...]]()
     if tried:
         _Runs(tried, shared, "trial").train(at_once)
-    for look in at:
+    for look in looks:
         configs = configurations(config, variants, look, baseline, design)
         if tried:
             configs, rates = tuned(configs, tried)
         _Runs(configs, shared).train(at_once)
         with Signals() as signals:
-            openings = open_test(folder, configs, shared.prepared, signals)
-        hits, folds, classes = read_hits(configs)
-        if design.wanted is None:
-            rows, decided, more = tuple(statistics.compare(hits, baseline, folds=folds)), {}, False
-        else:
-            progress = planning.until_shown(hits, baseline, design.wanted, at)
-            rows, decided, more = progress.rows, progress.shown | progress.excluded, progress.next_look is not None
-            log.info("after %d seeds: %d of %d differences are decided", look, len(decided), len(hits) - 1)
-        if not more:
+            openings = open_test(run_folder(config), configs, shared.prepared, signals)
+        found = collect(config, configs, baseline, design, looks)
+        if design.wanted is None or len(found.decided) == len(found.rows) - 1:
             break
+        log.info("after %d seeds: %d of %d differences are decided", look, len(found.decided), len(found.rows) - 1)
     log.info("%d runs in %.1f min", sum(map(len, configs.values())), (time.perf_counter() - began) / 60)
-    found = Comparison(
+    found = dataclasses.replace(found, openings=openings, rates=rates, costs=costs(configs, found.classes))
+    folder = run_folder(config)
+    write_text(folder / "comparison.json", json.dumps(dataclasses.asdict(found), indent=2))
+    write_text(folder / "comparison.md", markdown(found))
+    return found
+
+
+def collect(config: Config, configs: Configs, baseline: str, design: Design, looks: Sequence[int] = ()) -> Comparison:
+    """The comparison of finished and tested runs, from their folders, without costs.
+
+    Raises:
+      ValueError: two runs were tested on other images.
+    """
+    hits, folds, classes = read_hits(configs)
+    decided: dict[str, int] = {}
+    if design.wanted is None:
+        rows = tuple(statistics.compare(hits, baseline, folds=folds))
+    else:
+        progress = planning.until_shown(hits, baseline, design.wanted, looks)
+        rows, decided = progress.rows, progress.shown | progress.excluded
+    return Comparison(
         name=config.name,
         baseline=baseline,
         seeds=tuple(by_row(configs)[baseline]),
         n=next(iter(hits.values())).shape[1],
         about=about(configs[baseline][0], design),
         rows=rows,
-        costs=costs(configs, classes),
+        costs={},
         accuracies={row: tuple(h.mean(1).tolist()) for row, h in hits.items()},
+        classes=classes,
         folds=design.folds,
-        openings=openings,
         wanted=design.wanted,
         decided=decided,
-        rates=rates,
     )
-    _write(folder, found, config)
-    return found
 
 
 def _announced(configs: Configs, tried: Configs, design: Design, at_once: int) -> str:
@@ -110,11 +122,6 @@ def _announced(configs: Configs, tried: Configs, design: Design, at_once: int) -
     text += f": {sum(map(len, configs.values()))} runs"
     text += f" after {sum(map(len, tried.values()))} trials of learning rates" if tried else ""
     return f"{text}; {at_once} at a time, " + ("on cached features" if runs[0].features.cached else "end to end")
-
-
-def _write(folder: Path, found: Comparison, config: Config) -> None:
-    write_text(folder / "comparison.json", json.dumps(dataclasses.asdict(found), indent=2))
-    write_text(folder / "comparison.md", markdown(found))
 
 
 class _Runs:

@@ -12,6 +12,7 @@ from bmjax.config.training import TrackingConfig
 from bmjax.model.create import create, resolve
 from bmjax.runs.folder import run_folder, saved_results
 from bmjax.training import optim
+from bmjax.training.cached import check as check_cached
 
 Configs = dict[str, list[Config]]
 """The runs of each row of the table."""
@@ -101,8 +102,10 @@ def configurations(
         changed = {"attention": variant, "attention_options": options}
         changed |= {} if place is None else {"attach": place}
         model = resolve(dataclasses.replace(config.model, **changed))
-        create(model, 2, config.train.dtype)  # an unknown name fails here, before anything is trained
         row = dataclasses.replace(config, model=model, train=dataclasses.replace(config.train, final_test=False))
+        create(model, 2, config.train.dtype)  # an unknown name fails here, before anything is trained
+        if config.features.cached:
+            check_cached(row)
         configs[name] = [
             _run(row, config, name, seed, (design.folds, fold))
             for fold in range(max(design.folds, 1))

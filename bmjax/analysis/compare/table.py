@@ -40,6 +40,7 @@ class Comparison:
     rows: tuple[statistics.Row, ...]
     costs: dict[str, Cost]
     accuracies: dict[str, tuple[float, ...]]
+    classes: int = 0
     folds: int = 0
     openings: int = 1
     """How often the test split was opened for it, for all runs at once."""
