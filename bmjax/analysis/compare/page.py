@@ -36,7 +36,8 @@ def write_page(folder: Path, c: Comparison) -> Path:
     parts.append(html.card(f"{len(shown)} of {len(c.rows) - 1}", "differences shown", f"to {c.baseline}"))
     parts.append(html.card(str(c.openings), "openings of the test split", f"{c.n} images"))
     parts.append("</div>")
-    parts += [html.table(header(c), cells(c)), "<ul>"]
+    rows = [[cell.replace(" ", "\u00a0") for cell in row] for row in cells(c)]
+    parts += [html.table(header(c), rows), "<ul>"]
     parts += [*(f"<li>{html.text(text)}</li>" for text in verdicts(c)), "</ul>"]
     for name, draw in PICTURES.items():
         if name == "apart" and c.apart is None:
