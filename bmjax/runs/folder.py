@@ -291,7 +291,8 @@ def load_run(run_dir: str | Path, which: Which = "best", *, devices: int | None 
 
 
 def record_opening(run_dir: Path, step: int) -> int:
-    """Notes that the test split is opened; returns how many times it has been, this one included."""
+    """Notes that the test split is opened, of a run at a step, or of a comparison for so many runs; returns how many
+    times it has been, this one included."""
     path = run_dir / "openings.jsonl"
     entry = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -257,6 +257,24 @@ def register_sweep(tree: dict[str, Any], project: str) -> str | None:
         return None
 
 
+def log_table(
+    config: TrackingConfig,
+    folder: Path,
+    run_id: str,
+    name: str,
+    table: tuple[Sequence[str], Sequence[Sequence[str]]],
+    pictures: dict[str, Path],
+) -> None:
+    """A W&B run of its own with one table (columns, rows) and the pictures that there are."""
+    tracker = WandbTracker(config, folder, run_id, {"name": name})
+    columns, rows = table
+    wandb, run = tracker._wandb, tracker._run
+    logged: dict[str, Any] = {"comparison": wandb.Table(columns=_shown(columns), data=_shown(rows))}
+    logged |= {key: wandb.Image(str(path)) for key, path in pictures.items() if path.is_file()}
+    run.log({"global_step": 0} | logged)
+    tracker.close()
+
+
 class MultiTracker:
     """Passes everything on to several trackers."""
 

@@ -63,6 +63,8 @@ class Prepared:
     splits: Splits
     features: FeatureMaps
     programs: Programs
+    fold: int = 0
+    """That of the splits."""
 
 
 def train(
@@ -236,7 +238,8 @@ def prepare(config: Config, data: tuple[Dataset, Splits] | None = None, shared: 
         features = FeatureMaps(config, dataset)
     per_epoch = steps_per_epoch(len(splits.train), config.train.batch_size)
     loss = loss_of(config, dataset, splits)
-    return Prepared(dataset, splits, features, Programs(config, len(dataset.classes), features.shape, per_epoch, loss))
+    programs = Programs(config, len(dataset.classes), features.shape, per_epoch, loss)
+    return Prepared(dataset, splits, features, programs, config.data.fold)
 
 
 def _new_data(config: Config) -> tuple[Dataset, Splits]:
