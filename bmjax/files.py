@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 import time
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -39,8 +40,13 @@ def printable(text: object, *, lines: bool = False) -> str:
 
 def write_text(path: Path, text: str, errors: str = "strict") -> None:
     """Writes a UTF-8 file whole or not at all, also under a kill; `errors` as in `str.encode`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(text.encode("utf-8", errors))
+    write_bytes(path, text.encode("utf-8", errors))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all, also under a kill; of several writers the last one stays."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    temporary.write_bytes(data)
     os.replace(temporary, path)
 
 

@@ -183,6 +183,11 @@ class TrainConfig:
     workers: int = 2
     """Threads that read ahead."""
 
+    @property
+    def monitor_falls(self) -> bool:
+        """Whether the smallest of the monitored figure is the best."""
+        return self.monitor.startswith("-") or self.monitor in ("loss", "ece")
+
     def __post_init__(self) -> None:
         check_part(self, "loss", "train.loss", LOSSES)
         check_parts(self, "metrics", "train.metrics")

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import datetime
 import json
+import logging
 import os
 import platform
 import sys
@@ -33,6 +34,7 @@ from bmjax.model.parameters import Tree
 from bmjax.runs.checkpoint import Checkpoints
 from bmjax.runs.identity import as_recorded, check_trust, located
 
+log = logging.getLogger(__name__)
 Which = Literal["best", "last"]
 
 # What may differ between a run and its resume: it changes where and how fast, never which numbers.
@@ -185,6 +187,50 @@ def record_split(run_dir: Path, dataset: Dataset, splits: Splits) -> None:
 
 
 @contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds a lock file for as long as it is inside; the lock goes with the process, however that ends.
+
+    Where the system or the file system has no locks, as some network folders, nothing is held, and that is said.
+
+    Raises:
+      BlockingIOError: another holds it; names its host and process.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not a POSIX system
+        yield
+        return
+    while True:
+        with path.open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as e:
+                file.seek(0)
+                raise BlockingIOError(file.read().strip() or "unknown") from e
+            except OSError as e:
+                log.warning("%s: no lock can be held here (%s); start one process at a time", path.parent, e)
+                yield
+                return
+            if not _is_at(file.fileno(), path):  # removed by its last owner between the two lines above
+                continue
+            file.truncate(0)
+            file.write(f"host {platform.node()}, process {os.getpid()}\n")
+            file.flush()
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _is_at(file: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
 def owned(run_dir: Path) -> Iterator[None]:
     """Makes the folder this process's for as long as it is inside; the lock goes with the process, however that ends.
 
@@ -192,29 +238,15 @@ def owned(run_dir: Path) -> Iterator[None]:
       BlockingIOError: another process holds it; names its host and process.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # not a POSIX system
-        yield
-        return
-    path = run_dir / "lock"
-    with path.open("a+") as file:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as e:
-            file.seek(0)
-            owner = file.read().strip() or "unknown"
+            stack.enter_context(locked(run_dir / "lock"))
+        except BlockingIOError as e:
             raise BlockingIOError(
-                f"{run_dir} is being trained by another process ({owner}); expected one at a time: wait, or give "
+                f"{run_dir} is being trained by another process ({e}); expected one at a time: wait, or give "
                 "another --run_dir"
             ) from e
-        file.truncate(0)
-        file.write(f"host {platform.node()}, process {os.getpid()}\n")
-        file.flush()
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
+        yield
 
 
 def load_run(run_dir: str | Path, which: Which = "best", *, devices: int | None = None, trust: bool = False) -> Run:
@@ -259,7 +291,8 @@ def load_run(run_dir: str | Path, which: Which = "best", *, devices: int | None 
 
 
 def record_opening(run_dir: Path, step: int) -> int:
-    """Notes that the test split is opened; returns how many times it has been, this one included."""
+    """Notes that the test split is opened, of a run at a step, or of a comparison for so many runs; returns how many
+    times it has been, this one included."""
     path = run_dir / "openings.jsonl"
     entry = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

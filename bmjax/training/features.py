@@ -88,7 +88,8 @@ class FeatureMaps:
         return tree_digest(self.backbone)
 
     def maps(self, rows: np.ndarray, view: int | None = None) -> np.ndarray:
-        """Maps [n, h, w, c] of rows [n], memory-mapped: from the disk, or computed and written there.
+        """Maps [n, h, w, c] of rows [n], memory-mapped: from the disk, or computed and written there. In a
+        cross-validation those of all images are, once for all folds.
 
         Raises:
           OSError: the disk is full.
@@ -96,7 +97,14 @@ class FeatureMaps:
         path = self._folder / f"{self.fingerprint(rows, view)[:32]}.npy"
         shape = (len(rows), *self.shape)
         found = _read(path, shape, self.dtype)
+        if found is None and self.config.data.folds and len(rows) < len(self.dataset):
+            return self.maps(np.arange(len(self.dataset)), view)[rows]
         return self._write(path, rows, view, shape) if found is None else found
+
+    def forget(self) -> None:
+        """Lets go of the maps on the device; a run that trains on them keeps its own until it ends."""
+        with self._lock:
+            self._on_device.clear()
 
     def on_device(self, rows: np.ndarray, pooled: bool = False) -> jax.Array:
         """The maps of rows [n] as they are, on the device: [n, h, w, c]; or their means over places, [n, 1, 1, c]."""

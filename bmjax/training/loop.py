@@ -183,22 +183,24 @@ def end_epoch(
     record["train/accuracy_running"] = progress.correct / max(progress.count, 1)
     if step == engine.plans[-1].end or (every and epoch % every == 0):
         record["train/accuracy_eval_mode"] = engine.evaluate(placed, "train")["accuracy"]
-    own = map(label_of, config.train.metrics)
-    record |= {f"val/{name}": val[name] for name in ("loss", "accuracy", "macro_f1", "balanced_accuracy", "n", *own)}
+    name = config.train.monitor.removeprefix("-")
+    shown = ("loss", "accuracy", "macro_f1", "balanced_accuracy", "n", *map(label_of, config.train.metrics), name)
+    record |= {f"val/{figure}": val[figure] for figure in shown}
     if wait is not None:
         record["input_wait"] = wait
     if plan.optimizer.schedule.kind == "plateau":
         fetched = engine.fetch(placed)
         fetched = fetched.replace(opt_state=optim.update_plateau(plan.optimizer, fetched.opt_state, val["loss"]))
         placed = engine.place(fetched)
-    name = config.train.monitor.removeprefix("-")
-    falls = name != config.train.monitor or name in ("loss", "ece")
+    falls = config.train.monitor_falls
     score = -val[name] if falls else val[name]
     is_best = progress.best is None or score > progress.best
     if is_best:
         progress.best, progress.best_step, progress.epochs_since_best = score, step, 0
     else:
         progress.epochs_since_best += 1
+    assert progress.best is not None
+    record[f"val/best_{name}"] = -progress.best if falls else progress.best
     patience = config.train.early_stop_epochs
     progress.stopped_early = patience is not None and progress.epochs_since_best >= patience
     progress.epochs_evaluated, progress.loss_sum, progress.correct, progress.count = epoch, 0.0, 0, 0

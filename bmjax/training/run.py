@@ -35,7 +35,7 @@ from bmjax.training.losses import Loss, make_loss
 from bmjax.training.parallel import Parallel
 from bmjax.training.predict import SplitName, evaluate_run, track_results
 from bmjax.training.progress import Callback, Recorder
-from bmjax.training.signals import Interrupted, Signals
+from bmjax.training.signals import Interrupted, Pause, Signals
 from bmjax.training.stages import plan_stages
 
 log = logging.getLogger(__name__)
@@ -63,6 +63,8 @@ class Prepared:
     splits: Splits
     features: FeatureMaps
     programs: Programs
+    fold: int = 0
+    """That of the splits."""
 
 
 def train(
@@ -236,7 +238,8 @@ def prepare(config: Config, data: tuple[Dataset, Splits] | None = None, shared: 
         features = FeatureMaps(config, dataset)
     per_epoch = steps_per_epoch(len(splits.train), config.train.batch_size)
     loss = loss_of(config, dataset, splits)
-    return Prepared(dataset, splits, features, Programs(config, len(dataset.classes), features.shape, per_epoch, loss))
+    programs = Programs(config, len(dataset.classes), features.shape, per_epoch, loss)
+    return Prepared(dataset, splits, features, programs, config.data.fold)
 
 
 def _new_data(config: Config) -> tuple[Dataset, Splits]:
@@ -293,7 +296,8 @@ def _train(config: Config, run_dir: Path, plan: _Plan, one: _One) -> Result:
                 results = _results(config, run_dir, plan, keeper, progress, state)
         if len(results) < len(_wanted(config)):
             assert signals.stop is not None
-            log.warning("%s: stopped by %s at step %d; resume with --resume", run_dir, signals.stop.name, step)
+            level = logging.DEBUG if signals.stop is Pause.PAUSE else logging.WARNING
+            log.log(level, "%s: stopped by %s at step %d; resume with --resume", run_dir, signals.stop.name, step)
             return Result(run_dir, {}, step, (dataset, splits), interrupted=signals.stop.name)
         track_results(run_dir, tracker, dataset, results)
     return Result(run_dir, results, step, (dataset, splits))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import os
 import signal
 import socket
@@ -36,6 +37,12 @@ def exit_now(number: int) -> NoReturn:
     os._exit(128 + number)
 
 
+class Pause(enum.Enum):
+    """Ends a run between two epochs as a signal does, so that a resume goes on; by its caller's wish."""
+
+    PAUSE = 0
+
+
 class Signals:
     """Within it, Ctrl-C and SIGTERM raise Interrupted in the main thread; within `gently` they set `stop` only, which
     is polled between steps and between evaluation batches. A second Ctrl-C interrupts at once."""
@@ -49,7 +56,7 @@ class Signals:
         self._old_fd = -1
 
     @property
-    def stop(self) -> signal.Signals | None:
+    def stop(self) -> signal.Signals | Pause | None:
         """The signal that came, if one did."""
         if self._stop is not None:
             self._seen.set()
@@ -105,3 +112,25 @@ class Signals:
                     end.shutdown(socket.SHUT_RDWR)
                 end.close()
             self._pipe = None
+
+
+class Pausing(Signals):
+    """The signals of a caller that trains several runs, for one that the caller may pause by itself."""
+
+    def __init__(self, whole: Signals):
+        super().__init__()
+        self._whole, self._paused = whole, False
+
+    def pause(self) -> None:
+        """Ends the run when the epoch under way is evaluated; where that was the last, the run is whole."""
+        self._paused = True
+
+    @property
+    def stop(self) -> signal.Signals | Pause | None:
+        return self._whole.stop or (Pause.PAUSE if self._paused else None)
+
+    def check(self) -> None:
+        self._whole.check()
+
+    def gently(self) -> contextlib.AbstractContextManager[None]:
+        return self._whole.gently()

@@ -1,0 +1,128 @@
+"""Several runs trained by one process: threads that take turns until none is left, and what runs share."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from bmjax.config.base import Config
+from bmjax.data.splits import split_dataset
+from bmjax.training.run import Prepared, prepare
+from bmjax.training.signals import GRACE_SECONDS, Signals, exit_now
+
+_MOST_FEATURES, _MOST_PROGRAMS = 4, 64
+
+
+def width(at_once: int | None, cached: bool) -> int:
+    """How many runs to train at a time: as asked for, else on cached features one a device and on CPUs two, since one
+    leaves cores idle while it evaluates and writes; end to end one, which has all devices.
+
+    Raises:
+      ValueError: not positive, or more than one end to end.
+    """
+    if at_once is None:
+        cpus = jax.default_backend() == "cpu"
+        at_once = (min(2, os.cpu_count() or 1) if cpus else jax.local_device_count()) if cached else 1
+    if at_once < 1 or (at_once > 1 and not cached):
+        expected = "at least 1" if cached else "1 end to end, where a run has all devices"
+        raise ValueError(f"--at-once is {at_once}; expected {expected}")
+    return at_once
+
+
+class Crew:
+    """Threads that call `turn` until it says that nothing is left; a signal or a failure ends all."""
+
+    def __init__(self) -> None:
+        self.signals = Signals()
+        self._failure: BaseException | None = None
+
+    def work(self, turn: Callable[[], bool], at_once: int) -> None:
+        """So many at a time. Raises what a turn raised, once others that were under way have ended.
+
+        Raises:
+          Interrupted: a signal came.
+        """
+        if at_once == 1:
+            with self.signals:
+                while turn():
+                    self.signals.check()
+            return
+        with self.signals, self.signals.gently():
+            threads = [threading.Thread(target=self._thread, args=(turn, i), daemon=True) for i in range(at_once)]
+            for thread in threads:
+                thread.start()
+            asked = None
+            while any(thread.is_alive() for thread in threads):
+                threads[0].join(0.1) if threads[0].is_alive() else time.sleep(0.1)  # signals are handled between two
+                if self.signals.stop is not None:
+                    asked = asked or time.monotonic()
+                    if time.monotonic() - asked > GRACE_SECONDS:
+                        exit_now(self.signals.stop)
+        if self._failure is not None:
+            raise self._failure
+        self.signals.check()
+
+    def _thread(self, turn: Callable[[], bool], i: int) -> None:
+        devices = jax.local_devices()
+        on_one = jax.default_device(devices[i % len(devices)]) if len(devices) > 1 else contextlib.nullcontext()
+        try:
+            with on_one:
+                while self.signals.stop is None and self._failure is None and turn():
+                    pass
+        except BaseException as e:
+            self._failure = self._failure or e
+
+
+class Shared:
+    """Data, feature maps and programs of runs on cached features, each made once for all that have it in common."""
+
+    def __init__(self) -> None:
+        self._features: dict[str, Prepared] = {}
+        self._programs: dict[str, Prepared] = {}
+        self._lock = threading.Lock()
+
+    def prepared(self, config: Config) -> Prepared:
+        """What this run needs, whose configuration is complete. Programs are those of any seed."""
+        features, programs = _keys(config)
+        with self._lock:
+            if programs not in self._programs:
+                self._programs[programs] = prepare(config, shared=_in_fold(config, self._features.get(features)))
+            # The newest stand last, the oldest go.
+            found = self._programs[programs] = self._programs.pop(programs)
+            self._features.pop(features, None)
+            self._features[features] = found
+            for kept, most in ((self._programs, _MOST_PROGRAMS), (self._features, _MOST_FEATURES)):
+                while len(kept) > most:
+                    del kept[next(iter(kept))]
+        return found
+
+
+def _in_fold(config: Config, found: Prepared | None) -> Prepared | None:
+    """What there is, with the split of this run's fold."""
+    if found is None or found.fold == config.data.fold:
+        return found
+    found.features.forget()  # the maps of another fold, which may fill the memory
+    return dataclasses.replace(found, splits=split_dataset(found.dataset, config.data), fold=config.data.fold)
+
+
+def _keys(config: Config) -> tuple[str, str]:
+    """What decides the feature maps of a run, and what decides its programs."""
+    tree: dict[str, Any] = dataclasses.asdict(config)
+    model, train = tree["model"], tree["train"]
+    backbone = {name: model[name] for name in ("backbone", "backbone_options", "weights", "preprocess")}
+    # Random backbones are the seed's own; pretrained ones are one.
+    data = {name: value for name, value in tree["data"].items() if name != "fold"}
+    maps = [data, tree["augment"], tree["features"], backbone, train["dtype"], train["precision"]]
+    maps.append(config.seed if config.model.weights is None else None)
+    for name in ("seed", "name", "run_dir", "tracking"):
+        del tree[name]
+    text = json.dumps(maps, sort_keys=True, default=repr)
+    return text, text + json.dumps(tree, sort_keys=True, default=repr)

@@ -1,0 +1,1 @@
+"""Many configurations of one experiment, chosen between on validation: `bmjax sweep`."""

@@ -1,0 +1,148 @@
+"""A sweep: trains the cells that are not trained yet and sets them side by side, on validation.
+
+runs/<name>/<cell> is the run of each; runs/<name>/results.csv and .parquet hold a row for each, sweep.html the page.
+Called again it goes on where it was, and any number of processes may work on one folder (docs/sweeps.md).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from bmjax.analysis.several import width
+from bmjax.analysis.sweep import plan as plans
+from bmjax.analysis.sweep.cells import Cell
+from bmjax.analysis.sweep.halving import halve
+from bmjax.analysis.sweep.plan import Plan
+from bmjax.analysis.sweep.rows import FAILED, FINISHED, Row, read_row, score
+from bmjax.analysis.sweep.table import ranked
+from bmjax.analysis.sweep.work import Round, Trainer
+from bmjax.config.base import Config
+from bmjax.runs.folder import check_folder
+from bmjax.training.run import complete
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """What a sweep leaves: a row for each cell, in their order. `monitor` is the validation figure that picks."""
+
+    folder: Path
+    fields: tuple[str, ...]
+    monitor: str
+    falls: bool
+    rows: list[Row]
+
+    @property
+    def best(self) -> Row | None:
+        """The finished cell with the best validation figure; None where none is finished."""
+        finished = [row for row in self.rows if row["status"] == FINISHED]
+        return max(finished, key=lambda row: score(row, self.falls), default=None)
+
+    @property
+    def ranked(self) -> list[Row]:
+        """The rows, the best first."""
+        return ranked(self.rows, self.falls)
+
+
+def run_sweep(
+    config: Config,
+    cells: Sequence[Cell],
+    *,
+    at_once: int | None = None,
+    workers: int = 1,
+    retry: bool = False,
+    halving: int | None = None,
+    experiment: str = "",
+) -> Sweep:
+    """Trains what is not trained yet; a cell that fails is a row with its error, and not trained again but by `retry`.
+
+    `at_once`: cells at a time in one process, on cached features. `workers`: processes, each with its share of cores
+    or its own GPU. `halving`: successive halving by that factor (`halving.halve`). `experiment`: the file whose
+    `on_event` every cell calls.
+
+    Raises:
+      Interrupted: a signal stopped it; called again, it goes on.
+      ValueError: a cell would open the test split or can't be made, cells are picked by different figures, or a
+        folder holds a run of another configuration; nothing is trained then.
+    """
+    cells = checked(cells)
+    for cell in cells:
+        row = read_row(cell)
+        if retry and row is not None and row["status"] == FAILED:
+            (Path(cell.config.run_dir) / "row.json").unlink()
+    return execute(Plan(config, tuple(cells), at_once, halving, experiment), workers)
+
+
+def checked(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells with their configurations complete, after every check that can be made before anything is trained.
+
+    Raises:
+      ValueError, FileNotFoundError: as `run_sweep`.
+    """
+    monitors = {cell.config.train.monitor for cell in cells}
+    if len(monitors) != 1:
+        raise ValueError(f"train.monitor is {', '.join(sorted(monitors))}; expected one figure that picks among cells")
+    found = []
+    for cell in cells:
+        if cell.config.train.final_test:
+            raise ValueError(
+                f"cell {cell.name}: train.final_test is true; a sweep chooses between its cells on validation and "
+                "refuses to read the test split, for a choice among tested models is no longer tested. Expected false; "
+                "open it once, for the cell that you choose: bmjax eval FOLDER --split test"
+            )
+        full = complete(cell.config)
+        check_folder(Path(full.run_dir), full, resume=True)
+        found.append(dataclasses.replace(cell, config=full))
+    return found
+
+
+def execute(plan: Plan, workers: int = 1) -> Sweep:
+    """Does what a plan says, in this process or by workers; writes the tables and the page."""
+    from bmjax.analysis.sweep.page import write_page
+    from bmjax.analysis.sweep.workers import run_workers
+
+    began = time.perf_counter()
+    plans.save(plan)
+    if workers == 1:
+        rows = train_here(plan)
+    else:
+        run_workers(plan, workers)
+        rows = train_here(plan)  # reads the rows; trains what a worker that died has left
+    train = plan.config.train
+    sweep = Sweep(plan.folder, tuple(plan.fields), train.monitor, train.monitor_falls, rows)
+    write_page(sweep)
+    log.info(
+        "%d cells in %.1f min; page: %s", len(rows), (time.perf_counter() - began) / 60, plan.folder / "sweep.html"
+    )
+    return sweep
+
+
+def train_here(plan: Plan) -> list[Row]:
+    """Trains the cells in this process, beside others on the same folder; every cell's row.
+
+    Raises:
+      Interrupted: a signal came.
+    """
+    trainer = Trainer(plan)
+    if plan.tune is not None:
+        from bmjax.analysis.sweep.tune import search
+
+        cells = search(trainer, plan)
+    else:
+        cells = list(plan.cells)
+        at_once = width(plan.at_once, all(cell.config.features.cached for cell in cells))
+        if plan.halving is not None:
+            halve(trainer, plan, at_once)
+        else:
+            Round(trainer, plan, cells).run(at_once)
+    trainer.write(cells)
+    if trainer.beside:
+        most = max(trainer.beside)
+        mean = sum(trainer.beside) / len(trainer.beside)
+        log.info("beside training, the sweep took %.2f s a cell (at most %.2f)", mean, most)
+    return [trainer.rows[cell.name] for cell in cells]
