@@ -113,9 +113,14 @@ INIT_SECONDS = 20.0
 """How long W&B's server may take to answer at the start."""
 
 
+def agents_run() -> str | None:
+    """The id that an agent of a W&B sweep has given this process's run; None outside of a sweep."""
+    return os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None
+
+
 def new_run_id() -> str:
-    """An id for a run, made before its first step and kept in its checkpoints."""
-    return uuid.uuid4().hex[:12]
+    """An id for a run, made before its first step and kept in its checkpoints; in a W&B sweep the agent's."""
+    return agents_run() or uuid.uuid4().hex[:12]
 
 
 def _server() -> urllib.parse.ParseResult:
@@ -236,6 +241,20 @@ class WandbTracker:
         self._run.finish()
         if self._offline:
             log.warning("W&B: logged offline; send it with: wandb sync %s", self._offline)
+
+
+def register_sweep(tree: dict[str, Any], project: str) -> str | None:
+    """Registers a sweep's configuration with W&B's server; its id, or None, said why, where there is none to use."""
+    if (why := why_offline()) is not None:
+        log.warning("W&B: %s, so the sweep is not registered", why)
+        return None
+    import wandb
+
+    try:
+        return wandb.sweep(tree, project=project)
+    except (wandb.Error, OSError) as e:
+        log.warning("W&B: %s: %s, so the sweep is not registered", type(e).__name__, e)
+        return None
 
 
 class MultiTracker:

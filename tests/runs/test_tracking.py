@@ -17,7 +17,8 @@ from PIL import Image
 
 from bmjax.config import TrackingConfig
 from bmjax.runs import tracking
-from bmjax.runs.tracking import JsonlTracker, MultiTracker, NoTracker, make_tracker, new_run_id, why_offline
+from bmjax.runs.tracking import JsonlTracker, MultiTracker, NoTracker, agents_run, make_tracker, new_run_id, why_offline
+from tests.helpers.wandb_files import inspect
 
 
 def lines(path):
@@ -144,15 +145,6 @@ def test_why_offline(no_key, monkeypatch):
     assert why_offline() is None
 
 
-def inspect(folder, kind):
-    """The records of one kind that a run folder of W&B holds, by W&B's own reader."""
-    (file,) = folder.glob("*.wandb")
-    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(file)]
-    found = subprocess.run(command, capture_output=True, text=True, check=True)
-    records = [json.loads(line) for line in found.stdout.splitlines()]
-    return [r[kind] for r in records if r["type"] == kind]
-
-
 def test_wandb_goes_offline_by_itself_and_logs_each_step_once(no_key, tmp_path, caplog):
     run_dir, config, run_id = tmp_path / "run", TrackingConfig(wandb="auto"), new_run_id()
     (run_dir / "best").mkdir(parents=True)
@@ -275,3 +267,23 @@ def test_a_server_that_never_answers_costs_seconds_and_not_the_run(no_key, serve
     assert "so the run is logged offline" in caplog.text
     assert lines(tmp_path / "metrics.jsonl")[0]["loss"] == 1.0
     assert list((tmp_path / "wandb").glob("offline-run-*"))
+
+
+def test_a_run_of_an_agent_has_the_agents_id(monkeypatch):
+    assert agents_run() is None
+    monkeypatch.setenv("WANDB_RUN_ID", "abc123")
+    assert agents_run() is None, "an id alone would be shared by all runs of this process"
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
+    assert agents_run() == new_run_id() == "abc123"
+
+
+def test_a_sweep_is_registered_where_there_is_a_server(no_key, monkeypatch, caplog):
+    import wandb
+
+    assert tracking.register_sweep({"method": "grid"}, "lab") is None
+    assert "there is no key, so the sweep is not registered" in caplog.text
+    calls = []
+    monkeypatch.setattr(tracking, "why_offline", lambda: None)
+    monkeypatch.setattr(wandb, "sweep", lambda tree, project: calls.append((tree, project)) or "id7")
+    assert tracking.register_sweep({"method": "grid"}, "lab") == "id7"
+    assert calls == [({"method": "grid"}, "lab")]
