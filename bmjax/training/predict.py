@@ -91,7 +91,7 @@ class Predictor:
         return softmax(outputs["logits"]), done
 
     def outputs(self, variables: Tree, dataset: Dataset, rows: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """As `on_devices`, with logits [n, k] in place of probabilities, and features [n, c] where they are asked for."""
+        """As `on_devices`, with logits [n, k] in place of probabilities, and features [n, c] if they are asked for."""
         landed, done = [], []
         flying: deque[tuple[Any, dict[str, np.ndarray]]] = deque()
 

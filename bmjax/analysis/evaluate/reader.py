@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -71,8 +69,8 @@ class Reader:
 def adapted(run: Run, images: np.ndarray, batch: int = 64, own: int = 64) -> dict[str, Tree]:
     """The run's variables with the statistics of every norm before the head estimated on images uint8 [n, s, s, 3].
 
-    Each layer's mean and variance over the n images, mixed with the run's own, which count as `own` images: Li et al.
-    2016, https://arxiv.org/abs/1603.04779, and Schneider et al. 2020, https://arxiv.org/abs/2006.16971. No label is used.
+    Each layer's mean and variance over the n images, mixed with the run's own, which count as `own` images; no label is
+    used. Li et al. 2016, https://arxiv.org/abs/1603.04779; Schneider et al. 2020, https://arxiv.org/abs/2006.16971.
 
     Raises:
       ValueError: fewer than two images.
@@ -147,29 +145,3 @@ def at_priors(probs: np.ndarray, source: np.ndarray, target: np.ndarray) -> np.n
     """Probabilities float32 [n, k] learned at the frequencies `source` [k], as they are at `target` [k]."""
     weighted = np.asarray(probs, np.float64) * (target / np.maximum(source, 1e-12))
     return (weighted / np.maximum(weighted.sum(1, keepdims=True), 1e-300)).astype(np.float32)
-
-
-def mean_probs(all_probs: Sequence[np.ndarray]) -> np.ndarray:
-    """Means float32 [n, k] of several runs' probabilities, each [n, k]."""
-    return np.mean(np.stack(all_probs), axis=0, dtype=np.float64).astype(np.float32)
-
-
-def setting_name(views: int, adapt: bool, prior: bool) -> str:
-    """What a file of probabilities that were read otherwise than plainly has in its name: "" or "-views8-adapted"."""
-    return (f"-views{views}" if views > 1 else "") + ("-adapted" if adapt else "") + ("-prior" if prior else "")
-
-
-def same_classes(runs: Sequence[Run]) -> tuple[str, ...]:
-    """The classes of several runs.
-
-    Raises:
-      ValueError: they differ; names the first two runs that do.
-    """
-    first = runs[0]
-    for run in runs[1:]:
-        if run.classes != first.classes:
-            raise ValueError(
-                f"{run.run_dir} has the classes {', '.join(run.classes)}; expected those of {Path(first.run_dir)}: "
-                f"{', '.join(first.classes)}"
-            )
-    return first.classes
