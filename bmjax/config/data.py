@@ -26,7 +26,8 @@ class DataConfig:
     image_size: int = 224
     """Images are resized to image_size x image_size pixels once, when the cache is built."""
     split: tuple[float, float, float] = (0.7, 0.15, 0.15)
-    """Shares of train, validation and test."""
+    """Shares of train, validation and test. Of the last two one may be 0, or both: with 1 0 0 all images are trained
+    on, the last epoch is kept, and nothing is reported."""
     split_seed: int = 0
     """Seed of the split, apart from the run's seed, so that runs over seeds share one split."""
     split_by: Literal["image", "group", "block"] = "image"
@@ -63,10 +64,9 @@ class DataConfig:
         check_part(self, "source", "data.source", SOURCES)
         check_types(self, "data.")
         check(self.image_size >= 16, "data.image_size", self.image_size, "at least 16 pixels")
-        ok = len(self.split) == 3 and all(s > 0 for s in self.split)
-        check(
-            ok and math.isclose(sum(self.split), 1.0, abs_tol=1e-6), "data.split", self.split, "three shares > 0, sum 1"
-        )
+        ok = len(self.split) == 3 and self.split[0] > 0 and all(s >= 0 for s in self.split)
+        ok = ok and math.isclose(sum(self.split), 1.0, abs_tol=1e-6)
+        check(ok, "data.split", self.split, "three shares, the first > 0, the others >= 0, sum 1")
         check(self.block_size >= 1, "data.block_size", self.block_size, "at least 1")
         check(self.folds == 0 or self.folds >= 2, "data.folds", self.folds, "0 or at least 2")
         check(0 <= self.fold < max(self.folds, 1), "data.fold", self.fold, f"0 to {max(self.folds, 1) - 1}")

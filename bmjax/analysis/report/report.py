@@ -30,6 +30,9 @@ def _head(config: dict[str, Any], data: dict[str, Any]) -> str:
 
 
 def _numbers(run_dir: Path, results: dict[str, Any], split: str | None) -> str:
+    counts = read_json(run_dir / "dataset.json").get("counts", {})
+    if split is None and "val" in counts and not sum(counts["val"].values()):
+        return "<p>Trained without a validation split: nothing is reported on the images that were trained on.</p>"
     if split is None:
         return "<p>This run has no results yet: it did not finish, or is still running.</p>"
     m = results[split]
