@@ -28,6 +28,9 @@ def add_reading(p: argparse.ArgumentParser) -> None:
     p.add_argument("--calibrated", action="store_true", help="by the calibration that `eval --calibrate` kept")
     p.add_argument("--adapt", action="store_true", help="estimate the norms' statistics on these images")
     p.add_argument("--adapt-prior", action="store_true", help="estimate the classes' frequencies on these images")
+    p.add_argument(
+        "--pixel-size", type=float, metavar="UM", help="micrometres to a pixel of these images, if not as in training"
+    )
     p.add_argument("--error-rate", type=float, metavar="RATE", help="say don't know, so that so few answers are wrong")
     p.add_argument(
         "--unfamiliar",
@@ -40,7 +43,9 @@ def add_reading(p: argparse.ArgumentParser) -> None:
 
 
 def check_reading(options: argparse.Namespace) -> None:
-    """Refuses rates that are none, before anything is read."""
+    """Refuses rates and sizes that are none, before anything is read."""
+    if options.pixel_size is not None and not 0 < options.pixel_size < 1000:
+        raise ValueError(f"--pixel-size is {options.pixel_size}; expected micrometres to a pixel, such as 0.1")
     if options.error_rate is not None and not 0 < options.error_rate < 1:
         raise ValueError(f"--error-rate is {options.error_rate}; expected a share between 0 and 1, such as 0.05")
     if not 0 <= options.unfamiliar < 1:
@@ -73,11 +78,13 @@ def evaluate(options: argparse.Namespace, rest: Sequence[str]) -> int:
     del rest
     check_reading(options)
     pairs = _pairs(options.tolerate)
-    from bmjax.analysis.evaluate.judge import setting, target_of_path, target_of_split
+    from bmjax.analysis.evaluate.judge import at_pixel_size, setting, target_of_path, target_of_split
     from bmjax.runs.folder import load_run
 
     runs = [load_run(run_dir, options.which, trust=options.trust) for run_dir in options.run_dirs]
     name = setting(options.views, adapt=options.adapt, prior=options.adapt_prior, calibrated=options.calibrated)
+    if options.pixel_size is not None and not (options.on or options.unseen):
+        raise ValueError(f"--pixel-size is {options.pixel_size}; expected it with --on or --unseen, for other images")
     if options.calibrate:
         _calibrate(runs, options)
     if options.reference:
@@ -88,7 +95,9 @@ def evaluate(options: argparse.Namespace, rest: Sequence[str]) -> int:
         judge, unseen = _judge(runs, options), None
         if options.on:
             source = "folder" if Path(options.on).is_dir() else "table"
-            target, unseen = target_of_path(runs, options.on, source)
+            target, unseen = target_of_path(
+                [at_pixel_size(run, options.pixel_size) for run in runs], options.on, source
+            )
         else:
             target = target_of_split(runs, options.split, options.data_root)
         seen = _seen(judge, target, options)
@@ -233,7 +242,7 @@ def _print_refusal(
     if unseen is not None and len(unseen):
         strange.append((f"classes of {options.on} that the run does not know", judge(unseen)))
     if options.unseen:
-        strange.append((options.unseen, judge.images(_images(judge, options.unseen))))
+        strange.append((options.unseen, judge.images(_images(judge, options))))
     print()
     if refusal is not None:
         familiar = familiarity_of(judge, seen) if options.unfamiliar else None
@@ -242,15 +251,17 @@ def _print_refusal(
         print(strangers_text(judge, seen, others, name, refusal, options.unfamiliar))
 
 
-def _images(judge: Judge, folder: str) -> list[Any]:
+def _images(judge: Judge, options: argparse.Namespace) -> list[Any]:
     """The readable images of a folder, as each run reads them."""
     import numpy as np
 
+    from bmjax.analysis.evaluate.judge import at_pixel_size
     from bmjax.data.load import read_files
     from bmjax.data.sources.folder import image_files
 
-    paths = image_files([folder])
-    each = [[x for x in read_files(paths, run.config.data) if not isinstance(x, str)] for run in judge.runs]
+    paths = image_files([options.unseen])
+    runs = [at_pixel_size(run, options.pixel_size) for run in judge.runs]
+    each = [[x for x in read_files(paths, run.config.data) if not isinstance(x, str)] for run in runs]
     if not each[0]:
-        raise ValueError(f"--unseen is {folder!r}, where no image can be read; expected a folder of images")
+        raise ValueError(f"--unseen is {options.unseen!r}, where no image can be read; expected a folder of images")
     return [np.stack(images) for images in each]

@@ -162,10 +162,10 @@ def _blocks(inputs: Iterator[_Input]) -> Iterator[list[_Input]]:
 
 
 def _judge(run_dirs: Sequence[str], options: argparse.Namespace) -> Judge:
-    from bmjax.analysis.evaluate.judge import Judge
+    from bmjax.analysis.evaluate.judge import Judge, at_pixel_size
     from bmjax.runs.folder import load_run
 
-    runs = [load_run(path, options.which, trust=options.trust) for path in run_dirs]
+    runs = [at_pixel_size(load_run(path, options.which, trust=options.trust), options.pixel_size) for path in run_dirs]
     return Judge(runs, views=options.views, calibrated=options.calibrated)
 
 

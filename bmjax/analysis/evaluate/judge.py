@@ -81,6 +81,22 @@ def target_of_split(runs: Sequence[Run], split: SplitName, data_root: str | None
     return Target(tuple(parts), dataset.labels[rows], ids)
 
 
+def at_pixel_size(run: Run, pixel_size: float | None) -> Run:
+    """A run that reads files of another microscope, of so many micrometres to a pixel; None: as in training.
+
+    Raises:
+      ValueError: the run was trained without a scale.
+    """
+    if pixel_size is None:
+        return run
+    if not run.config.data.field_size:
+        raise ValueError(
+            f"--pixel-size is {pixel_size}, but {run.run_dir} was trained without data.field_size and knows no scale"
+        )
+    data = dataclasses.replace(run.config.data, pixel_size=pixel_size)
+    return dataclasses.replace(run, config=dataclasses.replace(run.config, data=data))
+
+
 def target_of_path(runs: Sequence[Run], path: str, source: str) -> tuple[Target, Target]:
     """Labelled images from elsewhere: (those of the runs' classes, those of classes that the runs don't know).
 
@@ -111,7 +127,8 @@ def target_of_path(runs: Sequence[Run], path: str, source: str) -> tuple[Target,
 
 def elsewhere(config: DataConfig) -> DataConfig:
     """What of a data configuration decides how a file is read; configurations that read alike are equal in it."""
-    return DataConfig(image_size=config.image_size, stain=config.stain, stain_reference=config.stain_reference)
+    names = ("image_size", "stain", "stain_reference", "pixel_size", "field_size")
+    return DataConfig(**{name: getattr(config, name) for name in names})
 
 
 class Judge:
