@@ -164,7 +164,9 @@ class Judge:
     def _mean(self, probs: Sequence[np.ndarray]) -> np.ndarray:
         pairs = zip(probs, self.calibrations, strict=True)
         each = [p if calibration is None else calibration(p) for p, calibration in pairs]
-        mean = each[0] if len(each) == 1 else np.mean(np.stack(each), axis=0, dtype=np.float64).astype(np.float32)
+        mean = each[0]
+        if len(each) > 1:
+            mean = (np.sum(np.stack(each), axis=0, dtype=np.float64) / len(each)).astype(np.float32)
         return mean if self._priors is None else at_priors(mean, *self._priors)
 
     def adapt(self, images: Sequence[np.ndarray]) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -106,11 +107,8 @@ def make_reference(dataset: Dataset, splits: Splits, reader: Reader | None = Non
 def write_reference(run_dir: Path, reference: Reference) -> None:
     """Keeps a reference with its run."""
     temporary = run_dir / f".{FILE}.{os.getpid()}.npz"
-    np.savez_compressed(
-        temporary,
-        names=np.array(LOOKS),
-        **{f.name: np.asarray(getattr(reference, f.name)) for f in dataclasses.fields(reference)},
-    )
+    arrays: dict[str, Any] = {f.name: np.asarray(getattr(reference, f.name)) for f in dataclasses.fields(reference)}
+    np.savez_compressed(temporary, names=np.array(LOOKS), **arrays)
     os.replace(temporary, run_dir / FILE)
 
 
@@ -143,4 +141,5 @@ def read_reference(run_dir: str | Path) -> Reference | None:
     if odd or not m or tuple(arrays["names"].tolist()) != LOOKS:
         raise ValueError(f"{path} is damaged: array {(odd or ['names'])[0]!r} is not as expected; {remedy}")
     arrays.pop("names")
-    return Reference(**arrays | {"step": int(arrays["step"])})
+    step = int(arrays.pop("step"))
+    return Reference(**arrays, step=step)

@@ -143,24 +143,26 @@ def _bootstrap(name: str, value: float, drawn: np.ndarray, n: int) -> Score:
     known = drawn[np.isfinite(drawn)]
     if not np.isfinite(value) or not len(known):
         return Score(float("nan"), float("nan"), float("nan"), BOOTSTRAP)
-    if name in _UNBOUNDED:
-        scale, back = np.log, np.exp
-        value, known = max(float(value), _LEAST), np.maximum(known, _LEAST)
-    else:
-        least, edge = (-1.0 if name in _SIGNED else 0.0), 0.5 / n**2
-        if value == 1 and (known == 1).all():
-            return Score(1.0, wilson_interval(n, n)[0], 1.0, BOOTSTRAP)
-
-        def scale(x: np.ndarray | float) -> np.ndarray:
-            share = np.clip((np.asarray(x) - least) / (1 - least), edge, 1 - edge)
-            return np.log(share / (1 - share))
-
-        def back(z: np.ndarray) -> np.ndarray:
-            return least + (1 - least) / (1 + np.exp(-z))
-
-    middle, deviation = scale(value), float(scale(known).std())
-    low, high = float(back(middle - _Z * deviation)), float(back(middle + _Z * deviation))
+    if value == 1 and name not in _UNBOUNDED and (known == 1).all():
+        return Score(1.0, wilson_interval(n, n)[0], 1.0, BOOTSTRAP)
+    middle, deviation = float(_scale(name, np.array(value), n)), float(_scale(name, known, n).std())
+    low, high = (_back(name, middle + sign * _Z * deviation) for sign in (-1, 1))
     return Score(float(value), min(low, float(value)), max(high, float(value)), BOOTSTRAP)
+
+
+def _scale(name: str, x: np.ndarray, n: int) -> np.ndarray:
+    if name in _UNBOUNDED:
+        return np.log(np.maximum(x, _LEAST))
+    least, edge = (-1.0 if name in _SIGNED else 0.0), 0.5 / n**2
+    share = np.clip((x - least) / (1 - least), edge, 1 - edge)
+    return np.log(share / (1 - share))
+
+
+def _back(name: str, z: float) -> float:
+    if name in _UNBOUNDED:
+        return float(np.exp(z))
+    least = -1.0 if name in _SIGNED else 0.0
+    return float(least + (1 - least) / (1 + np.exp(-z)))
 
 
 def _of_classes(
