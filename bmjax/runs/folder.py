@@ -313,7 +313,8 @@ def save_predictions(run_dir: Path, split: str, dataset: Dataset, probs: np.ndar
 def save_arrays(run_dir: Path, name: str, **arrays: Any) -> None:
     """predictions_<name>.npz of these arrays, written whole or not at all."""
     temporary = run_dir / f".predictions_{name}.{os.getpid()}.npz"
-    np.savez_compressed(temporary, **{key: np.asarray(value) for key, value in arrays.items()})
+    whole: dict[str, Any] = {key: np.asarray(value) for key, value in arrays.items()}
+    np.savez_compressed(temporary, **whole)
     os.replace(temporary, run_dir / f"predictions_{name}.npz")
 
 

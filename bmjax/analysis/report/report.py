@@ -97,11 +97,13 @@ def _classes(metrics: dict[str, Any], predictions: Predictions) -> str:
     header = ("class", "n", "precision", "recall", "F1", "most often taken for")
     matrix = page.image(figures.confusion(np.array(metrics["confusion"]), predictions.classes), "Confusion matrix", 620)
     reliable = page.image(figures.calibration(predictions), "Accuracy against confidence", 440)
+    refusing = page.image(figures.selective(predictions), "Share of wrong answers against share answered", 440)
     return (
         f"<h2>Confusion, {split}</h2>{matrix}<h2>Classes, {split}</h2>{page.table(header, rows)}"
-        f"<h2>Calibration, {split}</h2>{reliable}"
+        f'<h2>Calibration, {split}</h2><div class="side">{reliable}{refusing}</div>'
         f'<p class="note">Expected calibration error {metrics["ece"]:.3f}. On the dashed line, of a hundred '
-        "predictions made with confidence 0.8 eighty are right.</p>"
+        "predictions made with confidence 0.8 eighty are right. On the right: "
+        "of the surest answers so large a share is wrong.</p>"
     )
 
 
