@@ -20,6 +20,7 @@ Method = Literal["temperature", "vector"]
 METHODS: tuple[Method, ...] = ("temperature", "vector")
 FILE = "calibration.json"
 _TINY = float(np.finfo(np.float32).tiny)
+_MOST = 1e6
 _PARTS = 5
 """Of the cross-fit that says what a calibration is worth on the images it was fitted on."""
 
@@ -146,7 +147,7 @@ def _problem(found: dict[str, Any], classes: int) -> str | None:
     for name in ("scale", "shift"):
         values = found.get(name)
         ok = isinstance(values, list) and len(values) == classes
-        if not ok or not all(isinstance(v, (int, float)) and np.isfinite(v) for v in values):  # type: ignore[union-attr]
+        if not ok or not all(isinstance(v, (int, float)) and abs(v) < _MOST for v in values):
             return f"{name} is {str(values)[:60]}; expected {classes} numbers"
     odd = [name for name in ("n", "step") if not isinstance(found.get(name), int)]
     return f"{odd[0]} is {found.get(odd[0])!r}; expected a whole number" if odd else None

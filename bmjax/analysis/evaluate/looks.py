@@ -1,4 +1,4 @@
-"""What images look like, in a few numbers of each: colour, contrast, focus and the size of what is dark in them."""
+"""What images look like, in a few numbers of each: colour, contrast, focus and the size of what is in them."""
 
 from __future__ import annotations
 
@@ -12,36 +12,50 @@ from bmjax.data.images.stain import rgb_to_lab
 
 LOOKS = ("lightness", "green to red", "blue to yellow", "contrast", "focus", "scale")
 _BATCH = 64
-_LEAST_SHIFT, _DEVIATIONS = 1.0, 3.0
-"""A look is foreign where its median lies so many deviations of the training cells away, and farther than chance by
-so many standard errors. The bound is ours."""
+_LEAST_SHIFT, _DEVIATIONS = 0.5, 3.0
+"""A look is foreign where its median lies so many deviations of the training cells away, and beyond that farther
+than chance by so many standard errors. The bound is ours."""
 
 
 def _look(image: jax.Array) -> jax.Array:
-    """Looks [6] of an image [h, w, 3], RGB 0..255.
-
-    Means of L*, a*, b* and the deviation of L*; focus: log10 of the share of the variance of L* that its Laplacian has;
-    scale: log2 of the diameter, as a share of the image's side, of a disc as large as all that is darker than Otsu's
-    threshold of green, in which nuclei are dark.
-    """
+    """Looks [5] of an image [h, w, 3], RGB 0..255: means of L*, a*, b*, the deviation of L*, and focus, log10 of the
+    share of the variance of L* that its Laplacian has."""
     lab = rgb_to_lab(image)
     light = lab[..., 0]
     inner = light[1:-1, 1:-1]
     laplacian = light[:-2, 1:-1] + light[2:, 1:-1] + light[1:-1, :-2] + light[1:-1, 2:] - 4 * inner
     focus = jnp.log10((laplacian.var() + 1e-6) / (light.var() + 1e-6))
-    green = jnp.clip(image[..., 1], 0, 255)
-    counts = jnp.zeros(256).at[jnp.round(green).astype(jnp.int32).ravel()].add(1.0)
-    below, levels = jnp.cumsum(counts), jnp.arange(256.0)
-    sums = jnp.cumsum(counts * levels)
-    above, n = below[-1] - below, below[-1]
-    gap = sums / jnp.maximum(below, 1) - (sums[-1] - sums) / jnp.maximum(above, 1)
-    threshold = jnp.argmax(below * above * gap * gap)  # Otsu 1979: the variance between the two sides
-    area = below[threshold] / n
-    scale = 0.5 * jnp.log2(jnp.maximum(area, 1e-4) * 4 / jnp.pi)
-    return jnp.concatenate([lab.mean((0, 1)), jnp.stack([light.std(), focus, scale])])
+    return jnp.concatenate([lab.mean((0, 1)), jnp.stack([light.std(), focus])])
 
 
 _looks = jax.jit(jax.vmap(_look))
+
+
+def _otsu(grey: np.ndarray) -> float:
+    """The threshold between two kinds of values 0..255 that leaves them least varied (Otsu 1979)."""
+    counts = np.bincount(grey.astype(np.uint8).ravel(), minlength=256).astype(float)
+    below, sums = counts.cumsum(), (counts * np.arange(256)).cumsum()
+    above = below[-1] - below
+    gap = sums / np.maximum(below, 1) - (sums[-1] - sums) / np.maximum(above, 1)
+    return float((below * above * gap * gap).argmax())
+
+
+def _scale(image: np.ndarray) -> float:
+    """log2 of the diameter of a disc as large as the dark patch nearest the middle, over the image's side.
+
+    Nuclei are dark in green; the patch is what is darker than Otsu's threshold, after some smoothing.
+    """
+    from scipy.ndimage import gaussian_filter, label
+
+    h, w, _ = image.shape
+    green = gaussian_filter(image[..., 1].astype(np.float32), h / 64)
+    patches, number = label(green <= _otsu(green))
+    if not number:
+        return float(np.log2(1 / h))
+    y, x = np.nonzero(patches)
+    nearest = np.argmin((y - (h - 1) / 2) ** 2 + (x - (w - 1) / 2) ** 2)
+    area = int((patches == patches[y[nearest], x[nearest]]).sum())
+    return float(0.5 * np.log2(area * 4 / np.pi / (h * w)))
 
 
 def looks(images: np.ndarray) -> np.ndarray:
@@ -49,9 +63,11 @@ def looks(images: np.ndarray) -> np.ndarray:
     n = len(images)
     found = []
     for start in range(0, n, _BATCH):
-        part = np.asarray(images[start : start + _BATCH], np.float32)
+        part = np.asarray(images[start : start + _BATCH])
         padded = np.concatenate([part, np.repeat(part[-1:], -len(part) % _BATCH, axis=0)])  # one shape, one program
-        found.append(np.asarray(_looks(padded))[: len(part)])
+        rest = np.asarray(_looks(padded.astype(np.float32)))[: len(part)]
+        scale = np.array([_scale(image) for image in part], np.float32)
+        found.append(np.concatenate([rest, scale[:, None]], axis=1))
     return np.concatenate(found) if found else np.zeros((0, len(LOOKS)), np.float32)
 
 

@@ -98,7 +98,7 @@ def make_reference(dataset: Dataset, splits: Splits, reader: Reader | None = Non
         none = np.zeros((0, 0), np.float32)
         return Reference(own, none, np.zeros(0, np.int64), none, np.zeros(0, np.int64), 0)
     labels = dataset.labels[rows].astype(np.int64)
-    plain = Reference(own, reader(dataset, rows).features, labels, np.zeros((0, 4)), np.zeros(0, np.int64), 0)
+    plain = Reference(own, reader(dataset, rows).features, labels, np.zeros((0, 0)), np.zeros(0, np.int64), 0)
     known = _some(splits.val)
     scores = plain.strangeness(reader(dataset, known)).astype(np.float32)
     return dataclasses.replace(plain, known=scores, rows=known.astype(np.int64), step=reader.run.step)
@@ -137,7 +137,9 @@ def read_reference(run_dir: str | Path) -> Reference | None:
     shapes = {"looks": (m, len(LOOKS)), "features": (m if v else 0, c), "labels": (m if v else 0,), "rows": (v,)}
     shapes |= {"known": (v, 4) if v else (0, 0), "step": (), "names": (len(LOOKS),)}
     odd = [name for name, shape in shapes.items() if arrays[name].shape != shape]
-    odd += [name for name in ("looks", "features", "known") if not np.isfinite(arrays[name]).all()]
+    numbers = {"looks": "f", "features": "f", "known": "f", "labels": "i", "rows": "i", "step": "i", "names": "U"}
+    odd += [name for name, kind in numbers.items() if arrays[name].dtype.kind != kind]
+    odd += [name for name in ("looks", "features", "known") if name not in odd and not np.isfinite(arrays[name]).all()]
     if odd or not m or tuple(arrays["names"].tolist()) != LOOKS:
         raise ValueError(f"{path} is damaged: array {(odd or ['names'])[0]!r} is not as expected; {remedy}")
     arrays.pop("names")

@@ -88,8 +88,8 @@ def test_looks_see_colour_focus_and_scale(rendered):
     assert "focus" in foreign(gaussian_filter(own, (0, 1.5, 1.5, 0)))
     assert "lightness" in foreign((own * 0.6).astype(np.uint8))
     assert {"green to red", "blue to yellow"} & foreign(np.stack([own[..., 0], own[..., 2], own[..., 1]], -1))
-    wide = np.pad(own, ((0, 0), (32, 32), (32, 32), (0, 0)), mode="edge")[:, ::2, ::2]
-    assert foreign(wide) >= {"scale"}
+    wide = np.pad(own, ((0, 0), (32, 32), (32, 32), (0, 0)), mode="symmetric")[:, ::2, ::2]
+    assert "scale" in foreign(wide)
     assert looks(own).shape == (48, len(LOOKS))
     one = looks(own[:1])
     np.testing.assert_allclose(looks(own)[0], one[0], atol=1e-4)
