@@ -21,6 +21,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bmjax.analysis.evaluate.calibration import Calibration, read_calibration, write_calibration
+from bmjax.analysis.evaluate.reference import Reference, read_reference, write_reference
 from bmjax.config.experiment import load_experiment
 from bmjax.data.images import cache
 from bmjax.data.sources.archive import list_archive
@@ -216,6 +218,11 @@ def write_predictions(path):
     )
 
 
+def write_looks(path):
+    looks, none, rows = np.ones((3, 6), np.float32), np.zeros((0, 0), np.float32), np.zeros(0, np.int64)
+    write_reference(path.parent, Reference(looks, none, rows, none, rows, 0))
+
+
 def write_config(path):
     from bmjax.config import Config, to_json
 
@@ -240,12 +247,18 @@ READERS = {
         lambda path: read_records(path.parent, "train"),
     ),
     "config": ("config.json", write_config, lambda path: load_experiment(str(path))),
+    "calibration": (
+        "calibration.json",
+        lambda path: write_calibration(path.parent, Calibration("vector", (0.5, 0.6), (0.0, 0.1), 40, 5)),
+        lambda path: read_calibration(path.parent, 2, 5),
+    ),
+    "reference": ("reference.npz", write_looks, lambda path: read_reference(path.parent)),
     "results": ("results.json", lambda path: path.write_text(json.dumps({"val": {"accuracy": 0.5}})), read_json),
 }
 
 
 # Those whose files hold a checksum of their content, so that a result is the right one.
-CHECKED = ("zip", "zip-lzma", "zip-bzip2", "keras", "safetensors", "predictions")
+CHECKED = ("zip", "zip-lzma", "zip-bzip2", "keras", "safetensors", "predictions", "reference")
 
 
 def mutated(data, chance):

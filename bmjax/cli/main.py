@@ -19,7 +19,10 @@ from bmjax.cli import (
     completion,
     data,
     doctor,
+    evaluate,
     explain,
+    study,
+    folds,
     names,
     new,
     predict,
@@ -33,7 +36,24 @@ from bmjax.cli.configured import help_asked, print_fields
 from bmjax.config.experiment import load_experiment
 from bmjax.training.signals import Interrupted, Signals
 
-VERBS = (train, sweep, compare, show, predict, names, weights, new, check, explain, study, data, doctor, completion)
+VERBS = (
+    train,
+    sweep,
+    folds,
+    compare,
+    show,
+    evaluate,
+    predict,
+    names,
+    weights,
+    new,
+    check,
+    explain,
+    study,
+    data,
+    doctor,
+    completion,
+)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -25,6 +25,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if options.sweep:
         raise ValueError(f"--sweep has become a verb of its own; expected: bmjax sweep {options.experiment}")
     config, module = configuration(options, rest)
+    from bmjax.analysis.evaluate.reference import keep_looks
     from bmjax.analysis.report.report import write_report
     from bmjax.runs.tracking import agents_run
     from bmjax.training.run import train_run
@@ -37,13 +38,14 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if result.interrupted:
         return 128 + signal.Signals[result.interrupted]
     assert result.data is not None
-    dataset, _ = result.data
+    dataset, splits = result.data
     for split, m in result.metrics.items():
         print(metrics_line(split, m))
     if "test" in result.metrics:
         print_confusion(result.metrics["test"]["confusion"], dataset.classes)
     if module is not None and hasattr(module, "report"):
         module.report(result)
+    keep_looks(result.run_dir, dataset, splits)
     print(f"report: {write_report(result.run_dir, dataset.images)}")
     return 0
 

@@ -306,14 +306,16 @@ def record_opening(run_dir: Path, step: int) -> int:
 
 def save_predictions(run_dir: Path, split: str, dataset: Dataset, probs: np.ndarray, rows: np.ndarray) -> None:
     """predictions_<split>.npz: probs float32 [n, k], labels [n], index [n], ids [n], classes [k]."""
-    np.savez_compressed(
-        run_dir / f"predictions_{split}.npz",
-        probs=probs,
-        labels=dataset.labels[rows],
-        index=rows,
-        ids=np.array([dataset.ids[i] for i in rows]),
-        classes=np.array(dataset.classes),
-    )
+    ids = np.array([dataset.ids[i] for i in rows])
+    save_arrays(run_dir, split, probs=probs, labels=dataset.labels[rows], index=rows, ids=ids, classes=dataset.classes)
+
+
+def save_arrays(run_dir: Path, name: str, **arrays: Any) -> None:
+    """predictions_<name>.npz of these arrays, written whole or not at all."""
+    temporary = run_dir / f".predictions_{name}.{os.getpid()}.npz"
+    whole: dict[str, Any] = {key: np.asarray(value) for key, value in arrays.items()}
+    np.savez_compressed(temporary, **whole)
+    os.replace(temporary, run_dir / f"predictions_{name}.npz")
 
 
 def saved_results(run_dir: Path) -> dict[str, dict[str, Any]]:

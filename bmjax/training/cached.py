@@ -189,6 +189,7 @@ class MapEngine:
         self.predictor = MapPredictor(config, programs, features)
         self._config, self._programs, self._features = config, programs, features
         (self._dataset, self._splits), self._signals = data, signals
+        self.validates = len(self._splits.val) > 0
         self._maps = features.views_on_device(self._splits.train, programs.pooled)
         self._labels = jnp.asarray(self._dataset.labels[self._splits.train])
 

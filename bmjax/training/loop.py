@@ -50,6 +50,8 @@ class Engine(Protocol):
     plans: Sequence[StagePlan]
     per_epoch: int
     predictor: Any
+    validates: bool
+    """Whether there is a validation split."""
 
     def place(self, state: TrainState) -> Any: ...
     def fetch(self, placed: Any) -> TrainState: ...
@@ -177,21 +179,39 @@ def end_epoch(
     """
     progress, wait = recorder.progress, engine.input_wait()
     epoch, every = progress.epochs_evaluated + 1, config.train.train_eval_epochs
-    val = engine.evaluate(placed, "val")
     # "Training success" is ambiguous: the running figure has dropout and augmentation, the other has neither.
     record = {"epoch": epoch, "train/loss": progress.loss_sum / max(progress.count, 1)}
     record["train/accuracy_running"] = progress.correct / max(progress.count, 1)
-    if step == engine.plans[-1].end or (every and epoch % every == 0):
+    val = engine.evaluate(placed, "val") if engine.validates else None
+    if val is not None and (step == engine.plans[-1].end or (every and epoch % every == 0)):
         record["train/accuracy_eval_mode"] = engine.evaluate(placed, "train")["accuracy"]
+    if wait is not None:
+        record["input_wait"] = wait
+    if val is None:  # nothing to choose by: the last epoch is the best
+        is_best, progress.best_step = True, step
+    else:
+        is_best = _select(config, progress, step, val, record)
+        if plan.optimizer.schedule.kind == "plateau":
+            fetched = engine.fetch(placed)
+            fetched = fetched.replace(opt_state=optim.update_plateau(plan.optimizer, fetched.opt_state, val["loss"]))
+            placed = engine.place(fetched)
+    patience = config.train.early_stop_epochs
+    progress.stopped_early = patience is not None and progress.epochs_since_best >= patience
+    progress.epochs_evaluated, progress.loss_sum, progress.correct, progress.count = epoch, 0.0, 0, 0
+    recorder.epoch(step, record, lambda: engine.fetch(placed).variables())
+    progress.stopped_early = progress.stopped_early or recorder.stop
+    if val is not None and (progress.stopped_early or step == engine.plans[-1].end):
+        evaluated = record.get("train/accuracy_eval_mode", record["val/accuracy"])
+        if (lag := statistics_lag(engine.plans, step, record["train/accuracy_running"], evaluated)) is not None:
+            log.warning("%s", lag)
+    return placed, is_best
+
+
+def _select(config: Config, progress: Progress, step: int, val: dict[str, Any], record: dict[str, Any]) -> bool:
+    """Whether the validation figures are the best so far; adds them to the record."""
     name = config.train.monitor.removeprefix("-")
     shown = ("loss", "accuracy", "macro_f1", "balanced_accuracy", "n", *map(label_of, config.train.metrics), name)
     record |= {f"val/{figure}": val[figure] for figure in shown}
-    if wait is not None:
-        record["input_wait"] = wait
-    if plan.optimizer.schedule.kind == "plateau":
-        fetched = engine.fetch(placed)
-        fetched = fetched.replace(opt_state=optim.update_plateau(plan.optimizer, fetched.opt_state, val["loss"]))
-        placed = engine.place(fetched)
     falls = config.train.monitor_falls
     score = -val[name] if falls else val[name]
     is_best = progress.best is None or score > progress.best
@@ -201,16 +221,7 @@ def end_epoch(
         progress.epochs_since_best += 1
     assert progress.best is not None
     record[f"val/best_{name}"] = -progress.best if falls else progress.best
-    patience = config.train.early_stop_epochs
-    progress.stopped_early = patience is not None and progress.epochs_since_best >= patience
-    progress.epochs_evaluated, progress.loss_sum, progress.correct, progress.count = epoch, 0.0, 0, 0
-    recorder.epoch(step, record, lambda: engine.fetch(placed).variables())
-    progress.stopped_early = progress.stopped_early or recorder.stop
-    if progress.stopped_early or step == engine.plans[-1].end:
-        evaluated = record.get("train/accuracy_eval_mode", record["val/accuracy"])
-        if (lag := statistics_lag(engine.plans, step, record["train/accuracy_running"], evaluated)) is not None:
-            log.warning("%s", lag)
-    return placed, is_best
+    return is_best
 
 
 def statistics_lag(plans: Sequence[StagePlan], step: int, running: float, evaluated: float) -> str | None:
@@ -252,6 +263,7 @@ class ImageEngine:
         self.plans, self.per_epoch = plans, per_epoch
         self._config, self._model, self._loss, self._parallel = config, model, loss, parallel
         (self._dataset, self._splits), self._signals = data, signals
+        self.validates = len(self._splits.val) > 0
         shard: dict[str, Any] = {"process_index": jax.process_index(), "process_count": jax.process_count()}
         shard |= {"workers": config.train.workers, "sampling": config.train.sampling}
         size = config.train.batch_size

@@ -129,7 +129,7 @@ def train_run(
             assert watched.stop is not None
             log.warning("%s: stopped by %s before the first step; nothing is written", run_dir, watched.stop.name)
             return Result(run_dir, {}, 0, None, interrupted=watched.stop.name)
-        if resume and (found := _finished(config, run_dir)) is not None:
+        if resume and (found := _finished(config, run_dir, plan.splits)) is not None:
             return Result(run_dir, found, next(iter(found.values()))["step"], (plan.dataset, plan.splits))
         with watched.gently():
             one = _One(resume, callbacks, watched, files, quiet=signals is not None)
@@ -191,6 +191,7 @@ def _plan(config: Config, run_dir: Path, data: Dataset | None, prepared: Prepare
             )
     else:
         dataset, splits = folder.load_data(run_dir, config, data)
+    _check_splits(config, splits)
     try_metrics(config.train.metrics, len(dataset.classes))
     _try_augmentations(config)
     per_epoch = steps_per_epoch(len(splits.train), config.train.batch_size)
@@ -247,15 +248,32 @@ def _new_data(config: Config) -> tuple[Dataset, Splits]:
     return dataset, split_dataset(dataset, config.data)
 
 
-def _wanted(config: Config) -> tuple[SplitName, ...]:
-    return ("train", "val", "test") if config.train.final_test else ("train", "val")
+def _wanted(config: Config, splits: Splits) -> tuple[SplitName, ...]:
+    """The splits to report on. Training images beside others only: alone they would pass for a result."""
+    measured: tuple[SplitName, ...] = ("train", "val") if len(splits.val) else ()
+    return (*measured, "test") if config.train.final_test else measured
 
 
-def _finished(config: Config, run_dir: Path) -> dict[str, dict[str, Any]] | None:
+def _check_splits(config: Config, splits: Splits) -> None:
+    """Refuses what needs a split that holds no image; names the field."""
+    if config.train.final_test and not len(splits.test):
+        raise ValueError("config field 'train.final_test' is True, and the test split holds no image; expected False")
+    if len(splits.val):
+        return
+    plateau, patience = config.optim.schedule.kind == "plateau", config.train.early_stop_epochs
+    if plateau or patience is not None:
+        field, value = ("optim.schedule.kind", "plateau") if plateau else ("train.early_stop_epochs", patience)
+        raise ValueError(
+            f"config field {field!r} is {value!r}, which goes by the validation split, and that holds no image"
+        )
+    log.info("no validation split: the last epoch is kept, and nothing is reported on the images trained on")
+
+
+def _finished(config: Config, run_dir: Path, splits: Splits) -> dict[str, dict[str, Any]] | None:
     """The results of a run that is finished; None of any other."""
-    found = folder.saved_results(run_dir)
-    wanted = {split: found[split] for split in _wanted(config) if found.get(split, {}).get("checkpoint") == "best"}
-    whole = len(wanted) == len(_wanted(config)) and len({m["step"] for m in wanted.values()}) == 1
+    found, names = folder.saved_results(run_dir), _wanted(config, splits)
+    wanted = {split: found[split] for split in names if found.get(split, {}).get("checkpoint") == "best"}
+    whole = len(wanted) == len(names) and len({m["step"] for m in wanted.values()}) == 1
     return wanted if whole and (run_dir / "checkpoints" / "best").is_dir() else None
 
 
@@ -294,12 +312,13 @@ def _train(config: Config, run_dir: Path, plan: _Plan, one: _One) -> Result:
         with contextlib.suppress(Interrupted):
             if whole:
                 results = _results(config, run_dir, plan, keeper, progress, state)
-        if len(results) < len(_wanted(config)):
+        if not whole or len(results) < len(_wanted(config, splits)):
             assert signals.stop is not None
             level = logging.DEBUG if signals.stop is Pause.PAUSE else logging.WARNING
             log.log(level, "%s: stopped by %s at step %d; resume with --resume", run_dir, signals.stop.name, step)
             return Result(run_dir, {}, step, (dataset, splits), interrupted=signals.stop.name)
-        track_results(run_dir, tracker, dataset, results)
+        if results:
+            track_results(run_dir, tracker, dataset, results)
     return Result(run_dir, results, step, (dataset, splits))
 
 
@@ -330,7 +349,7 @@ def _results(
     variables = keeper.best_variables(progress.best_step, template, config.train.ema_decay is not None)
     trained = Run(run_dir, config, plan.model, variables, plan.dataset.classes, progress.best_step)
     results = {}
-    for split in _wanted(config):
+    for split in _wanted(config, plan.splits):
         known = folder.saved_results(run_dir).get("test") if split == "test" else None
         if known is None or known["step"] != progress.best_step:
             known = evaluate_run(trained, split, "best", plan.engine.predictor, plan.dataset, plan.splits)

@@ -10,6 +10,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from bmjax.analysis.evaluate.refusal import risk_coverage
 from bmjax.files import printable
 from bmjax.runs.records import Predictions, interval_text, most_wrong, reliability
 
@@ -126,6 +127,17 @@ def calibration(predictions: Predictions, bins: int = 10) -> Figure:
     below.set(xlabel="confidence", ylabel="n")
     for axis in (above, below):
         plain(axis)
+    return figure
+
+
+def selective(predictions: Predictions) -> Figure:
+    """The share of wrong answers against the share answered, the surest first."""
+    covered, risk, _ = risk_coverage(predictions.confidence, predictions.predicted == predictions.labels)
+    figure = _figure(4.6, 3.2)
+    axis = figure.subplots()
+    axis.step(covered, risk, where="post", color=TRAIN, lw=1.5)
+    axis.set(xlabel="share answered", ylabel="share of these wrong", xlim=(0, 1), ylim=(0, None))
+    _plain(axis)
     return figure
 
 

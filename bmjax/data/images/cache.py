@@ -56,8 +56,9 @@ def listed_dataset(listing: Listing, config: DataConfig, cache_dir: Path, *, pro
     digests = hash_images(listing)
     entries = list(zip(listing.ids, digests, listing.labels.tolist(), strict=True))
     stain = () if config.stain == "none" else (config.stain, config.stain_reference or METHODS[config.stain].reference)
-    key = fingerprint(entries, config.image_size, stain)
-    source = stained(decode_images(listing.read, len(listing), config.image_size), config)
+    fields = _fields(listing, config)
+    key = fingerprint(entries, config.image_size, (*stain, *([] if fields is None else [["fields", fields]])))
+    source = stained(decode_images(listing.read, len(listing), config.image_size, fields), config)
     images, errors = cached(cache_dir, key, len(entries), config.image_size, source, progress)
     if errors:
         lines = "\n".join(f"  {os.path.join(listing.origin, listing.ids[i])}: {why}" for i, why in errors.items())
@@ -83,6 +84,24 @@ def listed_dataset(listing: Listing, config: DataConfig, cache_dir: Path, *, pro
         groups=tuple(listing.groups[i] for i in kept) if listing.groups else (),
         sides=tuple(listing.sides[i] for i in kept) if listing.sides else (),
     )
+
+
+def _fields(listing: Listing, config: DataConfig) -> list[float] | None:
+    """The field of each image in its pixels; None where images are taken whole."""
+    if not config.field_size:
+        if any(listing.pixel_sizes):
+            log.warning("%s gives pixel sizes; without data.field_size they are of no account", listing.origin)
+        return None
+    sizes = listing.pixel_sizes or [0.0] * len(listing)
+    found = []
+    for name, size in zip(listing.ids, sizes, strict=True):
+        try:
+            field = config.field_pixels(size)
+        except ValueError as e:
+            raise ValueError(f"{os.path.join(listing.origin, name)}: {e}") from e
+        assert field is not None
+        found.append(field)
+    return found
 
 
 def cached(
