@@ -28,7 +28,8 @@ from bmjax.data.images import cache
 from bmjax.data.sources.archive import list_archive
 from bmjax.files import mapped, read_json
 from bmjax.runs.records import read_predictions, read_records
-from bmjax.weights import keras_files, safetensors_files
+from bmjax.weights import keras_files, safetensors_files, torch_files
+from tests.helpers import torch_saved
 
 CASES = pathlib.Path(__file__).parent / "fixtures/readers"
 MUTATIONS = int(os.environ.get("BMJAX_MUTATIONS", "30"))
@@ -239,6 +240,13 @@ READERS = {
     "weights.h5": ("w.weights.h5", write_weights_h5, keras_files.read),
     "keras": ("w.keras", write_keras, keras_files.read),
     "safetensors": ("w.safetensors", write_safetensors, read_safetensors),
+    "torch": (
+        "w.pth",
+        lambda path: torch_saved.save(
+            path, {"a.weight": np.arange(12, dtype=np.float32).reshape(3, 4), "n": np.ones(2)}
+        ),
+        torch_files.read,
+    ),
     "npy": ("w.npy", lambda path: np.save(path, np.ones((3, 4, 4, 3), np.uint8)), mapped),
     "predictions": ("predictions_val.npz", write_predictions, lambda path: read_predictions(path.parent, "val")),
     "metrics": (
@@ -258,7 +266,7 @@ READERS = {
 
 
 # Those whose files hold a checksum of their content, so that a result is the right one.
-CHECKED = ("zip", "zip-lzma", "zip-bzip2", "keras", "safetensors", "predictions", "reference")
+CHECKED = ("zip", "zip-lzma", "zip-bzip2", "keras", "safetensors", "torch", "predictions", "reference")
 
 
 def mutated(data, chance):

@@ -21,7 +21,6 @@ from bmjax.cli import (
     doctor,
     evaluate,
     explain,
-    study,
     folds,
     names,
     new,

@@ -172,6 +172,10 @@ class TrainConfig:
     train_eval_epochs: int = 1
     """Epochs between evaluations of the train split in eval mode; 0: only at the end. Each costs a forward pass of the
     whole train split, about a third of an epoch's time."""
+    recompute_statistics: Literal["auto", "always", "never"] = "auto"
+    """Whether batch-norm's running statistics are recomputed after each epoch, before it is evaluated, by one pass over
+    the training images as evaluation sees them. `auto`: where the norms of a part go by the batch for fewer than 299
+    steps in all, after which the running ones would still hold over 5 % of what they began with."""
     monitor: str = "accuracy"
     """Validation figure that picks the best checkpoint and drives early stopping: a built-in one (accuracy, macro_f1,
     balanced_accuracy, loss, ece) or one of `metrics`, by its short name. The largest is the best; the smallest after a

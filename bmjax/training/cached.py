@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -34,6 +34,7 @@ from bmjax.training.predict import SplitName, softmax
 from bmjax.training.progress import Recorder
 from bmjax.training.signals import Signals
 from bmjax.training.stages import StagePlan, Stretch, plan_stages, stage_step
+from bmjax.training.statistics import statistics_step
 from bmjax.training.steps import at_precision
 
 _OFF = AugmentConfig(flip=False, right_angles=False)
@@ -93,6 +94,7 @@ class Programs:
         self.init = jax.jit(self._init)
         self.logits = jax.jit(at_precision(self._logits, config.train.precision))
         self._epochs: dict[int, Callable[..., tuple[TrainState, dict[str, jax.Array]]]] = {}
+        self._statistics: dict[int, Callable[[Tree, dict[str, jax.Array]], Tree]] = {}
         self.scans: dict[int, bool] = {}
         self._first = threading.Lock()
 
@@ -118,6 +120,11 @@ class Programs:
         if stage not in self._epochs:
             self._epochs[stage] = self._make_epoch(stage)
         return self._epochs[stage]
+
+    def statistics(self, stage: int) -> Callable[[Tree, dict[str, jax.Array]], Tree]:
+        """The compiled statistics step of a stage, see bmjax.training.statistics."""
+        step = jax.jit(statistics_step(self._config, self.model, self.plans[stage]))
+        return self._statistics.setdefault(stage, step)
 
     def _make_epoch(self, stage: int) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
         step = stage_step(self._config, self.model, self.plans[stage], self._loss)
@@ -227,6 +234,12 @@ class MapEngine:
         train = self._config.train
         of = self._dataset.labels[self._splits.train]
         return batch_places(of, train.batch_size, self._config.seed, start, end - start, train.sampling)
+
+    def statistics(self, variables: Tree, stage: int) -> Iterator[Tree]:
+        maps = self._features.on_device(self._splits.train, self._programs.pooled)
+        for places in self._draw(0, self.per_epoch):
+            measured = self._programs.statistics(stage)(variables, {"feature_map": maps[places]})
+            yield jax.tree.map(np.asarray, measured)
 
     def evaluate(self, placed: TrainState, split: SplitName) -> dict[str, Any]:
         probs, done = self.predictor(placed.variables(), self._dataset, getattr(self._splits, split))

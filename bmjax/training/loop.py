@@ -9,9 +9,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +18,7 @@ import jax
 import numpy as np
 
 from bmjax.config.base import Config
-from bmjax.data.batches import TrainBatches
+from bmjax.data.batches import TrainBatches, read_ahead
 from bmjax.data.dataset import Dataset
 from bmjax.data.splits import Splits
 from bmjax.model.classifier import Classifier
@@ -27,21 +26,16 @@ from bmjax.model.parameters import Tree
 from bmjax.registry import label_of
 from bmjax.runs.checkpoint import Checkpoints
 from bmjax.runs.state import Progress, TrainState
-from bmjax.training import optim
+from bmjax.training import optim, statistics
 from bmjax.training.losses import Loss
 from bmjax.training.parallel import Parallel
 from bmjax.training.predict import Predictor, SplitName
 from bmjax.training.progress import Batch, Recorder, StepLog, announced
 from bmjax.training.signals import Interrupted, Signals
 from bmjax.training.stages import StagePlan, Stretch, compile_stage, stretches
+from bmjax.training.statistics import statistics_step
 
 log = logging.getLogger(__name__)
-_MOMENTUM = 0.99
-"""Of the batch-norms' running statistics."""
-_LEAST_KEPT = 0.05
-"""Share of the first statistics that does no harm any more."""
-_GAP = 0.15
-"""Accuracy that evaluation may fall behind training without a word."""
 
 
 class Engine(Protocol):
@@ -57,6 +51,10 @@ class Engine(Protocol):
     def fetch(self, placed: Any) -> TrainState: ...
     def run(self, placed: Any, stretch: Stretch, rates: np.ndarray, recorder: Recorder) -> tuple[Any, int]:
         """Runs a stretch, or up to where a signal stopped it: (the state, the step reached)."""
+        ...
+
+    def statistics(self, variables: Tree, stage: int) -> Iterable[Tree]:
+        """The statistics of each batch of an epoch, on the host; see bmjax.training.statistics."""
         ...
 
     def evaluate(self, placed: Any, split: SplitName) -> dict[str, Any]: ...
@@ -178,6 +176,7 @@ def end_epoch(
     `input_wait` is recorded: the share of the epoch's time that was spent waiting for batches.
     """
     progress, wait = recorder.progress, engine.input_wait()
+    placed = recompute(config, engine, placed, progress.stage)
     epoch, every = progress.epochs_evaluated + 1, config.train.train_eval_epochs
     # "Training success" is ambiguous: the running figure has dropout and augmentation, the other has neither.
     record = {"epoch": epoch, "train/loss": progress.loss_sum / max(progress.count, 1)}
@@ -200,9 +199,10 @@ def end_epoch(
     progress.epochs_evaluated, progress.loss_sum, progress.correct, progress.count = epoch, 0.0, 0, 0
     recorder.epoch(step, record, lambda: engine.fetch(placed).variables())
     progress.stopped_early = progress.stopped_early or recorder.stop
-    if val is not None and (progress.stopped_early or step == engine.plans[-1].end):
-        evaluated = record.get("train/accuracy_eval_mode", record["val/accuracy"])
-        if (lag := statistics_lag(engine.plans, step, record["train/accuracy_running"], evaluated)) is not None:
+    recomputed = statistics.recomputes(config.train, engine.plans, placed.batch_stats)
+    if val is not None and not recomputed and (progress.stopped_early or step == engine.plans[-1].end):
+        running, evaluated = record["train/accuracy_running"], record.get("train/accuracy_eval_mode", val["accuracy"])
+        if (lag := statistics.statistics_lag(engine.plans, step, running, evaluated)) is not None:
             log.warning("%s", lag)
     return placed, is_best
 
@@ -224,25 +224,14 @@ def _select(config: Config, progress: Progress, step: int, val: dict[str, Any], 
     return is_best
 
 
-def statistics_lag(plans: Sequence[StagePlan], step: int, running: float, evaluated: float) -> str | None:
-    """What to say where batch-norm's running statistics have seen too few steps, and evaluation suffers; else None.
-
-    `running` is the accuracy in training, where norms go by the batch; `evaluated` that in evaluation mode. After n
-    steps the statistics still hold 0.99^n of what they began with.
-    """
-    by_batch = [plan for plan in plans if "train" in dataclasses.astuple(plan.batch_norm)]
-    steps = sum(max(0, min(plan.end, step) - plan.start) for plan in by_batch)
-    kept = _MOMENTUM**steps
-    if not steps or kept < _LEAST_KEPT or running - evaluated < _GAP:
-        return None
-    enough = math.ceil(math.log(_LEAST_KEPT) / math.log(_MOMENTUM))
-    return (
-        f"accuracy is {running:.2f} in training and {evaluated:.2f} in evaluation: after {steps} steps batch-norm's "
-        f"running statistics still hold {100 * kept:.0f} % of what they began with, so that the classifier is worse in "
-        f"evaluation than it has learned to be. Train for {enough} steps or more (stages.epochs larger, or "
-        "train.batch_size smaller), or leave the statistics of a pretrained backbone as they are "
-        "(stages.batch_norm.backbone stats_frozen)"
-    )
+def recompute(config: Config, engine: Engine, placed: Any, stage: int) -> Any:
+    """The state with batch-norm's statistics recomputed, where the run does so and the stage lets them move."""
+    batch_norm, batch_stats = engine.plans[stage].batch_norm, placed.batch_stats
+    runs = statistics.recomputes(config.train, engine.plans, batch_stats)
+    if not runs or not statistics.moves(batch_norm, batch_stats):
+        return placed
+    state = engine.fetch(placed)
+    return engine.place(statistics.with_statistics(state, batch_norm, lambda v: engine.statistics(v, stage)))
 
 
 class ImageEngine:
@@ -272,6 +261,7 @@ class ImageEngine:
         self.predictor = Predictor(config, model, signals, same)
         self._shares_devices = same is not None
         self._step: tuple[int, Any] | None = None
+        self._measure: tuple[int, Any] | None = None
         self._reading: tuple[int, Iterator[Batch]] | None = None
         self._log: StepLog | None = None
 
@@ -317,6 +307,16 @@ class ImageEngine:
             batch = next(reader)
             self._reading = (step + 1, reader)
             yield batch
+
+    def statistics(self, variables: Tree, stage: int) -> Iterator[Tree]:
+        if self._measure is None or self._measure[0] != stage:
+            measure = statistics_step(self._config, self._model, self.plans[stage])
+            self._measure = (stage, self._parallel.compile_step(measure, donate=False))
+        placed = self._parallel.to_devices(variables)
+        # The batches of the first epoch, after any epoch: the same images as in training, and nothing to remember.
+        for batch in read_ahead(self._batches.batch(k) for k in range(self.per_epoch)):
+            self._signals.check()
+            yield self._parallel.to_host(self._measure[1](placed, self._parallel.put_batch({"image": batch["image"]})))
 
     def evaluate(self, placed: Any, split: SplitName) -> dict[str, Any]:
         rows = getattr(self._splits, split)

@@ -143,8 +143,8 @@ def test_a_metric_of_ones_own_is_computed_recorded_and_selects(tiny_config):
 
 def test_statistics_that_lag_behind_few_steps_are_said_with_the_remedy():
     from bmjax.config.training import BatchNormConfig
-    from bmjax.training.loop import statistics_lag
     from bmjax.training.stages import StagePlan
+    from bmjax.training.statistics import statistics_lag
 
     def plan(start, end, mode="train"):
         return StagePlan(start, end, BatchNormConfig(mode, mode, mode), lambda path: True, None)

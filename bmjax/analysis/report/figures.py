@@ -133,11 +133,11 @@ def calibration(predictions: Predictions, bins: int = 10) -> Figure:
 def selective(predictions: Predictions) -> Figure:
     """The share of wrong answers against the share answered, the surest first."""
     covered, risk, _ = risk_coverage(predictions.confidence, predictions.predicted == predictions.labels)
-    figure = _figure(4.6, 3.2)
+    figure = new_figure(4.6, 3.2)
     axis = figure.subplots()
     axis.step(covered, risk, where="post", color=TRAIN, lw=1.5)
     axis.set(xlabel="share answered", ylabel="share of these wrong", xlim=(0, 1), ylim=(0, None))
-    _plain(axis)
+    plain(axis)
     return figure
 
 
