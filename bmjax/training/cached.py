@@ -205,9 +205,15 @@ class MapEngine:
         return jax.tree.map(np.asarray, placed)
 
     def run(
-        self, placed: TrainState, stretch: Stretch, rates: np.ndarray, recorder: Recorder
+        self,
+        placed: TrainState,
+        stretch: Stretch,
+        rates: np.ndarray,
+        recorder: Recorder,
+        pause: Callable[[], bool] = lambda: False,
     ) -> tuple[TrainState, int]:
-        """A stretch is one program, so a signal stops it before it begins."""
+        """A stretch is one program, so a signal stops it before it begins, and nothing within it."""
+        del pause
         if stretch.start == stretch.end or self._signals.stop is not None:
             return placed, stretch.start
         began, places = time.perf_counter(), self._draw(stretch.start, stretch.end)
@@ -220,6 +226,9 @@ class MapEngine:
             values = {name: column[i].item() for name, column in on_host.items()}
             recorder.step(stretch.start + i + 1, values, rows[i], lr, speed)
         return placed, stretch.end
+
+    def under_way(self, recorder: Recorder) -> None:
+        """A stretch is short, and its steps have no states of their own."""
 
     def _draw(self, start: int, end: int) -> np.ndarray:
         """Places among the training rows of the batches [start, end)."""

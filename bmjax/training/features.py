@@ -2,7 +2,8 @@
 
 A file holds the maps of some rows of a dataset in one view, under the fingerprint of all that decides them: data,
 image size, rows, the backbone's every number, preprocessing, types and the view's augmentation. It is written under
-another name and renamed when complete, so a kill never leaves half a file that is read; runs share the files.
+another name and renamed when complete, so a kill never leaves half a file that is read; runs share the files. Each
+block has a digest that is checked when the file is opened.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from bmjax.data.batches import eval_batches
 from bmjax.data.dataset import Dataset
 from bmjax.data.progress import Meter
 from bmjax.environment import cache_folder
-from bmjax.files import mapped, temporary_folder
+from bmjax.files import mapped, seal, temporary_folder
 from bmjax.layers.ops import at_least_float32
 from bmjax.model.create import create, resolve
 from bmjax.model.parameters import Tree
@@ -122,6 +123,7 @@ class FeatureMaps:
             out = np.lib.format.open_memmap(temporary / path.name, mode="w+", dtype=self.dtype, shape=shape)
             self._fill(out, rows, view)
             out.flush()
+            seal(temporary / path.name)
             os.replace(temporary / path.name, path)
         found = _read(path, shape, self.dtype)
         if found is None:
@@ -163,7 +165,7 @@ def pooled_maps(maps: np.ndarray) -> np.ndarray:
 def _read(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray | None:
     """The maps in a file; None where there is none or it is damaged."""
     try:
-        maps = mapped(path)
+        maps = mapped(path, sealed=True)
     except FileNotFoundError:
         return None
     except (ValueError, OSError) as e:

@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ from bmjax.data.splits import Splits
 from bmjax.model.classifier import Classifier
 from bmjax.model.parameters import Tree
 from bmjax.registry import label_of
-from bmjax.runs.checkpoint import Checkpoints
+from bmjax.runs.checkpoint import Checkpoints, Damaged
 from bmjax.runs.state import Progress, TrainState
 from bmjax.training import optim
 from bmjax.training.losses import Loss
@@ -53,8 +53,14 @@ class Engine(Protocol):
 
     def place(self, state: TrainState) -> Any: ...
     def fetch(self, placed: Any) -> TrainState: ...
-    def run(self, placed: Any, stretch: Stretch, rates: np.ndarray, recorder: Recorder) -> tuple[Any, int]:
-        """Runs a stretch, or up to where a signal stopped it: (the state, the step reached)."""
+    def run(
+        self, placed: Any, stretch: Stretch, rates: np.ndarray, recorder: Recorder, pause: Callable[[], bool]
+    ) -> tuple[Any, int]:
+        """Runs a stretch, or up to where a signal or `pause` stopped it: (the state, the step reached)."""
+        ...
+
+    def under_way(self, recorder: Recorder) -> Any | None:
+        """After an error within `run`: the state that agrees with what is recorded; None where there is none."""
         ...
 
     def evaluate(self, placed: Any, split: SplitName) -> dict[str, Any]: ...
@@ -71,20 +77,36 @@ class Engine(Protocol):
 class Keeper:
     """The checkpoints of a run: `best`, and `last`, before which the best so far is on disk."""
 
-    def __init__(self, run_dir: Path, engine: Engine, *, least_seconds: float = 0.0, one_at_a_time: bool = False):
-        self._best = Checkpoints(run_dir / "checkpoints/best", keep=1, one_at_a_time=one_at_a_time)
+    def __init__(
+        self,
+        run_dir: Path,
+        engine: Engine,
+        *,
+        least_seconds: float = 0.0,
+        most_seconds: float = math.inf,
+        one_at_a_time: bool = False,
+    ):
+        # Two of each: where one is damaged, the one before it stands in.
+        self._best = Checkpoints(run_dir / "checkpoints/best", one_at_a_time=one_at_a_time)
         self._last = Checkpoints(run_dir / "checkpoints/last", one_at_a_time=one_at_a_time)
-        self._engine, self._least = engine, least_seconds
+        self._engine, self._least, self._most = engine, least_seconds, most_seconds
         self._pending: tuple[TrainState, dict[str, Any]] | None = None
         self._saved = time.monotonic()
 
-    def progress(self, step: int) -> Progress:
-        """Where the run stood at that checkpoint."""
-        return Progress(**self._last.meta(step))
+    def newest(self, template: Callable[[Progress], TrainState]) -> tuple[Progress, TrainState]:
+        """(where the run stood, its state) of the newest whole checkpoint; damaged ones are said and set aside.
 
-    def restore(self, step: int, template: TrainState) -> TrainState:
-        """The state of that checkpoint; `template` gives structure, shapes and types."""
-        return self._engine.own(self._last.restore(step, self._engine.whole(template)))
+        `template` gives the structure, shapes and types of the state that a progress goes with.
+        """
+
+        def read(step: int) -> tuple[Progress, TrainState]:
+            try:
+                progress = Progress(**self._last.meta(step))
+            except TypeError as e:  # one of a version without digests
+                raise Damaged(f"{self._last.folder / str(step)} is damaged: its meta is of no run ({e})") from e
+            return progress, self._engine.own(self._last.restore(step, self._engine.whole(template(progress))))
+
+        return self._last.newest_whole(read, repair=True)[1]
 
     def best(self, state: TrainState, progress: Progress) -> None:
         """Keeps a fetched state as the best so far; it is written before the next `last`."""
@@ -93,6 +115,10 @@ class Keeper:
     def is_due(self) -> bool:
         """Whether the last checkpoint is old enough for another."""
         return time.monotonic() - self._saved >= self._least
+
+    def is_late(self) -> bool:
+        """Whether the last checkpoint is so old that the next step is followed by one."""
+        return time.monotonic() - self._saved >= self._most
 
     def last(self, state: TrainState, progress: Progress) -> None:
         """Writes the best so far and a fetched state, in the background."""
@@ -103,10 +129,10 @@ class Keeper:
         self._last.save(self._engine.whole(state), dataclasses.asdict(progress))
         self._saved = time.monotonic()
 
-    def best_variables(self, step: int, template: dict[str, Tree], ema: bool) -> dict[str, Tree]:
-        """What evaluation uses of the best checkpoint."""
-        self._best.wait()
-        return self._best.restore_variables(step, template, ema)
+    def best_variables(self, step: int, template: dict[str, Tree], ema: bool) -> tuple[int, dict[str, Tree]]:
+        """(its step, what evaluation uses) of the best checkpoint, that of `step`; of the best before it where that is
+        damaged."""
+        return self._best.newest_whole(lambda at: self._best.restore_variables(at, template, ema), at_most=step)
 
     def wait(self) -> None:
         """Returns when all is on disk."""
@@ -123,13 +149,14 @@ def fit(
 ) -> tuple[int, bool]:
     """Trains from `state` to the end of the last stage, an early stop or a signal: (the step reached, whether whole).
 
-    Whatever ends it, the last checkpoint holds the state it ended with.
+    Whatever ends it, the last checkpoint holds the state it ended with; after an error that of the last step recorded.
     """
     progress, plans = recorder.progress, engine.plans
     placed, step, fetched = engine.place(state), int(state.step), None
     total, every = plans[-1].end, config.train.checkpoint_steps
     recorder.event("start", step, {}, lambda: state.variables())
-    with contextlib.suppress(Interrupted):  # the resume evaluates the epoch first
+    safe = Safe(engine, keeper, recorder)
+    with contextlib.suppress(Interrupted), safe:  # the resume evaluates the epoch first
         for stretch in stretches(plans, engine.per_epoch, step, progress.epochs_evaluated, every):
             if progress.stopped_early or signals.stop is not None:
                 break
@@ -140,14 +167,14 @@ def fit(
             plan = plans[stretch.stage]
             rates = learning_rates(plan, engine, placed, stretch)
             fetched = None
-            placed, step = engine.run(placed, stretch, rates, recorder)
+            placed, step = safe.run(placed, stretch, rates, signals)
             if step < stretch.end:
                 break
             is_best = False
             if stretch.ends_epoch:
                 placed, is_best = end_epoch(config, engine, placed, step, recorder, plan)
             due = not stretch.ends_epoch or progress.epochs_evaluated % config.train.checkpoint_epochs == 0
-            due = due and keeper.is_due()
+            due = (due and keeper.is_due()) or keeper.is_late()
             if is_best or due:
                 fetched = engine.fetch(placed)
                 if is_best:
@@ -159,6 +186,42 @@ def fit(
     keeper.wait()
     recorder.event("end", step, {}, fetched.variables)
     return step, progress.stopped_early or (step == total and progress.epochs_evaluated * engine.per_epoch == total)
+
+
+class Safe:
+    """Within it a checkpoint is written wherever one is due by time, and after an error, so that what was trained before
+    it need not be trained again."""
+
+    def __init__(self, engine: Engine, keeper: Keeper, recorder: Recorder):
+        self._engine, self._keeper, self._recorder = engine, keeper, recorder
+        self._ended: tuple[Any, Progress] | None = None
+
+    def run(self, placed: Any, stretch: Stretch, rates: np.ndarray, signals: Signals) -> tuple[Any, int]:
+        """As the engine's `run`."""
+        engine, keeper, recorder, start = self._engine, self._keeper, self._recorder, stretch.start
+        while True:
+            self._ended = None
+            left = stretch._replace(start=start), rates[start - stretch.start :]
+            placed, step = engine.run(placed, *left, recorder, keeper.is_late)
+            # A copy: evaluation begins to change it before the state has followed.
+            self._ended = placed, dataclasses.replace(recorder.progress)
+            if step in (start, stretch.end) or signals.stop is not None:
+                return placed, step
+            keeper.last(engine.fetch(placed), recorder.progress)
+            start = step
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        if kind is None or not issubclass(kind, Exception) or kind is Interrupted or jax.process_count() > 1:
+            return
+        with contextlib.suppress(Exception):  # the error under way is the one to be raised
+            placed, progress = self._ended or (self._engine.under_way(self._recorder), self._recorder.progress)
+            if placed is not None:
+                state = self._engine.fetch(placed)
+                self._keeper.last(state, progress)
+                self._keeper.wait()
+                log.warning("the error below came at step %d, which is saved; go on with --resume", int(state.step))
 
 
 def learning_rates(plan: StagePlan, engine: Engine, placed: Any, stretch: Stretch) -> np.ndarray:
@@ -260,6 +323,7 @@ class ImageEngine:
         self._step: tuple[int, Any] | None = None
         self._reading: tuple[int, Iterator[Batch]] | None = None
         self._log: StepLog | None = None
+        self._under_way: tuple[Any, int] | None = None
 
     def place(self, state: TrainState) -> Any:
         return self._parallel.to_devices(state)
@@ -273,7 +337,15 @@ class ImageEngine:
     def own(self, state: TrainState) -> TrainState:
         return state
 
-    def run(self, placed: Any, stretch: Stretch, rates: np.ndarray, recorder: Recorder) -> tuple[Any, int]:
+    def run(
+        self,
+        placed: Any,
+        stretch: Stretch,
+        rates: np.ndarray,
+        recorder: Recorder,
+        pause: Callable[[], bool] = lambda: False,
+    ) -> tuple[Any, int]:
+        self._under_way = None
         if stretch.start == stretch.end:
             return placed, stretch.end
         log = self._log = self._log or StepLog(recorder, self._parallel)
@@ -282,11 +354,19 @@ class ImageEngine:
             moved = self._parallel.put_batch({name: batch[name] for name in ("image", "label", "position")})
             placed, metrics = train_step(placed, moved)
             step += 1
+            self._under_way = placed, step
             log(step, metrics, batch["index"], lr)
-            if self._signals.stop is not None:
+            if self._signals.stop is not None or pause():
                 break
         log.flush()
         return placed, step
+
+    def under_way(self, recorder: Recorder) -> Any | None:
+        if self._under_way is None or self._log is None:
+            return None
+        placed, step = self._under_way
+        self._log.flush()
+        return placed if recorder.recorded == step else None
 
     def _step_of(self, stage: int) -> Any:
         if self._step is None or self._step[0] != stage:

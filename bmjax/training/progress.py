@@ -64,6 +64,8 @@ class Recorder:
         self._meter = Meter("training", total, "step", quiet=quiet)
         self.stop = False
         """Whether a callback asked for the end."""
+        self.recorded = 0
+        """The last step that is in the epoch's sums and the record."""
 
     def event(
         self, kind: Any, step: int, figures: dict[str, Any], variables: Callable[[], Any] = variables_refused
@@ -92,6 +94,7 @@ class Recorder:
         record = {"loss": values["loss"], "accuracy": values["correct"] / count, "grad_norm": values["grad_norm"]}
         record |= {"lr": lr, "images_per_second": speed}
         self._tracker.log(step, record, kind="train")
+        self.recorded = step
         self.event("step", step, record)
         self._meter.to(step, f"loss {values['loss']:.3f}, {speed:.0f} images/s")
 
@@ -134,15 +137,18 @@ class StepLog:
         self._last = time.perf_counter()
 
     def __call__(self, step: int, metrics: dict[str, jax.Array], rows: np.ndarray, lr: float) -> None:
-        self.flush()
-        self._pending = (step, metrics, rows, lr)
+        before, self._pending = self._pending, (step, metrics, rows, lr)
+        self._record(before)
 
     def flush(self) -> None:
         """Records what is outstanding; before anything is saved, so that a checkpoint is never ahead of the record."""
-        if self._pending is None:
+        before, self._pending = self._pending, None
+        self._record(before)
+
+    def _record(self, outstanding: tuple[int, dict[str, jax.Array], np.ndarray, float] | None) -> None:
+        if outstanding is None:
             return
-        step, metrics, rows, lr = self._pending
-        self._pending = None
+        step, metrics, rows, lr = outstanding
         values = {name: value.item() for name, value in self._parallel.to_host(metrics).items()}
         now = time.perf_counter()
         speed, self._last = values["count"] / (now - self._last), now
