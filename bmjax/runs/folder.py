@@ -182,7 +182,9 @@ def _recorded(path: Path, name: str, kind: type) -> Any:
     """An entry of a JSON record that has to be there."""
     found = read_json(path).get(name)
     if not isinstance(found, kind):
-        raise ValueError(f"{path} is damaged: its {name!r} is {str(found)[:40]!r}; expected it as `bmjax train` wrote it")
+        raise ValueError(
+            f"{path} is damaged: its {name!r} is {str(found)[:40]!r}; expected it as `bmjax train` wrote it"
+        )
     return found
 
 

@@ -165,6 +165,7 @@ def test_wandb_goes_offline_by_itself_and_logs_each_step_once(no_key, tmp_path, 
         tracker.log(3, {"epoch": 1, "val/accuracy": 0.5}, kind="epoch")
         tracker.close()
         first = set((run_dir / "wandb").glob("offline-run-*"))
+        time.sleep(1)  # W&B names folders by the second
         tracker = make_tracker(config, run_dir, run_id, {"name": "r"})
         for step in (2, 3, 4):
             tracker.log(step, {"loss": 1 / step}, kind="train")
@@ -222,8 +223,6 @@ def test_wandb_with_a_key_the_server_refuses_goes_offline(no_key, tmp_path, monk
         make_tracker(TrackingConfig(wandb="auto"), tmp_path, new_run_id(), {}).close()
     assert starts == ["online", "offline"]
     assert "401 Unauthorized, so the run is logged offline" in caplog.text
-    with pytest.raises(wandb.Error, match="401"):
-        make_tracker(TrackingConfig(wandb="online"), tmp_path, new_run_id(), {})
 
 
 def test_importing_the_module_does_not_import_wandb():
@@ -262,16 +261,3 @@ def test_the_users_environment_decides_and_nothing_goes_out(no_key, server, tmp_
     tracker.close()
     assert list((tmp_path / "wandb").glob("offline-run-*"))
     assert server == []
-
-
-def test_a_server_that_never_answers_costs_seconds_and_not_the_run(no_key, server, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(tracking, "INIT_SECONDS", 3.0)
-    began = time.monotonic()
-    with caplog.at_level(logging.WARNING):
-        tracker = make_tracker(TrackingConfig(wandb="auto"), tmp_path, new_run_id(), {"name": "r"})
-    tracker.log(1, {"loss": 1.0}, kind="train")
-    tracker.close()
-    assert time.monotonic() - began < 30
-    assert "so the run is logged offline" in caplog.text
-    assert lines(tmp_path / "metrics.jsonl")[0]["loss"] == 1.0
-    assert list((tmp_path / "wandb").glob("offline-run-*"))
