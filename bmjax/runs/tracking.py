@@ -297,7 +297,8 @@ class WandbTracker:
         if self._thread.is_alive():
             log.warning("W&B: it does not end; what it has is in %s", self._run_dir / "wandb")
         elif self._folder:
-            log.warning("W&B: logged offline; send it with: wandb sync %s", self._folder)
+            what = "logged offline; send it" if "offline-run" in self._folder else "send the rest"
+            log.warning("W&B: %s with: wandb sync %s", what, self._folder)
 
 
 class MultiTracker:

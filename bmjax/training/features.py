@@ -28,7 +28,7 @@ from bmjax.data.augment.augment import augment
 from bmjax.data.batches import eval_batches
 from bmjax.data.dataset import Dataset
 from bmjax.data.progress import Meter
-from bmjax.environment import cache_folder
+from bmjax.environment import cache_folder, check_own_cache, why_foreign
 from bmjax.files import mapped, seal, temporary_folder
 from bmjax.layers.ops import at_least_float32
 from bmjax.model.create import create, resolve
@@ -93,7 +93,9 @@ class FeatureMaps:
 
         Raises:
           OSError: the disk is full.
+          PermissionError: the cache is not this user's alone.
         """
+        check_own_cache(self._folder)
         path = self._folder / f"{self.fingerprint(rows, view)[:32]}.npy"
         shape = (len(rows), *self.shape)
         found = _read(path, shape, self.dtype)
@@ -165,6 +167,8 @@ def pooled_maps(maps: np.ndarray) -> np.ndarray:
 def _read(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray | None:
     """The maps in a file; None where there is none or it is damaged."""
     try:
+        if why := why_foreign(path):
+            raise ValueError(f"it {why}")
         maps = mapped(path, sealed=True)
     except FileNotFoundError:
         return None

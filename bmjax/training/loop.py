@@ -189,8 +189,8 @@ def fit(
 
 
 class Safe:
-    """Within it a checkpoint is written wherever one is due by time, and after an error, so that what was trained before
-    it need not be trained again."""
+    """Within it a checkpoint is written wherever one is due by time, and after an error, so that what was trained by
+    then need not be trained again."""
 
     def __init__(self, engine: Engine, keeper: Keeper, recorder: Recorder):
         self._engine, self._keeper, self._recorder = engine, keeper, recorder

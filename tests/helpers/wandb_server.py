@@ -13,8 +13,8 @@ Mode = Literal["answers", "500", "rst", "hangs"]
 
 
 class Server:
-    """Listens from `start` to `stop`, on the same port each time; `steps` are the global steps it was sent, `has_run` says
-    whether it has taken a run."""
+    """Listens from `start` to `stop`, on the same port each time. `steps` are the global steps it was sent, `has_run`
+    says whether it has taken a run."""
 
     def __init__(self, mode: Mode = "answers"):
         self.mode: Mode = mode

@@ -81,5 +81,5 @@ def test_a_server_that_dies_for_good_costs_seconds(server, tmp_path, caplog):
     assert time.monotonic() - began < 20
     assert "not everything is sent" in caplog.text
     (folder,) = (tmp_path / "wandb").glob("run-*")
-    assert f"send it with: wandb sync {folder}" in caplog.text
+    assert f"send the rest with: wandb sync {folder}" in caplog.text
     assert [r["step"] for r in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3]

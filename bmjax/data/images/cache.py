@@ -22,6 +22,7 @@ from bmjax.data.images.decode import decode_images
 from bmjax.data.images.stain import METHODS, normalised
 from bmjax.data.progress import Meter
 from bmjax.data.sources.listing import Listing, read_each
+from bmjax.environment import check_own_cache, why_foreign
 from bmjax.files import mapped, seal, sealed_json, temporary_folder, unsealed_json
 
 log = logging.getLogger(__name__)
@@ -96,7 +97,9 @@ def cached(
 
     Raises:
       OSError: the disk is full.
+      PermissionError: the cache is not this user's alone.
     """
+    check_own_cache(cache_dir)
     folder = cache_dir / key[:32]
     found = _read(folder, n, size)
     if found is not None:
@@ -139,6 +142,8 @@ def _fill(path: Path, n: int, size: int, source: Iterable[np.ndarray | str], pro
 def _read(folder: Path, n: int, size: int) -> tuple[np.ndarray, Errors] | None:
     """What the cache holds; None where it isn't there or is damaged."""
     try:
+        if why := why_foreign(folder):
+            raise ValueError(f"it {why}")
         skipped = unsealed_json((folder / "skipped.json").read_text("utf-8"))
         errors = {i: str(reason) for i, reason in skipped}
         if len(errors) < len(skipped) or not all(type(i) is int and 0 <= i < n for i in errors):
