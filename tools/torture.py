@@ -3,9 +3,9 @@
     python tools/torture.py kills --times 200 --saving 50
     python tools/torture.py damage --times 300
 
-`kills`: tiny runs, by turns on images and on cached feature maps, are killed (SIGKILL) at random instants, `--saving` of
-them while a checkpoint is being written, and resumed, `--each` times a run. Each must end bit-equal to a run that was
-never stopped: checkpoint, predictions, and a record with each step once; and nothing half written may be left.
+`kills`: tiny runs, by turns on images and on cached feature maps, are killed (SIGKILL) at random instants, `--saving`
+of them while a checkpoint is being written, and resumed, `--each` times a run. Each must end bit-equal to a run that
+was never stopped: checkpoint, predictions, and a record with each step once; and nothing half written may be left.
 
 `damage`: files of checkpoints and caches are cut off, emptied, removed or have one bit flipped. Each read must give the
 right numbers or name the damage; where an earlier whole checkpoint is there, it must be used.
@@ -205,7 +205,7 @@ KINDS = ("cut off", "emptied", "removed", "one bit flipped")
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """Files that are read together: `read` gives something to compare; `spare` says that an earlier one may stand in."""
+    """Files that are read together: `read` gives what to compare; with `spare` an earlier one may stand in."""
 
     name: str
     files: list[Path]
@@ -250,15 +250,13 @@ def subjects(run_dir: Path, config: Any) -> Iterator[Subject]:
     files = [p for p in (run_dir / "checkpoints/best").rglob("*") if p.is_file()]
     yield Subject("load_run", files, lambda: (lambda run: (run.step, leaves(run.variables)))(load_run(run_dir)), True)
     cache = Path(config.data.cache_dir)
-    images = [p for p in cache.glob("*/*") if p.is_file() and p.parent.name != "features"]
+    images = list(cache.glob("*/images.npy")) + list(cache.glob("*/skipped.json"))
     yield Subject("images' cache", images, lambda: leaves([load_dataset(config.data).images]))
-    features = [p for p in (cache / "features").glob("*.npy")]
-    if features:
-        dataset = load_dataset(config.data)
-        rows = np.arange(len(dataset))
-        FeatureMaps(config, dataset).maps(rows)
-        files = [p for p in (cache / "features").glob("*.npy")]
-        yield Subject("feature maps", files, lambda: leaves([FeatureMaps(config, dataset).maps(rows)]))
+    features = FeatureMaps(config, load_dataset(config.data))
+    rows = np.arange(40)
+    files = [cache / "features" / f"{features.fingerprint(rows)[:32]}.npy"]
+    features.maps(rows)
+    yield Subject("feature maps", files, lambda: leaves([features.maps(rows)]))
 
 
 def damage(args: argparse.Namespace) -> int:

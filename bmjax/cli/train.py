@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,11 +20,14 @@ def add_parser(verbs: Any) -> None:
     """Adds `train` to a parser's verbs."""
     p = add_configured(verbs, "train", "train an experiment", run)
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    p.add_argument("--profile", metavar="START:END", help="trace these steps, as --train.profile (10:15)")
     p.add_argument("--sweep", action="store_true", help="run each of the experiment's sweep()")
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     config, module = configuration(options, rest)
+    if options.profile is not None:
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, profile=options.profile))
     configs = sweep(config, module, options.experiment) if options.sweep else [config]
     for i, one in enumerate(configs, 1):
         if len(configs) > 1:

@@ -156,12 +156,12 @@ def why_offline() -> str | None:
 
 
 class WandbTracker:
-    """Logs to W&B from a thread of its own, so that no server can stop or slow a run; metrics.jsonl has all in any case.
+    """Logs to W&B from a thread of its own, so that no server can stop or slow a run; metrics.jsonl has all anyway.
 
-    Steps go by our own `global_step`, since W&B drops steps that go back; one log call a step and kind. `last` maps each
-    kind to the last step logged before a resume: an offline resume is a run folder of its own with the same id, and what
-    came before must not be logged again. A server that does not take the run in INIT_SECONDS is not asked again, and the
-    run is logged offline; one that is lost later is waited for, FINISH_SECONDS at the end at most.
+    Steps go by our own `global_step`, since W&B drops steps that go back; one log call a step and kind. `last` maps
+    each kind to the last step logged before a resume: an offline resume is a run folder of its own with the same id,
+    and what came before must not be logged again. A server that does not take the run in INIT_SECONDS is not asked
+    again, and the run is logged offline; one that is lost later is waited for at the end, for FINISH_SECONDS at most.
     """
 
     def __init__(

@@ -12,7 +12,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -23,17 +22,18 @@ from bmjax.data.batches import TrainBatches
 from bmjax.data.dataset import Dataset
 from bmjax.data.splits import Splits
 from bmjax.model.classifier import Classifier
-from bmjax.model.parameters import Tree
 from bmjax.registry import label_of
-from bmjax.runs.checkpoint import Checkpoints, Damaged
-from bmjax.runs.state import Progress, TrainState
+from bmjax.runs.folder import run_folder
+from bmjax.runs.state import TrainState
 from bmjax.training import optim
+from bmjax.training.keeper import Keeper, Safe
 from bmjax.training.losses import Loss
 from bmjax.training.parallel import Parallel
 from bmjax.training.predict import Predictor, SplitName
-from bmjax.training.progress import Batch, Recorder, StepLog, announced
+from bmjax.training.progress import Batch, Recorder, StepLog
 from bmjax.training.signals import Interrupted, Signals
 from bmjax.training.stages import StagePlan, Stretch, compile_stage, stretches
+from bmjax.training.watch import Profile, WatchedStep, memory, peak_flops
 
 log = logging.getLogger(__name__)
 _MOMENTUM = 0.99
@@ -64,7 +64,10 @@ class Engine(Protocol):
         ...
 
     def evaluate(self, placed: Any, split: SplitName) -> dict[str, Any]: ...
-    def input_wait(self) -> float | None: ...
+    def figures(self) -> dict[str, float]:
+        """What the steps since the last call cost, for an epoch's record; see bmjax/training/watch.py."""
+        ...
+
     def whole(self, state: TrainState) -> TrainState:
         """A fetched state with every parameter of the network, as a checkpoint holds it."""
         ...
@@ -72,76 +75,6 @@ class Engine(Protocol):
     def own(self, state: TrainState) -> TrainState:
         """The inverse of `whole`."""
         ...
-
-
-class Keeper:
-    """The checkpoints of a run: `best`, and `last`, before which the best so far is on disk."""
-
-    def __init__(
-        self,
-        run_dir: Path,
-        engine: Engine,
-        *,
-        least_seconds: float = 0.0,
-        most_seconds: float = math.inf,
-        one_at_a_time: bool = False,
-    ):
-        # Two of each: where one is damaged, the one before it stands in.
-        self._best = Checkpoints(run_dir / "checkpoints/best", one_at_a_time=one_at_a_time)
-        self._last = Checkpoints(run_dir / "checkpoints/last", one_at_a_time=one_at_a_time)
-        self._engine, self._least, self._most = engine, least_seconds, most_seconds
-        self._pending: tuple[TrainState, dict[str, Any]] | None = None
-        self._saved = time.monotonic()
-
-    def newest(self, template: Callable[[Progress], TrainState]) -> tuple[Progress, TrainState]:
-        """(where the run stood, its state) of the newest whole checkpoint; damaged ones are said and set aside.
-
-        `template` gives the structure, shapes and types of the state that a progress goes with.
-        """
-
-        def read(step: int) -> tuple[Progress, TrainState]:
-            try:
-                progress = Progress(**self._last.meta(step))
-            except TypeError as e:  # one of a version without digests
-                raise Damaged(f"{self._last.folder / str(step)} is damaged: its meta is of no run ({e})") from e
-            return progress, self._engine.own(self._last.restore(step, self._engine.whole(template(progress))))
-
-        return self._last.newest_whole(read, repair=True)[1]
-
-    def best(self, state: TrainState, progress: Progress) -> None:
-        """Keeps a fetched state as the best so far; it is written before the next `last`."""
-        self._pending = (state, dataclasses.asdict(progress))
-
-    def is_due(self) -> bool:
-        """Whether the last checkpoint is old enough for another."""
-        return time.monotonic() - self._saved >= self._least
-
-    def is_late(self) -> bool:
-        """Whether the last checkpoint is so old that the next step is followed by one."""
-        return time.monotonic() - self._saved >= self._most
-
-    def last(self, state: TrainState, progress: Progress) -> None:
-        """Writes the best so far and a fetched state, in the background."""
-        if self._pending is not None:
-            best, at = self._pending
-            self._best.save(self._engine.whole(best), at)
-            self._pending = None
-        self._last.save(self._engine.whole(state), dataclasses.asdict(progress))
-        self._saved = time.monotonic()
-
-    def best_variables(self, step: int, template: dict[str, Tree], ema: bool) -> tuple[int, dict[str, Tree]]:
-        """(its step, what evaluation uses) of the best checkpoint, that of `step`; of the best before it where that is
-        damaged."""
-        return self._best.newest_whole(lambda at: self._best.restore_variables(at, template, ema), at_most=step)
-
-    def wait(self) -> None:
-        """Returns when all is on disk."""
-        self._best.wait()
-        self._last.wait()
-
-    def close(self) -> None:
-        self._best.close()
-        self._last.close()
 
 
 def fit(
@@ -188,42 +121,6 @@ def fit(
     return step, progress.stopped_early or (step == total and progress.epochs_evaluated * engine.per_epoch == total)
 
 
-class Safe:
-    """Within it a checkpoint is written wherever one is due by time, and after an error, so that what was trained by
-    then need not be trained again."""
-
-    def __init__(self, engine: Engine, keeper: Keeper, recorder: Recorder):
-        self._engine, self._keeper, self._recorder = engine, keeper, recorder
-        self._ended: tuple[Any, Progress] | None = None
-
-    def run(self, placed: Any, stretch: Stretch, rates: np.ndarray, signals: Signals) -> tuple[Any, int]:
-        """As the engine's `run`."""
-        engine, keeper, recorder, start = self._engine, self._keeper, self._recorder, stretch.start
-        while True:
-            self._ended = None
-            left = stretch._replace(start=start), rates[start - stretch.start :]
-            placed, step = engine.run(placed, *left, recorder, keeper.is_late)
-            # A copy: evaluation begins to change it before the state has followed.
-            self._ended = placed, dataclasses.replace(recorder.progress)
-            if step in (start, stretch.end) or signals.stop is not None:
-                return placed, step
-            keeper.last(engine.fetch(placed), recorder.progress)
-            start = step
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
-        if kind is None or not issubclass(kind, Exception) or kind is Interrupted or jax.process_count() > 1:
-            return
-        with contextlib.suppress(Exception):  # the error under way is the one to be raised
-            placed, progress = self._ended or (self._engine.under_way(self._recorder), self._recorder.progress)
-            if placed is not None:
-                state = self._engine.fetch(placed)
-                self._keeper.last(state, progress)
-                self._keeper.wait()
-                log.warning("the error below came at step %d, which is saved; go on with --resume", int(state.step))
-
-
 def learning_rates(plan: StagePlan, engine: Engine, placed: Any, stretch: Stretch) -> np.ndarray:
     """The learning rate of each step of a stretch; only a plateau's depends on the state, which is read for it."""
     reads = plan.optimizer.schedule.kind == "plateau"
@@ -234,11 +131,8 @@ def learning_rates(plan: StagePlan, engine: Engine, placed: Any, stretch: Stretc
 def end_epoch(
     config: Config, engine: Engine, placed: Any, step: int, recorder: Recorder, plan: StagePlan
 ) -> tuple[Any, bool]:
-    """Evaluates, records and decides: (the state with the plateau's verdict, whether it is the best so far).
-
-    `input_wait` is recorded: the share of the epoch's time that was spent waiting for batches.
-    """
-    progress, wait = recorder.progress, engine.input_wait()
+    """Evaluates, records and decides: (the state with the plateau's verdict, whether it is the best so far)."""
+    progress, costs, began = recorder.progress, engine.figures(), time.perf_counter()
     epoch, every = progress.epochs_evaluated + 1, config.train.train_eval_epochs
     val = engine.evaluate(placed, "val")
     # "Training success" is ambiguous: the running figure has dropout and augmentation, the other has neither.
@@ -248,8 +142,7 @@ def end_epoch(
         record["train/accuracy_eval_mode"] = engine.evaluate(placed, "train")["accuracy"]
     own = map(label_of, config.train.metrics)
     record |= {f"val/{name}": val[name] for name in ("loss", "accuracy", "macro_f1", "balanced_accuracy", "n", *own)}
-    if wait is not None:
-        record["input_wait"] = wait
+    record |= costs | {"seconds/evaluation": time.perf_counter() - began} | memory()
     if plan.optimizer.schedule.kind == "plateau":
         fetched = engine.fetch(placed)
         fetched = fetched.replace(opt_state=optim.update_plateau(plan.optimizer, fetched.opt_state, val["loss"]))
@@ -320,7 +213,11 @@ class ImageEngine:
         same = parallel if parallel.size == Parallel.count(config.train.devices) else None
         self.predictor = Predictor(config, model, signals, same)
         self._shares_devices = same is not None
-        self._step: tuple[int, Any] | None = None
+        self._step: tuple[int, WatchedStep] | None = None
+        self._done = 0
+        self._profile = Profile(config.train.profile, run_folder(config) / "profile")
+        peak = peak_flops(parallel.devices[0].device_kind, config.train.dtype, config.train.precision)
+        self._peak = None if peak is None else peak * parallel.size
         self._reading: tuple[int, Iterator[Batch]] | None = None
         self._log: StepLog | None = None
         self._under_way: tuple[Any, int] | None = None
@@ -351,9 +248,13 @@ class ImageEngine:
         log = self._log = self._log or StepLog(recorder, self._parallel)
         train_step, step = self._step_of(stretch.stage), stretch.start
         for batch, lr in zip(self._batches_from(step, stretch.end, log), rates.tolist(), strict=True):
-            moved = self._parallel.put_batch({name: batch[name] for name in ("image", "label", "position")})
-            placed, metrics = train_step(placed, moved)
+            self._profile.before(step, step + 1)
+            with log.clock.on("compute"):
+                moved = self._parallel.put_batch({name: batch[name] for name in ("image", "label", "position")})
+                placed, metrics = train_step(placed, moved)
             step += 1
+            self._done += 1
+            self._profile.after(step, placed, last=step == self.plans[-1].end or self._signals.stop is not None)
             self._under_way = placed, step
             log(step, metrics, batch["index"], lr)
             if self._signals.stop is not None or pause():
@@ -371,7 +272,7 @@ class ImageEngine:
     def _step_of(self, stage: int) -> Any:
         if self._step is None or self._step[0] != stage:
             compiled = compile_stage(self._config, self._model, self.plans[stage], self._parallel, self._loss)
-            self._step = (stage, announced(compiled, stage))
+            self._step = (stage, WatchedStep(compiled, stage, counts=self._peak is not None))
         return self._step[1]
 
     def _batches_from(self, start: int, end: int, log: StepLog) -> Iterator[Batch]:
@@ -391,5 +292,13 @@ class ImageEngine:
         probs, done = predict(variables, self._dataset, rows)
         return self.predictor.metrics(self._dataset.labels[done], probs)
 
-    def input_wait(self) -> float | None:
-        return self._log.input_wait() if self._log is not None else None
+    def figures(self) -> dict[str, float]:
+        """With `mfu`, the share of the devices' peak in the time of the steps, where it is known, and `compiled_again`
+        where a step was."""
+        found = self._log.clock.figures() if self._log is not None else {}
+        done, self._done = self._done, 0
+        step = self._step[1] if self._step is not None else None
+        seconds = sum(spent for name, spent in found.items() if name.startswith("seconds/"))
+        if step is not None and step.flops and self._peak and seconds:
+            found["mfu"] = done * step.flops / (seconds * self._peak)
+        return found | ({"compiled_again": step.again} if step is not None and step.again else {})

@@ -18,6 +18,7 @@ from bmjax.model.parameters import Tree
 from bmjax.runs.state import Progress
 from bmjax.runs.tracking import Tracker
 from bmjax.training.parallel import Parallel
+from bmjax.training.watch import Clock
 
 log = logging.getLogger(__name__)
 Batch = dict[str, np.ndarray]
@@ -108,31 +109,11 @@ class Recorder:
         self._meter.close()
 
 
-def announced(step: Callable[..., Any], stage: int) -> Callable[..., Any]:
-    """A stage's step; logs the seconds of its first call, which compiles it or reads the program from the cache."""
-    called = False
-
-    def first_announced(*args: Any) -> Any:
-        nonlocal called
-        began = time.perf_counter()
-        result = step(*args)
-        if not called:
-            called = True
-            log.info(
-                "stage %d: its step compiled, or was read from the cache, in %.1f s", stage, time.perf_counter() - began
-            )
-        return result
-
-    return first_announced
-
-
 class StepLog:
     """Records one step behind the device, so that reading a loss never makes it wait."""
 
     def __init__(self, recorder: Recorder, parallel: Parallel):
-        self._recorder, self._parallel = recorder, parallel
-        self._began: float | None = None
-        self._waited = 0.0
+        self._recorder, self._parallel, self.clock = recorder, parallel, Clock()
         self._pending: tuple[int, dict[str, jax.Array], np.ndarray, float] | None = None
         self._last = time.perf_counter()
 
@@ -149,27 +130,18 @@ class StepLog:
         if outstanding is None:
             return
         step, metrics, rows, lr = outstanding
-        values = {name: value.item() for name, value in self._parallel.to_host(metrics).items()}
+        with self.clock.on("compute"):
+            values = {name: value.item() for name, value in self._parallel.to_host(metrics).items()}
         now = time.perf_counter()
         speed, self._last = values["count"] / (now - self._last), now
-        self._recorder.step(step, values, rows, lr, speed)
+        with self.clock.on("logging"):
+            self._recorder.step(step, values, rows, lr, speed)
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches, with the time that passes until each is there."""
         while True:
-            self._began = self._began or time.perf_counter()
-            asked = time.perf_counter()
-            batch = next(batches, None)
+            with self.clock.on("waiting"):
+                batch = next(batches, None)
             if batch is None:
                 return
-            self._waited += time.perf_counter() - asked
             yield batch
-
-    def input_wait(self) -> float | None:
-        """The share 0..1 of the time since the last call that was spent waiting for batches; None where none was asked
-        for. The device may have been busy meanwhile, so this is the most that faster input could gain."""
-        if self._began is None:
-            return None
-        share = self._waited / (time.perf_counter() - self._began)
-        self._began, self._waited = None, 0.0
-        return share

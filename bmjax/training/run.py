@@ -31,7 +31,8 @@ from bmjax.runs.tracking import make_tracker, new_run_id
 from bmjax.training.cached import MapEngine, Programs
 from bmjax.training.cached import check as check_cached
 from bmjax.training.features import FeatureMaps
-from bmjax.training.loop import Engine, ImageEngine, Keeper, fit
+from bmjax.training.keeper import Keeper
+from bmjax.training.loop import Engine, ImageEngine, fit
 from bmjax.training.losses import Loss, make_loss
 from bmjax.training.parallel import Parallel
 from bmjax.training.predict import SplitName, evaluate_run, track_results
