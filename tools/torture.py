@@ -10,7 +10,12 @@ was never stopped: checkpoint, predictions, and a record with each step once; an
 `damage`: files of checkpoints and caches are cut off, emptied, removed or have one bit flipped. Each read must give the
 right numbers or name the damage; where an earlier whole checkpoint is there, it must be used.
 
-Both print what happened, and exit with 1 if one failed. `--seed` repeats the draw; a kill's instant is real time.
+    python tools/torture.py inputs --times 20000
+
+`inputs`: a small valid file of every reader is changed, cut off or added to, so many times in all; each read must give
+a result or one clear error, within 5 s and 1 GB. It runs the test of tests/test_readers.py, which has the readers.
+
+All print what happened, and exit with 1 if one failed. `--seed` repeats the draw; a kill's instant is real time.
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -308,6 +314,23 @@ def damage(args: argparse.Namespace) -> int:
     return _end(work, failed)
 
 
+def inputs(args: argparse.Namespace) -> int:
+    """Mutates inputs of all readers; see the module."""
+    root = Path(__file__).resolve().parents[1]
+    sys.path.insert(0, str(root))
+    os.environ["BMJAX_MUTATIONS"] = "1"
+    from tests.test_readers import IN_PROCESSES, READERS
+
+    each = -(-10 * args.times // (10 * len(READERS) - 9 * len(IN_PROCESSES)))
+    each = -(-each // 10) * 10
+    total = each * (len(READERS) - len(IN_PROCESSES)) + each // 10 * len(IN_PROCESSES)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout", "3600"]
+    command += [str(root / "tests/test_readers.py"), "-k", "mutated"]
+    code = subprocess.run(command, env=os.environ | {"BMJAX_MUTATIONS": str(each)}, cwd=root, check=False).returncode
+    print(f"{total} mutated inputs of {len(READERS)} readers: {'all read or refused' if not code else 'FAILED'}")
+    return int(bool(code))
+
+
 class _Said(logging.Handler):
     """Keeps what is logged."""
 
@@ -322,7 +345,7 @@ class _Said(logging.Handler):
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(required=True)
-    for function, times in ((kills, 200), (damage, 300)):
+    for function, times in ((kills, 200), (damage, 300), (inputs, 20_000)):
         verb = verbs.add_parser(function.__name__)
         verb.add_argument("--times", type=int, default=times)
         verb.add_argument("--seed", type=int, default=0)
