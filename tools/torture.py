@@ -55,7 +55,7 @@ def configuration(folder: Path, maps: bool) -> Any:
         run_dir=str(folder / "run"),
         data=config.DataConfig(image_size=32, synthetic_per_class=20, cache_dir=str(folder.parent / "cache")),
         augment=off if maps else config.AugmentConfig(),
-        model=config.ModelConfig("densenet_tiny", None, "se", head=config.HeadConfig(widths=(8,))),
+        model=config.ModelConfig("densenet_tiny", None, attention="se", head=config.HeadConfig(widths=(8,))),
         optim=config.OptimConfig(name="adam"),
         features=config.FeaturesConfig(maps),
         stages=(config.StageConfig(3, ("attention", "head")), config.StageConfig(2, last)),

@@ -294,7 +294,10 @@ def _train(config: Config, run_dir: Path, plan: _Plan, one: _One) -> Result:
         log.info("%s: resumed at step %d", run_dir, int(state.step))
     total = engine.plans[-1].end
     log.info("%d images to train on, %d steps an epoch, %d steps", len(splits.train), engine.per_epoch, total)
-    tracker = make_tracker(config.tracking, run_dir, progress.run_id, dataclasses.asdict(config), jax.process_index())
+    tracker = make_tracker(
+        *(config.tracking, run_dir, progress.run_id, dataclasses.asdict(config), jax.process_index()),
+        resumed_at=int(state.step),
+    )
     recorder = Recorder(progress, tracker, dataset, one.callbacks, total=total, quiet=one.quiet)
     with contextlib.closing(tracker), contextlib.closing(keeper), contextlib.closing(recorder):
         step, whole = fit(config, engine, state, recorder, keeper, signals)

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import pathlib
 import socket
 import subprocess
 import sys
@@ -261,3 +262,29 @@ def test_the_users_environment_decides_and_nothing_goes_out(no_key, server, tmp_
     tracker.close()
     assert list((tmp_path / "wandb").glob("offline-run-*"))
     assert server == []
+
+
+def test_what_the_record_lacks_is_said(path, caplog):
+    write(path, [1, 2, 5])
+    JsonlTracker(path, resumed_at=6).close()
+    assert f"{path} lacks 3 of the 6 steps trained so far, the first of them step 3" in caplog.text
+    path.unlink()
+    JsonlTracker(path, resumed_at=2).close()
+    assert "lacks 2 of the 2 steps trained so far, the first of them step 1" in caplog.text
+    caplog.clear()
+    write(path, [1, 2])
+    JsonlTracker(path, resumed_at=2).close()
+    assert caplog.text == ""
+    path.write_text(path.read_text() + '{"kind": "tr')
+    JsonlTracker(path, resumed_at=2).close()
+    assert "the last line is not whole, and is cut off" in caplog.text
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_names_the_record(path):
+    tracker = JsonlTracker(path)
+    tracker._file.close()
+    tracker._file = open("/dev/full", "w")  # noqa: SIM115
+    with pytest.raises(OSError, match=r"No space left on device; free some space and go on with --resume: '.*jsonl'"):
+        tracker.log(1, {}, kind="train")
+    tracker.close()
