@@ -41,7 +41,7 @@ def test_a_cache_that_others_may_write_is_not_read(tmp_path):
     folder.mkdir()
     folder.chmod(0o777)
     with pytest.raises(PermissionError, match=r"cache can be written by others, .*\(chmod go-w\)"):
-        load_dataset(DataConfig(image_size=32, synthetic_per_class=1, cache_dir=str(folder)))
+        load_dataset(DataConfig(image_size=32, synthetic_per_class=2, cache_dir=str(folder)))
 
 
 def test_a_part_of_the_cache_that_others_may_write_is_made_again(tmp_path, caplog):
