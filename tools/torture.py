@@ -15,6 +15,10 @@ right numbers or name the damage; where an earlier whole checkpoint is there, it
 `inputs`: a small valid file of every reader is changed, cut off or added to, so many times in all; each read must give
 a result or one clear error, within 5 s and 1 GB. It runs the test of tests/test_readers.py, which has the readers.
 
+    python tools/torture.py cost
+
+prints the seconds that the digests cost.
+
 All print what happened, and exit with 1 if one failed. `--seed` repeats the draw; a kill's instant is real time.
 """
 
@@ -314,6 +318,51 @@ def damage(args: argparse.Namespace) -> int:
     return _end(work, failed)
 
 
+def cost(args: argparse.Namespace) -> int:
+    """Seconds that the digests take of a checkpoint of DenseNet121 with Adam and an average, and of a cache."""
+    import jax
+    import optax
+
+    from bmjax.config import ModelConfig
+    from bmjax.files import mapped, seal
+    from bmjax.model.create import create, init
+    from bmjax.runs import checkpoint
+    from bmjax.runs.state import create_state
+
+    model = create(ModelConfig("densenet121", None), 7)
+    shapes = jax.eval_shape(lambda: init(model, jax.random.key(0), 224))
+    shapes = jax.eval_shape(lambda v: create_state(v, optax.adam(1e-3), lambda _: True, seed=0, ema=True), shapes)
+    rng = np.random.default_rng(args.seed)
+    state = jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(x.dtype), shapes)
+    work = Path(tempfile.mkdtemp(prefix="torture-"))
+    took = collections.defaultdict[str, list[float]](list)
+
+    def timed(what: str, function: Callable[[], Any]) -> None:
+        began = time.perf_counter()
+        function()
+        took[what].append(time.perf_counter() - began)
+
+    path, images = work / "images.npy", rng.integers(0, 255, (args.times, 224, 224, 3), np.uint8)
+    for i in range(3):
+        checkpoints = checkpoint.Checkpoints(work / str(i))
+        items = {"model": checkpoint._model_item(state), "train": checkpoint._train_item(state)}
+        timed("digests of a checkpoint", lambda items=items: checkpoint._digests(items))
+        timed("save, digests included", lambda c=checkpoints: (c.save(state, {}), c.wait()))
+        timed("restore, digests included", lambda c=checkpoints: c.restore(int(state.step), state))
+        checkpoints.close()
+        np.save(path, images)
+        timed("sealing a cache", lambda: seal(path))
+        timed("opening a sealed cache", lambda: mapped(path, sealed=True))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / 1e6
+    print(
+        f"state of {size:.0f} MB, cache of {images.nbytes / 1e6:.0f} MB ({args.times} images of 224 px); medians of 3"
+    )
+    for what, seconds in took.items():
+        print(f"{what}: {np.median(seconds):.2f} s")
+    shutil.rmtree(work)
+    return 0
+
+
 def inputs(args: argparse.Namespace) -> int:
     """Mutates inputs of all readers; see the module."""
     root = Path(__file__).resolve().parents[1]
@@ -345,7 +394,7 @@ class _Said(logging.Handler):
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(required=True)
-    for function, times in ((kills, 200), (damage, 300), (inputs, 20_000)):
+    for function, times in ((kills, 200), (damage, 300), (inputs, 20_000), (cost, 2000)):
         verb = verbs.add_parser(function.__name__)
         verb.add_argument("--times", type=int, default=times)
         verb.add_argument("--seed", type=int, default=0)
