@@ -167,20 +167,18 @@ def kills(args: argparse.Namespace) -> int:
     """Kills and resumes runs; see the module."""
     chance, processes = random.Random(args.seed), Processes()
     work = Path(tempfile.mkdtemp(prefix="torture-"))
-    seconds: dict[bool, float] = {}
-    for maps in (False, True):
-        _ = processes.run(_train, str(work / f"warm-{maps}"), maps)  # compiles and fills the caches
-        began = time.monotonic()
-        processes.run(_train, str(work / f"whole-{maps}"), maps)
-        seconds[maps] = time.monotonic() - began
+    engines = {"images": [False], "maps": [True], "both": [False, True]}[args.on]
+    for maps in engines:
+        processes.run(_train, str(work / f"whole-{maps}"), maps)  # it compiles and fills the caches, too
     count, failed, left = collections.Counter[str](), list[str](), args.times
     while left:
-        maps = bool(count["runs"] % 2)
+        maps = engines[count["runs"] % len(engines)]
         folder = work / f"run-{count['runs']}"
         count["runs"] += 1
         for _ in range(min(args.each, left)):
             saving = count["while saving"] < args.saving
-            if processes.run(_train, str(folder), maps, until=_instant(folder / "run", saving, seconds[maps], chance)):
+            lines = logged(work / f"whole-{maps}" / "run")
+            if processes.run(_train, str(folder), maps, until=_instant(folder / "run", lines, saving, chance)):
                 break
             count["while saving" if is_saving(folder / "run") else "otherwise"] += 1
             left -= 1
@@ -196,10 +194,28 @@ def kills(args: argparse.Namespace) -> int:
     return _end(work, failed)
 
 
-def _instant(run_dir: Path, saving: bool, seconds: float, chance: random.Random) -> Callable[[float], bool]:
-    """When to kill: at a random instant, or as soon as a checkpoint is half written after one."""
-    at = chance.uniform(0, 0.9 * seconds)
-    return (lambda passed: passed > at and is_saving(run_dir)) if saving else (lambda passed: passed > at)
+def logged(run_dir: Path) -> int:
+    """How many lines a run's record has."""
+    path = run_dir / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+
+def _instant(run_dir: Path, lines: int, saving: bool, chance: random.Random) -> Callable[[float], bool]:
+    """When to kill: at a random instant between here and the end of the record's `lines`, now and then while it starts;
+    or as soon after one as a checkpoint is half written."""
+    start = logged(run_dir)
+    at = chance.randrange(start, max(lines, start + 1))
+    delay, starting = chance.uniform(0, 0.2), chance.random() < 0.1 and not saving
+    reached: list[float] = []
+
+    def now(passed: float) -> bool:
+        if starting:
+            return passed > 10 * delay
+        if not reached and logged(run_dir) >= max(at, start + 1):
+            reached.append(passed)
+        return bool(reached) and (is_saving(run_dir) if saving else passed > reached[0] + delay)
+
+    return now
 
 
 def _end(work: Path, failed: list[str]) -> int:
@@ -401,6 +417,7 @@ def main(arguments: list[str] | None = None) -> int:
         verb.set_defaults(run=function)
     killing = verbs.choices["kills"]
     killing.add_argument("--saving", type=int, default=50, help="kills while a checkpoint is being written")
+    killing.add_argument("--on", choices=("images", "maps", "both"), default="both", help="what the runs train on")
     killing.add_argument("--each", type=int, default=5, help="kills of one run")
     options = parser.parse_args(arguments)
     return options.run(options)

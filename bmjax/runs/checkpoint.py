@@ -94,7 +94,10 @@ class Checkpoints:
                 return
             # Later ones are from before a kill, after a checkpoint that the run has gone on from.
             for other in [other for other in there if other >= step]:
-                self.set_aside(other) if other == step else shutil.rmtree(self.folder / str(other))
+                if other == step:
+                    self.set_aside(other)
+                elif jax.process_index() == 0:
+                    shutil.rmtree(self.folder / str(other))
                 self._manager.reload()
             need = sum(leaf.nbytes for leaf in jax.tree.leaves(items)) + _SPARE
             self._check_space(step, need)
@@ -143,7 +146,9 @@ class Checkpoints:
         return True
 
     def set_aside(self, step: int) -> None:
-        """Moves a damaged checkpoint out of the way, into the folder `<name>-damaged` beside this one."""
+        """Moves a damaged checkpoint out of the way, into the folder `<name>-damaged` beside this; process 0 does."""
+        if jax.process_index() != 0:
+            return
         aside = self.folder.with_name(f"{self.folder.name}-damaged")
         aside.mkdir(exist_ok=True)
         number, target = 1, aside / str(step)

@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
     ("arguments", "said"),
     [
         (
-            ["kills", "--times", "5", "--saving", "2", "--each", "3"],
-            "2 runs end bit-equal with each step once, 0 do not",
+            ["kills", "--times", "5", "--saving", "2", "--on", "maps"],
+            "runs end bit-equal with each step once, 0 do not",
         ),
         (["damage", "--times", "30"], "30 damaged files, 0 failed"),
     ],
