@@ -25,7 +25,7 @@ from bmjax.layers.dispatch import fits_loop, inside_loop
 from bmjax.model.classifier import at_last, pools_first
 from bmjax.model.create import create
 from bmjax.model.parameters import Tree
-from bmjax.runs.folder import image_dtype
+from bmjax.runs.folder import image_dtype, run_folder
 from bmjax.runs.metrics import classification_metrics, load_metrics
 from bmjax.runs.state import TrainState, create_state
 from bmjax.training.features import FeatureMaps
@@ -36,6 +36,7 @@ from bmjax.training.signals import Signals
 from bmjax.training.stages import StagePlan, Stretch, plan_stages, stage_step
 from bmjax.training.statistics import statistics_step
 from bmjax.training.steps import at_precision
+from bmjax.training.watch import Clock, Profile
 
 _OFF = AugmentConfig(flip=False, right_angles=False)
 _VIEW = 0x76696577  # folded into a step's key for the draw of views, apart from the keys that every step draws
@@ -198,6 +199,7 @@ class MapEngine:
         (self._dataset, self._splits), self._signals = data, signals
         self.validates = len(self._splits.val) > 0
         self._maps = features.views_on_device(self._splits.train, programs.pooled)
+        self._clock, self._profile = Clock(), Profile(config.train.profile, run_folder(config) / "profile")
         self._labels = jnp.asarray(self._dataset.labels[self._splits.train])
 
     def start(self) -> TrainState:
@@ -213,21 +215,34 @@ class MapEngine:
         return jax.tree.map(np.asarray, placed)
 
     def run(
-        self, placed: TrainState, stretch: Stretch, rates: np.ndarray, recorder: Recorder
+        self,
+        placed: TrainState,
+        stretch: Stretch,
+        rates: np.ndarray,
+        recorder: Recorder,
+        pause: Callable[[], bool] = lambda: False,
     ) -> tuple[TrainState, int]:
-        """A stretch is one program, so a signal stops it before it begins."""
+        """A stretch is one program, so a signal stops it before it begins, and nothing within it."""
+        del pause
         if stretch.start == stretch.end or self._signals.stop is not None:
             return placed, stretch.start
         began, places = time.perf_counter(), self._draw(stretch.start, stretch.end)
-        placed, metrics = self._programs.epoch(stretch.stage)(placed, self._maps, self._labels, places)
-        if stretch.end < self.plans[-1].end:
-            self._draw(stretch.end, stretch.end + self.per_epoch)  # kept there, while the device is busy with this one
-        on_host = {name: np.asarray(values) for name, values in metrics.items()}
+        self._profile.before(stretch.start, stretch.end)
+        with self._clock.on("compute"):
+            placed, metrics = self._programs.epoch(stretch.stage)(placed, self._maps, self._labels, places)
+            if stretch.end < self.plans[-1].end:
+                self._draw(stretch.end, stretch.end + self.per_epoch)  # kept, while the device is busy with this one
+            on_host = {name: np.asarray(values) for name, values in metrics.items()}
+        self._profile.after(stretch.end, placed, last=stretch.end == self.plans[-1].end)
         rows, speed = self._splits.train[places], places.size / (time.perf_counter() - began)
-        for i, lr in enumerate(rates.tolist()):
-            values = {name: column[i].item() for name, column in on_host.items()}
-            recorder.step(stretch.start + i + 1, values, rows[i], lr, speed)
+        with self._clock.on("logging"):
+            for i, lr in enumerate(rates.tolist()):
+                values = {name: column[i].item() for name, column in on_host.items()}
+                recorder.step(stretch.start + i + 1, values, rows[i], lr, speed)
         return placed, stretch.end
+
+    def under_way(self, recorder: Recorder) -> None:
+        """A stretch is short, and its steps have no states of their own."""
 
     def _draw(self, start: int, end: int) -> np.ndarray:
         """Places among the training rows of the batches [start, end)."""
@@ -245,8 +260,8 @@ class MapEngine:
         probs, done = self.predictor(placed.variables(), self._dataset, getattr(self._splits, split))
         return self.predictor.metrics(self._dataset.labels[done], probs)
 
-    def input_wait(self) -> None:
-        return None
+    def figures(self) -> dict[str, float]:
+        return self._clock.figures()
 
     def whole(self, state: TrainState) -> TrainState:
         """With the backbone, so that a checkpoint is that of any run."""

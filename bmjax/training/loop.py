@@ -7,11 +7,9 @@ An engine runs a stretch: on images step by step (`ImageEngine`), on a frozen ba
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -24,16 +22,18 @@ from bmjax.data.splits import Splits
 from bmjax.model.classifier import Classifier
 from bmjax.model.parameters import Tree
 from bmjax.registry import label_of
-from bmjax.runs.checkpoint import Checkpoints
+from bmjax.runs.folder import run_folder
 from bmjax.runs.state import Progress, TrainState
 from bmjax.training import optim, statistics
+from bmjax.training.keeper import Keeper, Safe
 from bmjax.training.losses import Loss
 from bmjax.training.parallel import Parallel
 from bmjax.training.predict import Predictor, SplitName
-from bmjax.training.progress import Batch, Recorder, StepLog, announced
+from bmjax.training.progress import Batch, Recorder, StepLog
 from bmjax.training.signals import Interrupted, Signals
 from bmjax.training.stages import StagePlan, Stretch, compile_stage, stretches
 from bmjax.training.statistics import statistics_step
+from bmjax.training.watch import Profile, WatchedStep, memory, peak_flops
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +49,14 @@ class Engine(Protocol):
 
     def place(self, state: TrainState) -> Any: ...
     def fetch(self, placed: Any) -> TrainState: ...
-    def run(self, placed: Any, stretch: Stretch, rates: np.ndarray, recorder: Recorder) -> tuple[Any, int]:
-        """Runs a stretch, or up to where a signal stopped it: (the state, the step reached)."""
+    def run(
+        self, placed: Any, stretch: Stretch, rates: np.ndarray, recorder: Recorder, pause: Callable[[], bool]
+    ) -> tuple[Any, int]:
+        """Runs a stretch, or up to where a signal or `pause` stopped it: (the state, the step reached)."""
+        ...
+
+    def under_way(self, recorder: Recorder) -> Any | None:
+        """After an error within `run`: the state that agrees with what is recorded; None where there is none."""
         ...
 
     def statistics(self, variables: Tree, stage: int) -> Iterable[Tree]:
@@ -58,7 +64,10 @@ class Engine(Protocol):
         ...
 
     def evaluate(self, placed: Any, split: SplitName) -> dict[str, Any]: ...
-    def input_wait(self) -> float | None: ...
+    def figures(self) -> dict[str, float]:
+        """What the steps since the last call cost, for an epoch's record; see bmjax/training/watch.py."""
+        ...
+
     def whole(self, state: TrainState) -> TrainState:
         """A fetched state with every parameter of the network, as a checkpoint holds it."""
         ...
@@ -68,68 +77,19 @@ class Engine(Protocol):
         ...
 
 
-class Keeper:
-    """The checkpoints of a run: `best`, and `last`, before which the best so far is on disk."""
-
-    def __init__(self, run_dir: Path, engine: Engine, *, least_seconds: float = 0.0, one_at_a_time: bool = False):
-        self._best = Checkpoints(run_dir / "checkpoints/best", keep=1, one_at_a_time=one_at_a_time)
-        self._last = Checkpoints(run_dir / "checkpoints/last", one_at_a_time=one_at_a_time)
-        self._engine, self._least = engine, least_seconds
-        self._pending: tuple[TrainState, dict[str, Any]] | None = None
-        self._saved = time.monotonic()
-
-    def progress(self, step: int) -> Progress:
-        """Where the run stood at that checkpoint."""
-        return Progress(**self._last.meta(step))
-
-    def restore(self, step: int, template: TrainState) -> TrainState:
-        """The state of that checkpoint; `template` gives structure, shapes and types."""
-        return self._engine.own(self._last.restore(step, self._engine.whole(template)))
-
-    def best(self, state: TrainState, progress: Progress) -> None:
-        """Keeps a fetched state as the best so far; it is written before the next `last`."""
-        self._pending = (state, dataclasses.asdict(progress))
-
-    def is_due(self) -> bool:
-        """Whether the last checkpoint is old enough for another."""
-        return time.monotonic() - self._saved >= self._least
-
-    def last(self, state: TrainState, progress: Progress) -> None:
-        """Writes the best so far and a fetched state, in the background."""
-        if self._pending is not None:
-            best, at = self._pending
-            self._best.save(self._engine.whole(best), at)
-            self._pending = None
-        self._last.save(self._engine.whole(state), dataclasses.asdict(progress))
-        self._saved = time.monotonic()
-
-    def best_variables(self, step: int, template: dict[str, Tree], ema: bool) -> dict[str, Tree]:
-        """What evaluation uses of the best checkpoint."""
-        self._best.wait()
-        return self._best.restore_variables(step, template, ema)
-
-    def wait(self) -> None:
-        """Returns when all is on disk."""
-        self._best.wait()
-        self._last.wait()
-
-    def close(self) -> None:
-        self._best.close()
-        self._last.close()
-
-
 def fit(
     config: Config, engine: Engine, state: TrainState, recorder: Recorder, keeper: Keeper, signals: Signals
 ) -> tuple[int, bool]:
     """Trains from `state` to the end of the last stage, an early stop or a signal: (the step reached, whether whole).
 
-    Whatever ends it, the last checkpoint holds the state it ended with.
+    Whatever ends it, the last checkpoint holds the state it ended with; after an error that of the last step recorded.
     """
     progress, plans = recorder.progress, engine.plans
     placed, step, fetched = engine.place(state), int(state.step), None
     total, every = plans[-1].end, config.train.checkpoint_steps
     recorder.event("start", step, {}, lambda: state.variables())
-    with contextlib.suppress(Interrupted):  # the resume evaluates the epoch first
+    safe = Safe(engine, keeper, recorder)
+    with contextlib.suppress(Interrupted), safe:  # the resume evaluates the epoch first
         for stretch in stretches(plans, engine.per_epoch, step, progress.epochs_evaluated, every):
             if progress.stopped_early or signals.stop is not None:
                 break
@@ -140,14 +100,14 @@ def fit(
             plan = plans[stretch.stage]
             rates = learning_rates(plan, engine, placed, stretch)
             fetched = None
-            placed, step = engine.run(placed, stretch, rates, recorder)
+            placed, step = safe.run(placed, stretch, rates, signals)
             if step < stretch.end:
                 break
             is_best = False
             if stretch.ends_epoch:
                 placed, is_best = end_epoch(config, engine, placed, step, recorder, plan)
             due = not stretch.ends_epoch or progress.epochs_evaluated % config.train.checkpoint_epochs == 0
-            due = due and keeper.is_due()
+            due = (due and keeper.is_due()) or keeper.is_late()
             if is_best or due:
                 fetched = engine.fetch(placed)
                 if is_best:
@@ -171,11 +131,8 @@ def learning_rates(plan: StagePlan, engine: Engine, placed: Any, stretch: Stretc
 def end_epoch(
     config: Config, engine: Engine, placed: Any, step: int, recorder: Recorder, plan: StagePlan
 ) -> tuple[Any, bool]:
-    """Evaluates, records and decides: (the state with the plateau's verdict, whether it is the best so far).
-
-    `input_wait` is recorded: the share of the epoch's time that was spent waiting for batches.
-    """
-    progress, wait = recorder.progress, engine.input_wait()
+    """Evaluates, records and decides: (the state with the plateau's verdict, whether it is the best so far)."""
+    progress, costs, began = recorder.progress, engine.figures(), time.perf_counter()
     placed = recompute(config, engine, placed, progress.stage)
     epoch, every = progress.epochs_evaluated + 1, config.train.train_eval_epochs
     # "Training success" is ambiguous: the running figure has dropout and augmentation, the other has neither.
@@ -184,8 +141,7 @@ def end_epoch(
     val = engine.evaluate(placed, "val") if engine.validates else None
     if val is not None and (step == engine.plans[-1].end or (every and epoch % every == 0)):
         record["train/accuracy_eval_mode"] = engine.evaluate(placed, "train")["accuracy"]
-    if wait is not None:
-        record["input_wait"] = wait
+    record |= costs | {"seconds/evaluation": time.perf_counter() - began} | memory()
     if val is None:  # nothing to choose by: the last epoch is the best
         is_best, progress.best_step = True, step
     else:
@@ -260,10 +216,15 @@ class ImageEngine:
         same = parallel if parallel.size == Parallel.count(config.train.devices) else None
         self.predictor = Predictor(config, model, signals, same)
         self._shares_devices = same is not None
-        self._step: tuple[int, Any] | None = None
+        self._step: tuple[int, WatchedStep] | None = None
         self._measure: tuple[int, Any] | None = None
+        self._done = 0
+        self._profile = Profile(config.train.profile, run_folder(config) / "profile")
+        peak = peak_flops(parallel.devices[0].device_kind, config.train.dtype, config.train.precision)
+        self._peak = None if peak is None else peak * parallel.size
         self._reading: tuple[int, Iterator[Batch]] | None = None
         self._log: StepLog | None = None
+        self._under_way: tuple[Any, int] | None = None
 
     def place(self, state: TrainState) -> Any:
         return self._parallel.to_devices(state)
@@ -277,25 +238,45 @@ class ImageEngine:
     def own(self, state: TrainState) -> TrainState:
         return state
 
-    def run(self, placed: Any, stretch: Stretch, rates: np.ndarray, recorder: Recorder) -> tuple[Any, int]:
+    def run(
+        self,
+        placed: Any,
+        stretch: Stretch,
+        rates: np.ndarray,
+        recorder: Recorder,
+        pause: Callable[[], bool] = lambda: False,
+    ) -> tuple[Any, int]:
+        self._under_way = None
         if stretch.start == stretch.end:
             return placed, stretch.end
         log = self._log = self._log or StepLog(recorder, self._parallel)
         train_step, step = self._step_of(stretch.stage), stretch.start
         for batch, lr in zip(self._batches_from(step, stretch.end, log), rates.tolist(), strict=True):
-            moved = self._parallel.put_batch({name: batch[name] for name in ("image", "label", "position")})
-            placed, metrics = train_step(placed, moved)
+            self._profile.before(step, step + 1)
+            with log.clock.on("compute"):
+                moved = self._parallel.put_batch({name: batch[name] for name in ("image", "label", "position")})
+                placed, metrics = train_step(placed, moved)
             step += 1
+            self._done += 1
+            self._profile.after(step, placed, last=step == self.plans[-1].end or self._signals.stop is not None)
+            self._under_way = placed, step
             log(step, metrics, batch["index"], lr)
-            if self._signals.stop is not None:
+            if self._signals.stop is not None or pause():
                 break
         log.flush()
         return placed, step
 
+    def under_way(self, recorder: Recorder) -> Any | None:
+        if self._under_way is None or self._log is None:
+            return None
+        placed, step = self._under_way
+        self._log.flush()
+        return placed if recorder.recorded == step else None
+
     def _step_of(self, stage: int) -> Any:
         if self._step is None or self._step[0] != stage:
             compiled = compile_stage(self._config, self._model, self.plans[stage], self._parallel, self._loss)
-            self._step = (stage, announced(compiled, stage))
+            self._step = (stage, WatchedStep(compiled, stage, counts=self._peak is not None))
         return self._step[1]
 
     def _batches_from(self, start: int, end: int, log: StepLog) -> Iterator[Batch]:
@@ -325,5 +306,13 @@ class ImageEngine:
         probs, done = predict(variables, self._dataset, rows)
         return self.predictor.metrics(self._dataset.labels[done], probs)
 
-    def input_wait(self) -> float | None:
-        return self._log.input_wait() if self._log is not None else None
+    def figures(self) -> dict[str, float]:
+        """With `mfu`, the share of the devices' peak in the time of the steps, where it is known, and `compiled_again`
+        where a step was."""
+        found = self._log.clock.figures() if self._log is not None else {}
+        done, self._done = self._done, 0
+        step = self._step[1] if self._step is not None else None
+        seconds = sum(spent for name, spent in found.items() if name.startswith("seconds/"))
+        if step is not None and step.flops and self._peak and seconds:
+            found["mfu"] = done * step.flops / (seconds * self._peak)
+        return found | ({"compiled_again": step.again} if step is not None and step.again else {})
