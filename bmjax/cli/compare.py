@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from bmjax.cli.configured import add_configured, configuration
+from bmjax.cli.configured import add_configured, add_hosts, configuration
 
 
 def add_parser(verbs: Any) -> None:
@@ -23,6 +23,7 @@ def add_parser(verbs: Any) -> None:
         metavar="N",
         help="runs at a time on cached features (default: one a device, on CPUs two)",
     )
+    add_hosts(p)
     where = p.add_mutually_exclusive_group()
     where.add_argument("--cached", dest="cached", action="store_true", default=None, help="train on cached features")
     where.add_argument("--end-to-end", dest="cached", action="store_false", help="train from the images")

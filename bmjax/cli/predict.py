@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from bmjax.cli.prediction_table import Block
     from bmjax.runs.folder import Run
 
+from bmjax.cli.configured import add_hosts
 from bmjax.cli.output import add_trust, metrics_line, print_confusion
 from bmjax.cli.weights import predict_imagenet
 
@@ -37,6 +38,7 @@ def add_parser(verbs: Any) -> None:
     p.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint")
     p.add_argument("--data.root", dest="data_root", metavar="FOLDER", help="where the run's data are now")
     add_trust(p)
+    add_hosts(p)
     p.set_defaults(run=evaluate)
     p = verbs.add_parser(
         "predict",
@@ -66,11 +68,14 @@ def evaluate(options: argparse.Namespace, rest: Sequence[str]) -> int:
     del rest
     from bmjax.analysis.report.report import write_report
     from bmjax.runs.folder import load_run
+    from bmjax.training import hosts
     from bmjax.training.predict import Predictor, data_of, evaluate_run
 
     run = load_run(options.run_dir, options.which, trust=options.trust)
-    dataset, splits = data_of(run, options.data_root)
+    dataset, splits = hosts.first_alone(lambda: data_of(run, options.data_root))
     m = evaluate_run(run, options.split, options.which, Predictor(run.config, run.model), dataset, splits)
+    if not hosts.leads():
+        return 0
     print(
         f"{metrics_line(options.split, m)}, balanced accuracy {m['balanced_accuracy']:.3f}, loss {m['loss']:.3f}, "
         f"ECE {m['ece']:.3f} ({options.which} checkpoint, step {m['step']})"

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from bmjax.cli.configured import add_configured, configuration
+from bmjax.cli.configured import add_configured, add_hosts, configuration
 from bmjax.cli.output import metrics_line, print_confusion
 from bmjax.config.base import Config
 from bmjax.config.experiment import sweep
@@ -20,6 +20,7 @@ def add_parser(verbs: Any) -> None:
     p = add_configured(verbs, "train", "train an experiment", run)
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     p.add_argument("--sweep", action="store_true", help="run each of the experiment's sweep()")
+    add_hosts(p)
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -36,6 +37,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _train_one(config: Config, module: ModuleType | None, options: argparse.Namespace) -> int:
     from bmjax.analysis.report.report import write_report
+    from bmjax.training import hosts
     from bmjax.training.run import train_run
 
     callbacks = [module.on_event] if module is not None and hasattr(module, "on_event") else []
@@ -43,6 +45,8 @@ def _train_one(config: Config, module: ModuleType | None, options: argparse.Name
     result = train_run(config, resume=options.resume, callbacks=callbacks, files=files)
     if result.interrupted:
         return 128 + signal.Signals[result.interrupted]
+    if not hosts.leads():
+        return 0
     assert result.data is not None
     dataset, _ = result.data
     for split, m in result.metrics.items():

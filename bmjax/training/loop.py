@@ -15,7 +15,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import jax
 import numpy as np
 
 from bmjax.config.base import Config
@@ -27,7 +26,7 @@ from bmjax.model.parameters import Tree
 from bmjax.registry import label_of
 from bmjax.runs.checkpoint import Checkpoints
 from bmjax.runs.state import Progress, TrainState
-from bmjax.training import optim
+from bmjax.training import hosts, optim
 from bmjax.training.losses import Loss
 from bmjax.training.parallel import Parallel
 from bmjax.training.predict import Predictor, SplitName
@@ -147,7 +146,7 @@ def fit(
             if stretch.ends_epoch:
                 placed, is_best = end_epoch(config, engine, placed, step, recorder, plan)
             due = not stretch.ends_epoch or progress.epochs_evaluated % config.train.checkpoint_epochs == 0
-            due = due and keeper.is_due()
+            due = due and hosts.told(keeper.is_due())
             if is_best or due:
                 fetched = engine.fetch(placed)
                 if is_best:
@@ -250,7 +249,8 @@ class ImageEngine:
         self.plans, self.per_epoch = plans, per_epoch
         self._config, self._model, self._loss, self._parallel = config, model, loss, parallel
         (self._dataset, self._splits), self._signals = data, signals
-        shard: dict[str, Any] = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        part, parts = parallel.rows
+        shard: dict[str, Any] = {"process_index": part, "process_count": parts}
         shard |= {"workers": config.train.workers, "sampling": config.train.sampling}
         size = config.train.batch_size
         self._batches = TrainBatches(self._dataset, self._splits.train, size, config.seed, **shard)

@@ -9,7 +9,6 @@ from collections import deque
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import numpy as np
 
 from bmjax.config.arguments import check_choice, check_type
@@ -33,6 +32,7 @@ from bmjax.runs.folder import (
 from bmjax.runs.metrics import classification_metrics, load_metrics
 from bmjax.runs.records import read_predictions
 from bmjax.runs.tracking import Tracker
+from bmjax.training import hosts
 from bmjax.training.parallel import Parallel
 from bmjax.training.signals import Signals
 from bmjax.training.steps import at_precision, make_eval_step
@@ -84,7 +84,7 @@ class Predictor:
             probs.append(softmax(self._parallel.batch_to_host(outputs)["logits"][real]))
             done.append(batch["index"][real])
 
-        for batch in read_ahead(eval_batches(dataset, rows, self.bucket(len(rows)))):
+        for batch in read_ahead(eval_batches(dataset, rows, self.bucket(len(rows)), self._parallel.rows)):
             if self._signals is not None:
                 self._signals.check()
             flying.append((self._step(variables, self._parallel.put_batch({"image": batch["image"]})), batch))
@@ -153,15 +153,16 @@ def evaluate_run(
     """As `evaluate`, of a run that is read already; one predictor serves several splits."""
     if not len(getattr(splits, split)):
         raise ValueError(f"split is {split!r}, which holds no image; expected one that does")
-    if split == "test" and jax.process_index() == 0 and (openings := record_opening(run.run_dir, run.step)) > 1:
+    if split == "test" and hosts.leads() and (openings := record_opening(run.run_dir, run.step)) > 1:
         log.warning(
             "%s: the test split is opened for time %d; a choice made on it is no longer a test", run.run_dir, openings
         )
     probs, done = predictor(run.variables, dataset, getattr(splits, split))
     metrics = predictor.metrics(dataset.labels[done], probs, intervals=True) | {"step": run.step, "checkpoint": which}
-    if jax.process_index() == 0:
-        save_predictions(run.run_dir, split, dataset, probs, done)
-        save_results(run.run_dir, split, metrics)
+    with hosts.together("the predictions were written"):
+        if hosts.leads():
+            save_predictions(run.run_dir, split, dataset, probs, done)
+            save_results(run.run_dir, split, metrics)
     return metrics
 
 

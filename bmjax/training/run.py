@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from bmjax.runs.folder import Run
 from bmjax.runs.metrics import load_metrics, try_metrics
 from bmjax.runs.state import Progress, TrainState, create_state
 from bmjax.runs.tracking import make_tracker, new_run_id
+from bmjax.training import hosts
 from bmjax.training.cached import MapEngine, Programs
 from bmjax.training.cached import check as check_cached
 from bmjax.training.features import FeatureMaps
@@ -112,27 +114,30 @@ def train_run(
     """As `train`. `prepared` and `signals` are those of a caller that trains several runs; `files` are further ones of
     the user's to record, as the experiment's."""
     if not config.run_dir and not resume:
-        free = folder.free_name(config)
+        free = dataclasses.replace(config, name=hosts.told(folder.free_name(config).name))
         if free.name != config.name:
             log.warning("%s holds a run already; this one is named %r", folder.run_folder(config), free.name)
         config = free
-    config = complete(config, data)
-    run_dir = folder.run_folder(config)
-    folder.check_folder(run_dir, config, resume)
-    with contextlib.nullcontext(signals) if signals else Signals() as watched:
+    with contextlib.nullcontext(signals) if signals else hosts.signals() as watched, contextlib.ExitStack() as lock:
         try:
-            plan = _plan(config, run_dir, data, prepared, watched)
+            with hosts.together("the run was checked"):
+                config = complete(config, data)
+                run_dir = folder.run_folder(config)
+                folder.check_folder(run_dir, config, resume)
+            plan = hosts.first_alone(lambda: _plan(config, run_dir, data, prepared, watched))
             watched.check()
-        except Interrupted:
-            assert watched.stop is not None
-            log.warning("%s: stopped by %s before the first step; nothing is written", run_dir, watched.stop.name)
-            return Result(run_dir, {}, 0, None, interrupted=watched.stop.name)
-        if resume and (found := _finished(config, run_dir)) is not None:
+        except Interrupted as e:
+            name = signal.Signals(e.args[0]).name
+            log.warning("%s: stopped by %s before the first step; nothing is written", folder.run_folder(config), name)
+            return Result(folder.run_folder(config), {}, 0, None, interrupted=name)
+        if resume and (found := hosts.told(_finished(config, run_dir))) is not None:
             return Result(run_dir, found, next(iter(found.values()))["step"], (plan.dataset, plan.splits))
         with watched.gently():
-            one = _One(resume, callbacks, watched, files, quiet=signals is not None)
-            with folder.owned(run_dir) if jax.process_index() == 0 else contextlib.nullcontext():
-                return _train(config, run_dir, plan, one)
+            one = _One(resume, callbacks, watched, files, quiet=signals is not None or not hosts.leads())
+            with hosts.together("the run's folder was opened"):
+                if hosts.leads():
+                    lock.enter_context(folder.owned(run_dir))
+            return _train(config, run_dir, plan, one)
 
 
 def complete(config: Config, data: Dataset | None = None) -> Config:
@@ -199,7 +204,7 @@ def _plan(config: Config, run_dir: Path, data: Dataset | None, prepared: Prepare
     loss = loss_of(config, dataset, splits)
     model = create(config.model, len(dataset.classes), config.train.dtype)
     size = config.train.batch_size // config.train.accumulate
-    parallel = Parallel.create(config.train.parallel, config.train.devices, size)
+    parallel = Parallel.of(config.train, size)
     shapes = jax.eval_shape(lambda: folder.new_variables(config, model, pretrained=False))
     plans = plan_stages(config, per_epoch, model, shapes["batch_stats"])
     shared: dict[str, Any] = {"loss": loss, "per_epoch": per_epoch, "parallel": parallel, "signals": signals}
@@ -272,9 +277,13 @@ def _train(config: Config, run_dir: Path, plan: _Plan, one: _One) -> Result:
     newest = _newest(run_dir) if one.resume else None
     # A checkpoint holds every array, so a resume needs the weights' file no longer.
     state = plan.start(newest is None)
-    run_id = _record(config, run_dir, dataset, splits, one.files)
+    with hosts.together("the run was recorded"):
+        run_id = _record(config, run_dir, dataset, splits, one.files) if hosts.leads() else ""
     cached = config.features.cached
-    keeper = Keeper(run_dir, engine, least_seconds=_MAPS_CHECKPOINT_SECONDS if cached else 0.0, one_at_a_time=cached)
+    # Orbax's processes meet by the number of a save, which two saves at a time would confuse.
+    one_at_a_time = cached or jax.process_count() > 1
+    least = _MAPS_CHECKPOINT_SECONDS if cached else 0.0
+    keeper = Keeper(run_dir, engine, least_seconds=least, one_at_a_time=one_at_a_time)
     progress = Progress(run_id=run_id)
     if newest is not None:
         progress = keeper.progress(newest)
@@ -285,7 +294,7 @@ def _train(config: Config, run_dir: Path, plan: _Plan, one: _One) -> Result:
     log.info("%d images to train on, %d steps an epoch, %d steps", len(splits.train), engine.per_epoch, total)
     tracker = make_tracker(config.tracking, run_dir, progress.run_id, dataclasses.asdict(config), jax.process_index())
     recorder = Recorder(progress, tracker, dataset, one.callbacks, total=total, quiet=one.quiet)
-    with contextlib.closing(tracker), contextlib.closing(keeper), contextlib.closing(recorder):
+    with contextlib.closing(tracker), hosts.closing(keeper), contextlib.closing(recorder):
         step, whole = fit(config, engine, state, recorder, keeper, signals)
         results: dict[str, dict[str, Any]] = {}
         with contextlib.suppress(Interrupted):
@@ -295,23 +304,24 @@ def _train(config: Config, run_dir: Path, plan: _Plan, one: _One) -> Result:
             assert signals.stop is not None
             log.warning("%s: stopped by %s at step %d; resume with --resume", run_dir, signals.stop.name, step)
             return Result(run_dir, {}, step, (dataset, splits), interrupted=signals.stop.name)
-        track_results(run_dir, tracker, dataset, results)
+        if hosts.leads():
+            track_results(run_dir, tracker, dataset, results)
     return Result(run_dir, results, step, (dataset, splits))
 
 
 def _newest(run_dir: Path) -> int | None:
     last = run_dir / "checkpoints/last"
-    if not last.is_dir():
+    if not hosts.told(last.is_dir()):
         return None
     with contextlib.closing(Checkpoints(last)) as checkpoints:
-        return checkpoints.latest()
+        return hosts.told(checkpoints.latest())
 
 
 def _record(config: Config, run_dir: Path, dataset: Dataset, splits: Splits, files: Sequence[Path]) -> str:
     """Writes what the run is, now that all is checked; returns its id."""
     folder.write_config(run_dir, config)
     folder.record_split(run_dir, dataset, splits)
-    return identity.record(run_dir, new_run_id(), config, files) if jax.process_index() == 0 else new_run_id()
+    return identity.record(run_dir, new_run_id(), config, files)
 
 
 def _results(
@@ -327,7 +337,7 @@ def _results(
     trained = Run(run_dir, config, plan.model, variables, plan.dataset.classes, progress.best_step)
     results = {}
     for split in _wanted(config):
-        known = folder.saved_results(run_dir).get("test") if split == "test" else None
+        known = hosts.told(folder.saved_results(run_dir).get("test") if split == "test" else None)
         if known is None or known["step"] != progress.best_step:
             known = evaluate_run(trained, split, "best", plan.engine.predictor, plan.dataset, plan.splits)
         results[split] = known

@@ -16,7 +16,8 @@ from bmjax.model.create import create
 from bmjax.runs.folder import new_variables
 from bmjax.runs.state import create_state
 from bmjax.training.losses import make_loss
-from bmjax.training.parallel import Parallel, largest_divisor
+from bmjax.layers.ops import largest_divisor
+from bmjax.training.parallel import Parallel
 from bmjax.training.predict import Predictor
 from bmjax.training.progress import announced
 from bmjax.training.stages import compile_stage, plan_stages

@@ -29,8 +29,9 @@ from bmjax.model.create import create, resolve
 from bmjax.model.parameters import count_parameters, part_of, split_params
 from bmjax.runs.folder import run_folder
 from bmjax.runs.records import read_predictions, read_records
+from bmjax.training import hosts
 from bmjax.training.run import Prepared, Result, prepare, train_run
-from bmjax.training.signals import GRACE_SECONDS, Signals, exit_now
+from bmjax.training.signals import GRACE_SECONDS, exit_now
 
 log = logging.getLogger(__name__)
 _NOTE = """Accuracy is the mean over seeds, of each run's best epoch on validation. Images and runs are both taken as
@@ -132,8 +133,9 @@ def compare(
     log.info("%d runs in %.1f min", sum(map(len, configs.values())), (time.perf_counter() - began) / 60)
     found = collect(config, configs, baseline)
     folder = run_folder(config)
-    write_text(folder / "comparison.json", json.dumps(dataclasses.asdict(found), indent=2))
-    write_text(folder / "comparison.md", markdown(found))
+    if hosts.leads():
+        write_text(folder / "comparison.json", json.dumps(dataclasses.asdict(found), indent=2))
+        write_text(folder / "comparison.md", markdown(found))
     return found
 
 
@@ -145,7 +147,7 @@ class _Runs:
         self._count, self._done = len(self._waiting), 0
         self._shared: Prepared | None = None
         self._prepared: dict[str, Prepared] = {}
-        self._lock, self._signals = threading.Lock(), Signals()
+        self._lock, self._signals = threading.Lock(), hosts.signals()
         self._failure: BaseException | None = None
 
     def train(self, at_once: int) -> None:
