@@ -168,6 +168,10 @@ class TrainConfig:
     """Divide parameters, moving average and optimizer state over `data` too, so that a device holds its part alone and
     gathers the others when it needs them: less memory, more traffic. Arrays of at least 1,024 values, each along its
     longest side that divides; the others stay whole."""
+    logical_shards: int | None = None
+    """Compute each batch in so many parts, whatever the number of devices, and add up their gradients in a fixed order:
+    the same bits on any number of devices that leaves each two parts or more, of one kind of device and version.
+    Batch-norm then sees a part (a ghost batch) alone; each device holds the gradient of all its parts. None: off."""
     remat: tuple[str, ...] = ()
     """Stages of the backbone whose feature maps are computed again on the way back instead of being kept, as in
     `--train.remat conv2 conv3`; `all`: each. Less memory, about a third more work, the same numbers."""
@@ -260,6 +264,12 @@ class TrainConfig:
         check(
             not divided or self.parallel == "jit", "train.parallel", self.parallel, "'jit' for a state that is divided"
         )
+        if (shards := self.logical_shards) is not None:
+            ok = shards >= 2 and self.batch_size % shards == 0
+            check(ok, "train.logical_shards", shards, f"a divisor of batch_size ({self.batch_size}), at least 2")
+            whole = self.accumulate == 1 and self.parallel == "jit" and not divided
+            expected = "none with accumulate, pmap, shard_params or an axis 'model'"
+            check(whole, "train.logical_shards", shards, expected)
         check(self.workers >= 1, "train.workers", self.workers, ">= 1")
 
 

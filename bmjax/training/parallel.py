@@ -15,8 +15,8 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from bmjax.config.training import TrainConfig, mesh_axes
-from bmjax.layers.collectives import BATCH_AXIS
-from bmjax.layers.dispatch import for_partition, prepare
+from bmjax.layers.collectives import BATCH_AXIS, SHARD_AXIS
+from bmjax.layers.dispatch import for_partition, inside_loop, prepare
 
 log = logging.getLogger(__name__)
 Tree = Any
@@ -40,6 +40,8 @@ class Parallel:
     """Devices that share an image's work: kernels are divided over them by their output channels. Only under `jit`."""
     shard_params: bool = False
     """Whether the state is divided over the axis `data` too, each array along its longest side that divides."""
+    logical_shards: int | None = None
+    """Parts of a batch that are computed by themselves, two or more a device. Only under `jit`."""
 
     @classmethod
     def create(
@@ -50,6 +52,7 @@ class Parallel:
         *,
         mesh: str = "data=-1",
         shard_params: bool = False,
+        logical_shards: int | None = None,
     ) -> Parallel:
         """Takes `count` devices (None: all) for a mesh as `train.mesh` says; with a batch size and `data=-1`, no more
         than divide it.
@@ -65,7 +68,9 @@ class Parallel:
         if n % model if data == -1 else data * model > n:
             raise ValueError(f"config field 'train.mesh' is {mesh!r}; expected one that {n} devices hold")
         most = n // model if data == -1 else data
+        parts = logical_shards or 0
         fits = [d for d in range(1, most + 1) if batch_size % d == 0 and d * model % processes == 0]
+        fits = [d for d in fits if not parts or (parts % d == 0 and parts >= 2 * d)]
         if not fits or (data != -1 and fits[-1] != data):
             raise ValueError(
                 f"config field 'train.batch_size' gives batches (or micro-batches) of {batch_size} images; expected a "
@@ -81,12 +86,13 @@ class Parallel:
                 batch_size,
                 most,
             )
-        return cls(kind, _of_each_process(used * model), model, shard_params)
+        return cls(kind, _of_each_process(used * model), model, shard_params, logical_shards)
 
     @classmethod
     def of(cls, train: TrainConfig, batch_size: int) -> Parallel:
         """As a configuration says, for batches of that size."""
         fields: dict[str, Any] = {"mesh": train.mesh, "shard_params": train.shard_params}
+        fields |= {"logical_shards": train.logical_shards}
         return cls.create(train.parallel, train.devices, batch_size, **fields)
 
     @staticmethod
@@ -104,6 +110,15 @@ class Parallel:
     @property
     def size(self) -> int:
         return len(self.devices)
+
+    @property
+    def _axis(self) -> str:
+        return SHARD_AXIS if self.logical_shards else BATCH_AXIS
+
+    @property
+    def divides(self) -> int:
+        """A batch's size is a multiple of this."""
+        return self.logical_shards or self.size
 
     @property
     def data(self) -> int:
@@ -126,7 +141,7 @@ class Parallel:
     @functools.cached_property
     def _mesh(self) -> jax.sharding.Mesh:
         # Auto axes: explicit ones break Linen's Dropout.
-        shape, names = ((self.size,), (BATCH_AXIS,))
+        shape, names = ((self.size,), (self._axis,))
         if self.model > 1:
             shape, names = ((self.data, self.model), (BATCH_AXIS, _MODEL_AXIS))
         types = (AxisType.Auto,) * len(names)
@@ -161,9 +176,11 @@ class Parallel:
         donated = (0,) if donate else ()
         if self.kind == "pmap":
             return jax.pmap(step, axis_name=BATCH_AXIS, devices=self.devices, donate_argnums=donated)
-        if self.size > 1:
+        if self.size > 1 or self.logical_shards:
             step = for_partition(step)
-        whole, batch = self._sharding(), self._sharding(BATCH_AXIS)
+        whole, batch = self._sharding(), self._sharding(self._axis)
+        if self.logical_shards:
+            step = self._by_shards(step, donate)
         if not self._splits_state:
             # Outputs, per-image ones too, end on every device: each host can then read all of them.
             return jax.jit(step, in_shardings=(whole, batch), out_shardings=whole, donate_argnums=donated)
@@ -176,6 +193,20 @@ class Parallel:
             ),
             self._state_sharding,
         )
+
+    def _by_shards(self, step: Callable, updates: bool) -> Callable:
+        """The step, each device at its own logical shards; a step that updates no state is called for each shard."""
+        here = (self.logical_shards or 1) // self.size
+
+        def each(state: Tree, batch: Tree) -> Tree:
+            parts = jax.tree.map(lambda x: x.reshape(here, -1, *x.shape[1:]), batch)
+            with inside_loop():
+                results = jax.lax.map(lambda part: step(state, part), parts)
+            return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
+
+        whole, rows = PartitionSpec(), PartitionSpec(SHARD_AXIS)
+        specs = {"in_specs": (whole, rows), "out_specs": whole if updates else rows}
+        return jax.shard_map(step if updates else each, mesh=self._mesh, **specs, check_vma=False)
 
     def to_devices(self, tree: Tree) -> Tree:
         """Copies a host tree, equal on every process, onto the devices."""
@@ -206,7 +237,7 @@ class Parallel:
 
     def put_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """This process's rows of a batch -> the global batch, split over the devices; sizes divide evenly."""
-        sharding = self._sharding(BATCH_AXIS)
+        sharding = self._sharding(self._axis)
         if self.kind == "pmap":
             # Each device gets its own rows from the host; an array made first would go through device 0.
             batch = {k: v.reshape(self.size, -1, *v.shape[1:]) for k, v in batch.items()}

@@ -59,7 +59,7 @@ class Predictor:
         self, config: Config, model: Classifier, signals: Signals | None = None, parallel: Parallel | None = None
     ):
         self._parallel = parallel or Parallel.create(config.train.parallel, config.train.devices)
-        self.batch_size = math.ceil(config.train.eval_batch_size / self._parallel.size) * self._parallel.size
+        self.batch_size = math.ceil(config.train.eval_batch_size / self._parallel.divides) * self._parallel.divides
         self._signals = signals
         self._metrics = load_metrics(config.train.metrics)
         step = at_precision(make_eval_step(model, image_dtype=image_dtype(config)), config.train.precision)
@@ -99,7 +99,7 @@ class Predictor:
         power of two (times devices) that holds n."""
         if 4 * n > self.batch_size:
             return self.batch_size
-        return self._parallel.size * 2 ** (math.ceil(n / self._parallel.size) - 1).bit_length()
+        return self._parallel.divides * 2 ** (math.ceil(n / self._parallel.divides) - 1).bit_length()
 
     def metrics(self, labels: np.ndarray, probs: np.ndarray, *, intervals: bool = False) -> dict[str, Any]:
         """The figures of labels int [n] and probabilities [n, k], those of the configuration's own included."""

@@ -161,11 +161,12 @@ def complete(config: Config, data: Dataset | None = None) -> Config:
 
 def _check_statistics(config: Config) -> None:
     """A batch-norm by the statistics of one image learns nothing; refuses it by name."""
-    size = config.train.batch_size // config.train.accumulate
+    size = config.train.batch_size // (config.train.logical_shards or config.train.accumulate)
     modes = {dataclasses.astuple(stage.resolved_batch_norm()) for stage in config.stages}
     if size == 1 and any("train" in by_part for by_part in modes):
+        field = "logical_shards" if config.train.logical_shards else "accumulate"
         raise ValueError(
-            f"config field 'train.accumulate' is {config.train.accumulate} and 'train.batch_size' is "
+            f"config field 'train.{field}' is {getattr(config.train, field)} and 'train.batch_size' is "
             f"{config.train.batch_size}: a batch-norm would see one image at a time and learn nothing; expected at "
             "least 2 images to a micro-batch, or stages.batch_norm with no part in mode 'train'"
         )

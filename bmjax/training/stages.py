@@ -116,6 +116,7 @@ def stage_step(config: Config, model: Classifier, plan: StagePlan, loss: Loss) -
         augmentation=config.augment,
         loss=loss,
         accumulate=config.train.accumulate,
+        logical_shards=config.train.logical_shards,
         ema_decay=config.train.ema_decay,
         image_dtype=image_dtype(config),
     )
