@@ -30,11 +30,11 @@ class Processes:
     """`bmjax` with the same words on so many hosts."""
 
     def __init__(self, words, hosts=2, devices=1, cwd=None, **further):
-        port = free_port()
+        command = [sys.executable, "-m", "bmjax", *map(str, words), "--hosts", str(hosts)]
+        command += ["--coordinator", f"127.0.0.1:{free_port()}", "--host"]
         self.started = [
             subprocess.Popen(
-                [sys.executable, "-m", "bmjax", *map(str, words), "--hosts", str(hosts), "--host", str(i)]
-                + ["--coordinator", f"127.0.0.1:{port}"],
+                [*command, str(i)],
                 env=environment(devices, **further),
                 cwd=cwd,
                 stdout=subprocess.PIPE,
@@ -66,3 +66,12 @@ class Processes:
 
 def together(words, hosts=2, devices=1, cwd=None, **further) -> list[tuple[int, str, str]]:
     return Processes(words, hosts, devices, cwd, **further).ended()
+
+
+def run_alone(words, cwd, devices=1, **further) -> None:
+    """`bmjax` in one process."""
+    command = [sys.executable, "-m", "bmjax", *map(str, words)]
+    ended = subprocess.run(
+        command, env=environment(devices, **further), cwd=cwd, capture_output=True, text=True, timeout=240
+    )
+    assert ended.returncode == 0, ended.stderr

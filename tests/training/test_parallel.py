@@ -12,11 +12,11 @@ import pytest
 from bmjax.data.batches import TrainBatches
 from bmjax.data.load import load_dataset
 from bmjax.data.splits import split_dataset
+from bmjax.layers.ops import largest_divisor
 from bmjax.model.create import create
 from bmjax.runs.folder import new_variables
 from bmjax.runs.state import create_state
 from bmjax.training.losses import make_loss
-from bmjax.layers.ops import largest_divisor
 from bmjax.training.parallel import Parallel
 from bmjax.training.predict import Predictor
 from bmjax.training.progress import announced
