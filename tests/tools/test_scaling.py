@@ -69,7 +69,7 @@ def test_the_jobset_tells_each_host_which_it_is(capsys):
 
 @pytest.mark.parametrize(("ends_with", "requeued"), [(0, False), (143, True), (2, False)])
 def test_the_slurm_script_starts_all_and_queues_again_when_told_to_stop(tmp_path, ends_with, requeued):
-    """With a stand-in for srun that runs two tasks with SLURM's variables, and for bmjax, which says what it sees of them."""
+    """With a stand-in for srun that runs two tasks with SLURM's variables, and bmjax, which prints them."""
     stand_ins = {
         "srun": '[ "$1" = --kill-on-bad-exit=1 ] && shift\nfor i in 0 1; do\n'
         'SLURM_STEP_NODELIST="n[1-2]" SLURM_NTASKS=2 SLURM_PROCID=$i SLURM_LOCALID=0 "$@" || exit $?\ndone',
