@@ -234,3 +234,27 @@ def test_a_killed_host_ends_the_others_and_the_run_goes_on(folder, tmp_path):
     assert codes[0] not in (0, None)
     run_alone([*words, "--resume"], folder, **settings(folder))
     assert_same_run(run, folder / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [["--train.shard_params", "True"], ["--train.mesh", "data=4,model=2"]])
+def test_eight_devices_are_one(folder, tmp_path, layout):
+    words = ["train", "experiment.py", "--train.batch_size", "16", "--run_dir"]
+    run_alone([*words, tmp_path / "one"], folder, **settings(folder))
+    run_alone([*words, tmp_path / "eight", *layout], folder, devices=8, **settings(folder))
+    assert_same_run(tmp_path / "eight", tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_logical_shards_give_eight_devices_and_two_processes_the_same_bits(folder, tmp_path):
+    words = ["train", "experiment.py", "--train.batch_size", "32", "--train.logical_shards", "16"]
+    words += ["--train.accumulate", "1", "--train.dtype", "float32", "--run_dir"]
+    run_alone([*words, tmp_path / "one"], folder, **settings(folder))
+    run_alone([*words, tmp_path / "eight"], folder, devices=8, **settings(folder))
+    ended = together([*words, tmp_path / "two"], 2, 2, cwd=folder, **settings(folder))
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    _, one = state_of(tmp_path / "one")
+    for name in ("eight", "two"):
+        _, other = state_of(tmp_path / name)
+        for leaf, value in other.items():
+            np.testing.assert_array_equal(value, one[leaf], err_msg=f"{name} {leaf}")

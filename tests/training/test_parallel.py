@@ -146,9 +146,12 @@ def test_logical_shards_give_the_same_bits_on_any_devices(plain_config):
     ],
 )
 def test_a_layout_that_cannot_be_is_refused(plain_config, fields, message):
+    def begin():
+        train = dataclasses.replace(plain_config.train, **fields)
+        run_steps(dataclasses.replace(plain_config, train=train), train.parallel, None)
+
     with pytest.raises(ValueError, match=message):
-        config = dataclasses.replace(plain_config, train=dataclasses.replace(plain_config.train, **fields))
-        run_steps(config, config.train.parallel, None)
+        begin()
 
 
 def test_float32_drift_is_small_and_printed(tiny_config, capsys):
