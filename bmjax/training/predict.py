@@ -9,6 +9,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 
 from bmjax.config.arguments import check_choice, check_type
@@ -58,7 +59,8 @@ class Predictor:
     def __init__(
         self, config: Config, model: Classifier, signals: Signals | None = None, parallel: Parallel | None = None
     ):
-        self._parallel = parallel or Parallel.create(config.train.parallel, config.train.devices)
+        kind = config.train.parallel if jax.process_count() == 1 else "jit"
+        self._parallel = parallel or Parallel.create(kind, config.train.devices)
         self.batch_size = math.ceil(config.train.eval_batch_size / self._parallel.divides) * self._parallel.divides
         self._signals = signals
         self._metrics = load_metrics(config.train.metrics)

@@ -143,7 +143,8 @@ def folder(tmp_path_factory):
 
 
 def settings(folder):
-    return {"JAX_ENABLE_X64": "1", "BMJAX_CACHE": str(folder / "bmjax"), "JAX_COMPILATION_CACHE_DIR": str(folder / "x")}
+    cache = {"BMJAX_CACHE": str(folder / "bmjax"), "JAX_COMPILATION_CACHE_DIR": str(folder / "x")}
+    return cache | {"JAX_ENABLE_X64": "1", "BMJAX_NATIVE": "0"}
 
 
 def state_of(run: pathlib.Path):
