@@ -49,10 +49,9 @@ def _scale(image: np.ndarray) -> float:
 
     h, w, _ = image.shape
     green = gaussian_filter(image[..., 1].astype(np.float32), h / 64)
-    patches, number = label(green <= _otsu(green))
-    if not number:
-        return float(np.log2(1 / h))
-    y, x = np.nonzero(patches)
+    dark = green <= _otsu(green)  # at least the darkest
+    patches: np.ndarray = label(dark)[0]  # type: ignore[index]
+    y, x = np.nonzero(dark)
     nearest = np.argmin((y - (h - 1) / 2) ** 2 + (x - (w - 1) / 2) ** 2)
     area = int((patches == patches[y[nearest], x[nearest]]).sum())
     return float(0.5 * np.log2(area * 4 / np.pi / (h * w)))
