@@ -18,6 +18,7 @@ def add_parser(verbs: Any) -> None:
     """Adds `train` to a parser's verbs."""
     p = add_configured(verbs, "train", "train an experiment", run)
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    p.add_argument("--profile", metavar="START:END", help="trace these steps, as --train.profile (10:15)")
     p.add_argument("--sweep", action="store_true", help=argparse.SUPPRESS)  # of older versions
 
 
@@ -25,6 +26,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if options.sweep:
         raise ValueError(f"--sweep has become a verb of its own; expected: bmjax sweep {options.experiment}")
     config, module = configuration(options, rest)
+    if options.profile is not None:
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, profile=options.profile))
     from bmjax.analysis.evaluate.reference import keep_looks
     from bmjax.analysis.report.report import write_report
     from bmjax.runs.tracking import agents_run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ from bmjax.runs.tracking import make_tracker, new_run_id
 from bmjax.training.cached import MapEngine, Programs
 from bmjax.training.cached import check as check_cached
 from bmjax.training.features import FeatureMaps
-from bmjax.training.loop import Engine, ImageEngine, Keeper, fit
+from bmjax.training.keeper import Keeper
+from bmjax.training.loop import Engine, ImageEngine, fit
 from bmjax.training.losses import Loss, make_loss
 from bmjax.training.parallel import Parallel
 from bmjax.training.predict import SplitName, evaluate_run, track_results
@@ -290,21 +292,33 @@ class _One:
 
 def _train(config: Config, run_dir: Path, plan: _Plan, one: _One) -> Result:
     engine, dataset, splits, signals = plan.engine, plan.dataset, plan.splits, one.signals
-    newest = _newest(run_dir) if one.resume else None
+    resumes = one.resume and Checkpoints(run_dir / "checkpoints/last").latest() is not None
     # A checkpoint holds every array, so a resume needs the weights' file no longer.
-    state = plan.start(newest is None)
+    state = plan.start(not resumes)
     run_id = _record(config, run_dir, dataset, splits, one.files)
     cached = config.features.cached
-    keeper = Keeper(run_dir, engine, least_seconds=_MAPS_CHECKPOINT_SECONDS if cached else 0.0, one_at_a_time=cached)
+    minutes = config.train.checkpoint_minutes
+    keeper = Keeper(
+        run_dir,
+        engine,
+        least_seconds=_MAPS_CHECKPOINT_SECONDS if cached else 0.0,
+        # Clocks of several hosts differ, and all must save at the same step.
+        most_seconds=math.inf if minutes is None or jax.process_count() > 1 else 60 * minutes,
+        one_at_a_time=cached,
+    )
     progress = Progress(run_id=run_id)
-    if newest is not None:
-        progress = keeper.progress(newest)
-        template = state.replace(opt_state=engine.plans[progress.stage].opt_state(state.params))
-        state = keeper.restore(newest, template)
-        log.info("%s: resumed at step %d", run_dir, newest)
+    if resumes:
+        first = state
+        progress, state = keeper.newest(
+            lambda p: first.replace(opt_state=engine.plans[p.stage].opt_state(first.params))
+        )
+        log.info("%s: resumed at step %d", run_dir, int(state.step))
     total = engine.plans[-1].end
     log.info("%d images to train on, %d steps an epoch, %d steps", len(splits.train), engine.per_epoch, total)
-    tracker = make_tracker(config.tracking, run_dir, progress.run_id, dataclasses.asdict(config), jax.process_index())
+    tracker = make_tracker(
+        *(config.tracking, run_dir, progress.run_id, dataclasses.asdict(config), jax.process_index()),
+        resumed_at=int(state.step),
+    )
     recorder = Recorder(progress, tracker, dataset, one.callbacks, total=total, quiet=one.quiet)
     with contextlib.closing(tracker), contextlib.closing(keeper), contextlib.closing(recorder):
         step, whole = fit(config, engine, state, recorder, keeper, signals)
@@ -320,14 +334,6 @@ def _train(config: Config, run_dir: Path, plan: _Plan, one: _One) -> Result:
         if results:
             track_results(run_dir, tracker, dataset, results)
     return Result(run_dir, results, step, (dataset, splits))
-
-
-def _newest(run_dir: Path) -> int | None:
-    last = run_dir / "checkpoints/last"
-    if not last.is_dir():
-        return None
-    with contextlib.closing(Checkpoints(last)) as checkpoints:
-        return checkpoints.latest()
 
 
 def _record(config: Config, run_dir: Path, dataset: Dataset, splits: Splits, files: Sequence[Path]) -> str:
@@ -346,12 +352,12 @@ def _results(
     """
     whole = plan.engine.whole(state)
     template = {"params": whole.params, "batch_stats": whole.batch_stats}
-    variables = keeper.best_variables(progress.best_step, template, config.train.ema_decay is not None)
-    trained = Run(run_dir, config, plan.model, variables, plan.dataset.classes, progress.best_step)
+    step, variables = keeper.best_variables(progress.best_step, template, config.train.ema_decay is not None)
+    trained = Run(run_dir, config, plan.model, variables, plan.dataset.classes, step)
     results = {}
     for split in _wanted(config, plan.splits):
         known = folder.saved_results(run_dir).get("test") if split == "test" else None
-        if known is None or known["step"] != progress.best_step:
+        if known is None or known["step"] != step:
             known = evaluate_run(trained, split, "best", plan.engine.predictor, plan.dataset, plan.splits)
         results[split] = known
     return results

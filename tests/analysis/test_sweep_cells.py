@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 
-from bmjax.analysis.sweep import halving
+from bmjax.analysis.sweep import halving, workers
 from bmjax.analysis.sweep.cells import Range, cells_of, draws, experiment_cells, grid, parse_space
 from bmjax.analysis.sweep.page import pairs, parallel, write_page
 from bmjax.analysis.sweep.plan import Plan, Tune, load, save
@@ -201,3 +201,15 @@ def test_pictures_leave_out_what_they_cannot_show(rows):
     assert pairs(rows, ["optim.name", "train.batch_size", "run_dir"]) != []
     assert pairs([row | {"seed": i} for i, row in enumerate(rows)], ["optim.name", "seed"]) == [("optim.name", "seed")]
     assert parallel(rows[:2], ["optim.name"], "val/accuracy", False) == "", "one row alone has the figure"
+
+
+def test_workers_share_cores_or_have_a_gpu_each(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {3, 1, 2, 0, 5}, raising=False)
+    assert workers.shares(2) == [{"cores": "0,1"}, {"cores": "2,3,5"}]
+    with pytest.raises(ValueError, match="--workers is 6; expected 1 to 5, the number of cores here"):
+        workers.shares(6)
+    monkeypatch.setattr("bmjax.environment.gpu_expected", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-7")
+    assert workers.shares(2) == [{"cores": "0,1", "gpu": "2"}, {"cores": "2,3,5", "gpu": "GPU-7"}]
+    with pytest.raises(ValueError, match="expected 1 to 2, the number of GPUs here"):
+        workers.shares(3)

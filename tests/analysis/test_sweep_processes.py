@@ -8,33 +8,39 @@ import pytest
 
 from tests.helpers.sweeps import finish, start, table, tiny
 
+
+def epochs_logged(folder):
+    """Of all cells."""
+    return sum(path.read_bytes().count(b'"kind": "epoch"') for path in (folder / "lab").glob("*/metrics.jsonl"))
+
+
 GRID = ["--grid", "optim.name=adam,sgd", "optim.lr=0.01,1e30", "seed=0:2"]
 
 
 @pytest.mark.slow
 def test_a_sweep_killed_at_five_moments_is_as_one_never_killed(tiny_config, tmp_path):
     config = tiny(tiny_config, tmp_path, epochs=25)
-    grid = ["--grid", "optim.name=adam,sgd", "train.batch_size=8,16", "seed=0:3"]
-    began = time.monotonic()
-    whole = start(config, tmp_path / "whole", *grid)
-    finish(whole)
-    took = time.monotonic() - began
-    r = random.Random(0)
-    done: dict = {}
+    grid = ["--grid", "optim.name=adam,sgd", "seed=0:4"]
+    finish(start(config, tmp_path / "whole", *grid))
+    r, killed = random.Random(0), tmp_path / "killed"
+    done: dict[str, int] = {}
     for kill in range(5):
-        process = start(config, tmp_path / "killed", *grid)
-        time.sleep(r.uniform(0.3, 0.8) * took)
-        assert process.poll() is None or kill > 1, "the machine is too fast for this test's moments"
+        goal = epochs_logged(killed) + r.randint(10, 38)  # of 8 times 25
+        process = start(config, killed, *grid)
+        until(lambda goal=goal, process=process: epochs_logged(killed) >= goal or process.poll() is not None)
+        time.sleep(r.uniform(0, 0.2))
+        assert process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.communicate()
         for name, before in done.items():
-            assert (tmp_path / "killed/lab" / name / "results.json").stat().st_mtime_ns == before, f"{name} ran twice"
-        rows = (tmp_path / "killed/lab").glob("*/row.json")
+            assert (killed / "lab" / name / "results.json").stat().st_mtime_ns == before, f"{name} ran twice"
+        rows = (killed / "lab").glob("*/row.json")
         done = {row.parent.name: (row.parent / "results.json").stat().st_mtime_ns for row in rows}
-        print(f"killed {kill + 1}: {len(done)} cells finished")
+        print(f"killed {kill + 1}: {epochs_logged(killed)} epochs logged, {len(done)} cells finished")
+    assert len(done) < 8
     finish(start(config, tmp_path / "killed", *grid))
     found = table(tmp_path / "killed")
-    assert len(found) == 12
+    assert len(found) == 8
     assert found == table(tmp_path / "whole")
     for name, before in done.items():
         assert (tmp_path / "killed/lab" / name / "results.json").stat().st_mtime_ns == before, f"{name} ran twice"
@@ -67,7 +73,7 @@ def test_workers_and_halving_give_the_table_of_one_process(tiny_config, tmp_path
         assert "Fatal" not in out
     one, two = table(tmp_path / "one"), table(tmp_path / "two")
     assert one == two
-    assert sorted(row["status"] for row in one) == ["failed"] * 4 + ["finished"] + ["paused"] * 3
+    assert sorted(row["status"] for row in one) == ["failed"] * 4 + ["finished"] * 2 + ["paused"] * 2
 
 
 @pytest.mark.slow
@@ -75,14 +81,15 @@ def test_workers_end_with_their_parent(tiny_config, tmp_path):
     config = tiny(tiny_config, tmp_path, epochs=3000)
     process = start(config, tmp_path / "run", "--grid", "seed=0:2", "--workers", "2")
     try:
-        _until(lambda: len(list((tmp_path / "run/lab").glob("*/lock"))) == 2)
+        until(lambda: len(list((tmp_path / "run/lab").glob("*/lock"))) == 2)
     finally:
         process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)  # the workers hold its output
     assert not list((tmp_path / "run/lab").glob("*/lock")), "they stopped as by SIGTERM"
 
 
-def _until(is_so, seconds=120):
+def until(is_so, seconds=120):
+    """Waits until it is."""
     end = time.monotonic() + seconds
     while not is_so():
         assert time.monotonic() < end

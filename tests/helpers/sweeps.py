@@ -36,6 +36,7 @@ def start(config: Config, folder: Path, *flags: str) -> subprocess.Popen:
     folder.mkdir(exist_ok=True)
     (folder / "lab.json").write_text(to_json(dataclasses.replace(config, run_dir="lab")))
     env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}  # each process would compile the same
     command = [sys.executable, "-c", RUN, "sweep", "lab.json", *flags]
     return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

@@ -22,6 +22,7 @@ from bmjax.analysis.compare import planning, statistics
 from bmjax.analysis.compare.cost import Cost, costs
 from bmjax.analysis.compare.design import Configs, Design, by_row, configurations, trials, tuned
 from bmjax.analysis.compare.opening import open_test
+from bmjax.analysis.compare.page import track, write_page
 from bmjax.analysis.compare.table import Comparison, about, markdown
 from bmjax.analysis.several import Crew, Shared, width
 from bmjax.config.base import Config
@@ -81,6 +82,9 @@ def compare(
     folder = run_folder(config)
     write_text(folder / "comparison.json", json.dumps(dataclasses.asdict(found), indent=2))
     write_text(folder / "comparison.md", markdown(found))
+    log.info("the page: %s", write_page(folder, found))
+    if config.tracking.wandb != "off":
+        track(folder, found, config.tracking)
     return found
 
 
@@ -107,6 +111,7 @@ def collect(config: Config, configs: Configs, baseline: str, design: Design, loo
         costs={},
         accuracies={row: tuple(h.mean(1).tolist()) for row, h in hits.items()},
         classes=classes,
+        apart=statistics.told_apart(hits, folds) if design.wanted is None else None,
         folds=design.folds,
         wanted=design.wanted,
         decided=decided,

@@ -294,6 +294,21 @@ def compare(
     return rows
 
 
+def told_apart(hits: Mapping[str, np.ndarray], folds: np.ndarray | None = None) -> tuple[tuple[str, str], ...] | None:
+    """Pairs of variants whose difference can be shown, all pairs together held to 1 - `LEVEL`; None where there are
+    too few seeds or folds for any verdict.
+
+    Each variant in turn is the baseline of those after it, with its share of the error (Bonferroni over baselines).
+    """
+    names, found = list(hits), []
+    for i, first in enumerate(names[:-1]):
+        rows = compare(hits, first, level=1 - (1 - LEVEL) / (len(names) - 1), folds=folds)
+        if rows[i + 1].shown is None:
+            return None
+        found += [(first, row.variant) for row in rows[i + 1 :] if row.shown]
+    return tuple(found)
+
+
 def corrected_resampled_t(differences: np.ndarray, test_share: float) -> float:
     """p-value of the mean of differences [f], one a fold, of any number of repetitions of a cross-validation.
 

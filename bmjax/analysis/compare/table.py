@@ -49,6 +49,8 @@ class Comparison:
     """Where seeds were added: the number of seeds after which a variant's difference was shown, or excluded."""
     rates: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
     """Learning rates chosen on validation, by row; one a fold."""
+    apart: tuple[tuple[str, str], ...] | None = None
+    """Pairs of rows that can be told apart, all pairs held to 5 % together; None where seeds were added, or too few."""
 
 
 def about(config: Config, design: Design) -> str:

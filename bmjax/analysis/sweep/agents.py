@@ -55,7 +55,12 @@ def configuration(
 
     A grid is searched whole; draws are random, or Bayesian where there is no cap. Those end early by Hyperband, a grid
     only where `halving` asks for it.
+
+    Raises:
+      ValueError: the runs would open the test split.
     """
+    if config.train.final_test or "train.final_test" in space:
+        raise ValueError("train.final_test is true; a sweep chooses on validation and refuses to read the test split")
     monitor, falls = config.train.monitor.removeprefix("-"), config.train.monitor_falls
     ranges = any(isinstance(values, Range) for values in space.values())
     method = "random" if runs is not None else "bayes" if ranges else "grid"
