@@ -1,6 +1,6 @@
 """The study's five networks on one folder of cells, each first with its backbone frozen, then whole.
 
-    bmjax train experiments/five_backbones.py --sweep --data.root FOLDER
+    bmjax sweep experiments/five_backbones.py --data.root FOLDER
 
 FOLDER has one sub-folder of images per class. Every run has the same split, seed, head and schedule. Two epochs of each
 stage show that a network trains, not how well it does: fork this file for that, with more epochs, several seeds and

@@ -38,7 +38,9 @@ def configuration(args: argparse.Namespace):
     data = dataclasses.replace(config.data, root=args.data, source=args.source)
     if args.image_size:
         data = dataclasses.replace(data, image_size=args.image_size)
-    model = dataclasses.replace(config.model, backbone=args.backbone, weights=None if args.weights == "none" else args.weights)
+    model = dataclasses.replace(
+        config.model, backbone=args.backbone, weights=None if args.weights == "none" else args.weights
+    )
     return dataclasses.replace(config, data=data, model=model, run_dir=args.out)
 
 

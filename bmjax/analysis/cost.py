@@ -1,4 +1,4 @@
-"""What an attention module costs on given features: parameters, FLOPs by XLA, measured time."""
+"""What an attention module costs on given features (parameters, FLOPs by XLA, measured time), and a train step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bmjax.config.base import Config
+from bmjax.layers.dispatch import prepare
+from bmjax.model.classifier import Classifier
 from bmjax.model.parameters import count_parameters
+from bmjax.runs.state import create_state
+from bmjax.training.losses import Loss, cross_entropy
+from bmjax.training.parallel import Parallel
+from bmjax.training.stages import StagePlan, compile_stage
 
 
 class Cost(NamedTuple):
@@ -85,3 +92,15 @@ def _step(module: nn.Module) -> Callable[[Any, jax.Array], Any]:
         return jax.grad(loss, argnums=(0, 1), has_aux=True)(variables.get("params", {}), x, rest)
 
     return step
+
+
+def step_program(config: Config, model: Classifier, plan: StagePlan, variables: Any, loss: Loss = cross_entropy) -> Any:
+    """The compiled train step of a stage on one device; nothing runs. `variables` may be shapes alone."""
+    prepare()
+    size, b = config.data.image_size, config.train.batch_size
+    shapes = {"image": ((b, size, size, 3), np.uint8), "label": ((b,), np.int32), "position": ((b,), np.int32)}
+    batch = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+    ema = config.train.ema_decay is not None
+    state = jax.eval_shape(lambda v: create_state(v, plan.optimizer.tx, plan.is_trainable, seed=0, ema=ema), variables)
+    parallel = Parallel("jit", (jax.devices()[0],))
+    return compile_stage(config, model, plan, parallel, loss).lower(state, batch).compile()

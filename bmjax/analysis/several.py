@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -29,8 +30,9 @@ def width(at_once: int | None, cached: bool) -> int:
       ValueError: not positive, or more than one end to end.
     """
     if at_once is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         cpus = jax.default_backend() == "cpu"
-        at_once = (min(2, os.cpu_count() or 1) if cpus else jax.local_device_count()) if cached else 1
+        at_once = (min(2, cores) if cpus else jax.local_device_count()) if cached else 1
     if at_once < 1 or (at_once > 1 and not cached):
         expected = "at least 1" if cached else "1 end to end, where a run has all devices"
         raise ValueError(f"--at-once is {at_once}; expected {expected}")
@@ -62,10 +64,11 @@ class Crew:
             asked = None
             while any(thread.is_alive() for thread in threads):
                 threads[0].join(0.1) if threads[0].is_alive() else time.sleep(0.1)  # signals are handled between two
-                if self.signals.stop is not None:
+                stop = self.signals.stop
+                if isinstance(stop, signal.Signals):
                     asked = asked or time.monotonic()
                     if time.monotonic() - asked > GRACE_SECONDS:
-                        exit_now(self.signals.stop)
+                        exit_now(stop)
         if self._failure is not None:
             raise self._failure
         self.signals.check()

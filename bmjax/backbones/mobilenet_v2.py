@@ -155,3 +155,20 @@ def timm_name(module: MobileNetV2, layer: str) -> str:
             if layer.startswith(f"{block}_") and (part := layer.removeprefix(f"{block}_")) in parts:
                 return f"blocks.{number}.{i}.{parts[part]}"
     raise ValueError(f"layer is {layer!r}; expected one of MobileNetV2's")
+
+
+def torchvision_name(module: MobileNetV2, layer: str) -> str:
+    """As `timm_name`, of torchvision's module: blocks are counted through, their layers have numbers."""
+    simple = {"Conv1": "features.0.0", "bn_Conv1": "features.0.1", "predictions": "classifier.1"}
+    last = sum(row.repeats for row in module.rows) + 1
+    simple |= {"Conv_1": f"features.{last}.0", "Conv_1_bn": f"features.{last}.1"}
+    if layer in simple:
+        return simple[layer]
+    inverted = {"expand": "0.0", "expand_BN": "0.1", "depthwise": "1.0", "depthwise_BN": "1.1", "project": "2"}
+    separable = {"depthwise": "0.0", "depthwise_BN": "0.1", "project": "1", "project_BN": "2"}
+    parts = [inverted | {"project_BN": "3"} if row.expansion > 1 else separable for row in module.rows]
+    numbers = [number for number, row in enumerate(module.rows) for _ in range(row.repeats)]
+    for i, (block, number) in enumerate(zip(module.stages[1:-1], numbers, strict=True)):
+        if layer.startswith(f"{block}_") and (part := layer.removeprefix(f"{block}_")) in parts[number]:
+            return f"features.{i + 1}.conv.{parts[number][part]}"
+    raise ValueError(f"layer is {layer!r}; expected one of MobileNetV2's")

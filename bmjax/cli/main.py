@@ -13,12 +13,46 @@ import sys
 from collections.abc import Sequence
 
 from bmjax import environment
-from bmjax.cli import check, compare, completion, data, doctor, explain, names, new, predict, show, train, weights
+from bmjax.cli import (
+    check,
+    compare,
+    completion,
+    data,
+    doctor,
+    evaluate,
+    explain,
+    folds,
+    names,
+    new,
+    predict,
+    show,
+    study,
+    sweep,
+    train,
+    weights,
+)
 from bmjax.cli.configured import help_asked, print_fields
 from bmjax.config.experiment import load_experiment
 from bmjax.training.signals import Interrupted, Signals
 
-VERBS = (train, compare, show, predict, names, weights, new, check, explain, data, doctor, completion)
+VERBS = (
+    train,
+    sweep,
+    folds,
+    compare,
+    show,
+    evaluate,
+    predict,
+    names,
+    weights,
+    new,
+    check,
+    explain,
+    study,
+    data,
+    doctor,
+    completion,
+)
 
 
 def make_parser() -> argparse.ArgumentParser:

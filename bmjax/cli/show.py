@@ -89,12 +89,9 @@ def _print_cost(config: Config, model: Any, plans: list[Any], variables: dict[st
     import jax
     import numpy as np
 
+    from bmjax.analysis.cost import step_program
     from bmjax.layers import prepare
-    from bmjax.runs import create_state
     from bmjax.runs.folder import image_dtype
-    from bmjax.training.losses import cross_entropy
-    from bmjax.training.parallel import Parallel
-    from bmjax.training.stages import compile_stage
     from bmjax.training.steps import make_eval_step
 
     prepare()
@@ -104,15 +101,8 @@ def _print_cost(config: Config, model: Any, plans: list[Any], variables: dict[st
     forward = jax.jit(make_eval_step(model, image_dtype=image_dtype(config))).lower(variables, {"image": image})
     if cost := forward.cost_analysis():
         print(f"one image forward: {cost['flops'] / 1e9:.2f} GFLOP")
-    shapes = {"image": ((b, size, size, 3), np.uint8), "label": ((b,), np.int32), "position": ((b,), np.int32)}
-    batch = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
-    parallel = Parallel("jit", (jax.devices()[0],))
-    ema = config.train.ema_decay is not None
     for i, plan in enumerate(plans):
-        state = jax.eval_shape(
-            lambda v, p=plan: create_state(v, p.optimizer.tx, p.is_trainable, seed=0, ema=ema), variables
-        )
-        compiled = compile_stage(config, model, plan, parallel, cross_entropy).lower(state, batch).compile()
+        compiled = step_program(config, model, plan, variables)
         text, cost, memory = f"stage {i}, one step of {b} images:", compiled.cost_analysis(), compiled.memory_analysis()
         if cost and "flops" in cost:
             text += f" {cost['flops'] / 1e9:.1f} GFLOP;"

@@ -8,7 +8,6 @@ from pathlib import Path
 from types import ModuleType
 
 from bmjax.config.base import Config, from_json
-from bmjax.config.override import changed
 from bmjax.registry import explain_error, import_file
 
 
@@ -51,25 +50,3 @@ def load_experiment(path: str) -> tuple[Config, ModuleType | None]:
         found = f"gives {config!r}" if hasattr(module, "config") else "is not there"
         raise ValueError(f"{path}: config() {found}; expected one that returns a bmjax.Config")
     return config, module
-
-
-def sweep(config: Config, module: ModuleType | None, path: str) -> list[Config]:
-    """A configuration for each of the overrides that the experiment's `sweep()` yields.
-
-    Each has a name and a folder of its own: the run's name followed by what was changed, unless the override names it.
-
-    Raises:
-      ValueError: there is no sweep(), or two of its runs have the same name.
-    """
-    if module is None or not hasattr(module, "sweep"):
-        raise ValueError(f"{path}: has no sweep(); expected one that yields overrides, such as {{'optim.lr': 0.1}}")
-    configs = []
-    for changes in module.sweep():
-        words = [f"{key.rsplit('.', 1)[-1]}={value}" for key, value in changes.items()]
-        name = changes.get("name", "-".join([config.name, *words]).replace("/", "_").replace(" ", ""))
-        run_dir = f"{config.run_dir}/{name}" if config.run_dir else ""
-        configs.append(changed(config, {"run_dir": run_dir} | changes | {"name": name}))
-    names = [c.name for c in configs]
-    if len(set(names)) < len(names):
-        raise ValueError(f"{path}: sweep() gives two runs of the same name: {', '.join(names)}")
-    return configs

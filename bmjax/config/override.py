@@ -78,16 +78,66 @@ def _spoken(arguments: Sequence[str]) -> list[str]:
     return words
 
 
+def _literal(text: str) -> Any:
+    """A list or a dict as JSON or Python writes it; None where the text is neither, or is no such value."""
+    if text[:1] not in ("[", "{", "("):
+        return None
+    for read in (json.loads, ast.literal_eval):
+        try:
+            value = read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        return list(value) if isinstance(value, tuple) else value
+    return None
+
+
+def _leaves(name: str, value: Any, hints: dict[str, Any]) -> dict[str, Any]:
+    """Dotted field -> value, of a value that stands for a group of fields: {"lr": 0.1} for `optim`."""
+    plain = ".".join(part for part in name.split(".") if not part.isdigit())
+    inner = dict(enumerate(value)) if isinstance(value, list) and plain not in hints else value
+    if not isinstance(inner, dict) or plain in hints:
+        return {name: value}
+    return {k: v for key, one in inner.items() for k, v in _leaves(f"{name}.{key}", one, hints).items()}
+
+
+def _structured(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Fields whose value is written as one list or dict, and the other arguments.
+
+    So do agents of W&B's sweeps call a program: --model.head.widths=[64, 32] --optim={'name': 'sgd', 'lr': 0.1}.
+    """
+    hints = field_types(Config)
+    found: dict[str, Any] = {}
+    rest: list[str] = []
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        flag, equals, text = word.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        plain = ".".join(part for part in name.split(".") if not part.isdigit())
+        known = any(field == plain or field.startswith(f"{plain}.") for field in hints)
+        value = None
+        if word.startswith("--") and known and hints.get(plain) is not str:
+            value = _literal(text if equals else (words or [""])[0])
+        if value is None or (typing.get_origin(hints.get(plain)) is dict and not isinstance(value, dict)):
+            rest.append(word)
+            continue
+        if not equals:
+            words.pop(0)
+        found |= _leaves(name, value, hints)
+    return found, rest
+
+
 def override(config: Config, arguments: Sequence[str], prog: str) -> Config:
     """The configuration with fields set by their dotted names: `--optim.lr 0.1 --stages.0.epochs 5`.
 
-    Types are checked; an unknown or wrong argument exits with status 2 and a suggestion. A dict is given as JSON.
+    Types are checked; an unknown or wrong argument exits with status 2 and a suggestion. A list or a dict may be given
+    as one word, as JSON or Python writes it; a dict of fields sets those of its group.
 
     Raises:
       ValueError: a value is out of range.
     """
-    import tyro
-
+    structured, arguments = _structured(arguments)
+    config = changed(config, structured) if structured else config
     registry = tyro.constructors.ConstructorRegistry()
 
     def parse(words: list[str]) -> dict[str, Any]:

@@ -169,9 +169,18 @@ class TrainConfig:
     """Epochs between `last` checkpoints."""
     checkpoint_steps: int | None = None
     """Also every so many steps."""
+    checkpoint_minutes: float | None = 15.0
+    """Also after so many minutes without one, between two steps, on one host; none: never."""
+    profile: str | None = None
+    """`10:15` writes a trace of the steps from 10 to 15 into the run's folder (`profile/`), for XProf, TensorBoard or
+    Perfetto; with cached features of the whole stretches that hold them. none: no trace."""
     train_eval_epochs: int = 1
     """Epochs between evaluations of the train split in eval mode; 0: only at the end. Each costs a forward pass of the
     whole train split, about a third of an epoch's time."""
+    recompute_statistics: Literal["auto", "always", "never"] = "auto"
+    """Whether batch-norm's running statistics are recomputed after each epoch, before it is evaluated, by one pass over
+    the training images as evaluation sees them. `auto`: where the norms of a part go by the batch for fewer than 299
+    steps in all, after which the running ones would still hold over 5 % of what they began with."""
     monitor: str = "accuracy"
     """Validation figure that picks the best checkpoint and drives early stopping: a built-in one (accuracy, macro_f1,
     balanced_accuracy, loss, ece) or one of `metrics`, by its short name. The largest is the best; the smallest after a
@@ -224,6 +233,10 @@ class TrainConfig:
             self.checkpoint_steps,
             ">= 1",
         )
+        steps = [int(n) if n.isdecimal() else -1 for n in (self.profile or "0:1").split(":")]
+        check(len(steps) == 2 and 0 <= steps[0] < steps[1], "train.profile", self.profile, "START:END, as 10:15")
+        minutes = self.checkpoint_minutes
+        check(minutes is None or minutes > 0, "train.checkpoint_minutes", minutes, "> 0 or none")
         check(self.train_eval_epochs >= 0, "train.train_eval_epochs", self.train_eval_epochs, ">= 0")
         check(self.devices is None or self.devices >= 1, "train.devices", self.devices, ">= 1 or none")
         check(

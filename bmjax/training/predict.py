@@ -56,13 +56,21 @@ class Predictor:
     """
 
     def __init__(
-        self, config: Config, model: Classifier, signals: Signals | None = None, parallel: Parallel | None = None
+        self,
+        config: Config,
+        model: Classifier,
+        signals: Signals | None = None,
+        parallel: Parallel | None = None,
+        *,
+        features: bool = False,
     ):
         self._parallel = parallel or Parallel.create(config.train.parallel, config.train.devices)
         self.batch_size = math.ceil(config.train.eval_batch_size / self._parallel.size) * self._parallel.size
         self._signals = signals
         self._metrics = load_metrics(config.train.metrics)
-        step = at_precision(make_eval_step(model, image_dtype=image_dtype(config)), config.train.precision)
+        step = at_precision(
+            make_eval_step(model, image_dtype=image_dtype(config), features=features), config.train.precision
+        )
         self._step = self._parallel.compile_step(step, donate=False)
 
     def __call__(self, variables: Tree, dataset: Dataset, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -71,17 +79,26 @@ class Predictor:
         Raises:
           Interrupted: a signal came between two batches.
         """
-        return self.on_devices(self._parallel.to_devices(variables), dataset, rows)
+        return self.on_devices(self.to_devices(variables), dataset, rows)
+
+    def to_devices(self, variables: Tree) -> Tree:
+        """Variables for `on_devices` and `outputs`."""
+        return self._parallel.to_devices(variables)
 
     def on_devices(self, variables: Tree, dataset: Dataset, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """As a call, of variables that are on the devices already."""
-        probs, done = [], []
+        outputs, done = self.outputs(variables, dataset, rows)
+        return softmax(outputs["logits"]), done
+
+    def outputs(self, variables: Tree, dataset: Dataset, rows: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """As `on_devices`, with logits [n, k] in place of probabilities, and features [n, c] if they are asked for."""
+        landed, done = [], []
         flying: deque[tuple[Any, dict[str, np.ndarray]]] = deque()
 
         def land() -> None:
             outputs, batch = flying.popleft()
             real = batch["weight"] > 0
-            probs.append(softmax(self._parallel.batch_to_host(outputs)["logits"][real]))
+            landed.append({name: x[real] for name, x in self._parallel.batch_to_host(outputs).items()})
             done.append(batch["index"][real])
 
         for batch in read_ahead(eval_batches(dataset, rows, self.bucket(len(rows)))):
@@ -92,7 +109,7 @@ class Predictor:
                 land()
         while flying:
             land()
-        return np.concatenate(probs), np.concatenate(done)
+        return {name: np.concatenate([one[name] for one in landed]) for name in landed[0]}, np.concatenate(done)
 
     def bucket(self, n: int) -> int:
         """Images in a batch where n are asked for. Where whole batches would be padding for the most part, it is the
@@ -180,9 +197,16 @@ def predict_probs(run: Run, images: np.ndarray, predictor: Predictor | None = No
     n = len(images)
     if not n:
         return np.zeros((0, len(run.classes)), np.float32)
-    unlabelled = Dataset(
+    predictor = predictor or Predictor(run.config, run.model)
+    return predictor(run.variables, unlabelled(images, run.classes), np.arange(n))[0]
+
+
+def unlabelled(images: np.ndarray, classes: tuple[str, ...]) -> Dataset:
+    """Images uint8 [n, s, s, 3] of which nothing is known, as a dataset; all labels are 0."""
+    n = len(images)
+    return Dataset(
         name="images",
-        classes=run.classes,
+        classes=classes,
         images=images,
         labels=np.zeros(n, np.int32),
         ids=tuple(map(str, range(n))),
@@ -190,8 +214,6 @@ def predict_probs(run: Run, images: np.ndarray, predictor: Predictor | None = No
         fingerprint="",
         skipped=(),
     )
-    predictor = predictor or Predictor(run.config, run.model)
-    return predictor(run.variables, unlabelled, np.arange(n))[0]
 
 
 def track_results(run_dir: Path, tracker: Tracker, dataset: Dataset, results: dict[str, dict[str, Any]]) -> None:

@@ -14,6 +14,7 @@ from bmjax.config.data import AugmentConfig
 from bmjax.config.training import BatchNormConfig
 from bmjax.data.augment.augment import augment, mix
 from bmjax.layers.collectives import all_sum
+from bmjax.layers.ops import at_least_float32
 from bmjax.model.classifier import Classifier
 from bmjax.model.parameters import Path, Tree, merge_params, split_params
 from bmjax.runs.state import TrainState
@@ -129,11 +130,22 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(model: Classifier, *, image_dtype: Any = jnp.float32) -> Callable[[Tree, Batch], Metrics]:
-    """eval_step(variables, batch) -> {"logits" [b, k]}; `batch` holds image uint8 [b, h, w, 3]."""
+def make_eval_step(
+    model: Classifier, *, image_dtype: Any = jnp.float32, features: bool = False
+) -> Callable[[Tree, Batch], Metrics]:
+    """eval_step(variables, batch) -> {"logits" [b, k]}, and with `features` those before the head, "features" [b, c];
+    `batch` holds image uint8 [b, h, w, 3]."""
+
+    def head(module: Classifier, x: jax.Array) -> jax.Array:
+        return module.head(x, train=False)
 
     def eval_step(variables: Tree, batch: Batch) -> Metrics:
-        logits: Any = model.apply(variables, batch["image"].astype(image_dtype), train=False)
-        return {"logits": logits}
+        images = batch["image"].astype(image_dtype)
+        if not features:
+            logits: Any = model.apply(variables, images, train=False)
+            return {"logits": logits}
+        pooled: Any = model.apply(variables, images, train=False, output="features")
+        logits = model.apply(variables, pooled, method=head)
+        return {"logits": logits.astype(at_least_float32(logits.dtype)), "features": pooled.astype(logits.dtype)}
 
     return eval_step

@@ -1,13 +1,14 @@
 """Experiment files, and fields overridden by their dotted names."""
 
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 
-from bmjax.config import Config, ModelConfig, StageConfig, from_json, to_json
-from bmjax.config.experiment import load_experiment, sweep
+from bmjax.config import Config, ModelConfig, OptimConfig, StageConfig, TrackingConfig, from_json, to_json
+from bmjax.config.experiment import load_experiment
 from bmjax.config.override import changed, field_types, override
 
 EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
@@ -26,7 +27,7 @@ def test_shipped_experiments_round_trip_to_json():
         config, module = load_experiment(str(file))
         assert from_json(to_json(config)) == config
         assert module is not None
-        assert f"bmjax train experiments/{file.name}" in (module.__doc__ or "")
+        assert re.search(rf"bmjax (train|sweep) experiments/{re.escape(file.name)}", module.__doc__ or "")
 
 
 def test_experiments_come_from_a_file_a_config_or_a_run(tmp_path):
@@ -166,31 +167,40 @@ def test_changes_are_checked():
             changed(Config(), changes)
 
 
-def test_a_sweep_gives_each_run_a_name_and_a_folder(tmp_path):
-    body = "def config(): return Config(name='e')\ndef sweep():\n"
-    body += "    for lr in (0.1, 0.01): yield {'optim.lr': lr, 'data.root': 'a/b'}\n    yield {'name': 'last'}\n"
-    path = experiment(tmp_path, body)
-    config, module = load_experiment(path)
-    found = sweep(config, module, path)
-    assert [c.name for c in found] == ["e-lr=0.1-root=a_b", "e-lr=0.01-root=a_b", "last"]
-    assert [c.optim.lr for c in found] == [0.1, 0.01, None]
-    assert [c.run_dir for c in found] == [""] * 3
-    below = sweep(Config(name="e", run_dir="runs/s"), module, path)
-    assert [c.run_dir for c in below] == [f"runs/s/{c.name}" for c in found]
+AGENTS = [
+    ("optim.lr", 0.0001),
+    ("augment.flip", False),
+    ("optim.nesterov", True),
+    ("optim.lr", None),
+    ("model.head.widths", [64]),
+    ("tracking.tags", ["a b", "c"]),
+    ("tracking.tags", []),
+    ("stages.0.train", ["attention", "head"]),
+    ("model.attention_options", {"ratio": 4, "on": True, "kind": "it's"}),
+    ("data.root", "[a]"),
+    ("name", "{'a': 1}"),
+]
 
 
-@pytest.mark.parametrize(
-    ("body", "message"),
-    [
-        ("def config(): return Config()", r"has no sweep\(\)"),
-        ("def config(): return Config()\ndef sweep(): return [{'name': 'a'}] * 2", "two runs of the same name"),
-        ("def config(): return Config()\ndef sweep(): yield {'optim.lrr': 1}", "did you mean 'lr'"),
-    ],
-)
-def test_a_wrong_sweep_is_refused_before_anything_runs(tmp_path, body, message):
-    path = experiment(tmp_path, body)
-    with pytest.raises(ValueError, match=message):
-        sweep(*load_experiment(path), path)
+@pytest.mark.parametrize(("field", "value"), AGENTS)
+@pytest.mark.parametrize("form", ["args", "args_no_equals"])
+def test_values_as_agents_of_wandb_pass_them(field, value, form):
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
+
+    arguments = create_sweep_command_args({"args": {field: {"value": value}}})[form]
+    base = Config(tracking=TrackingConfig(tags=("x",)))
+    assert override(base, arguments, "bmjax train e.py") == changed(base, {field: value})
+
+
+def test_a_dict_sets_the_fields_of_its_group_and_leaves_the_others():
+    base = Config(optim=OptimConfig(clip_norm=3.0), stages=(StageConfig(), StageConfig(epochs=2, lr_scale=0.5)))
+    arguments = ["--optim={'name': 'sgd', 'schedule': {'kind': 'cosine'}}", "--stages=[{'epochs': 4}, {'epochs': 5}]"]
+    found = override(base, [*arguments, "--seed=3"], "bmjax train e.py")
+    expected = {"optim.name": "sgd", "optim.schedule.kind": "cosine", "stages.0.epochs": 4, "stages.1.epochs": 5}
+    assert found == changed(base, expected | {"seed": 3})
+    assert (found.optim.clip_norm, found.stages[1].lr_scale) == (3.0, 0.5)
+    with pytest.raises(ValueError, match="did you mean 'lr'"):
+        override(base, ["--optim={'lrr': 1}"], "bmjax train e.py")
 
 
 def test_configurations_need_no_jax():

@@ -8,7 +8,20 @@ import pytest
 
 from tests.helpers import pages
 
-ROOMS = ("", "attention", "backbones", "cli", "config", "data", "layers", "model", "runs", "training", "weights")
+ROOMS = (
+    "",
+    "analysis",
+    "attention",
+    "backbones",
+    "cli",
+    "config",
+    "data",
+    "layers",
+    "model",
+    "runs",
+    "training",
+    "weights",
+)
 API = sorted((pages.DOCS / "api").glob("*.md"))
 OWN_TEST = {pages.DOCS / "extending.md"}
 PAGES = [p for p in pages.PAGES if p not in OWN_TEST and any(b.language == "python" for b in pages.blocks(p))]

@@ -1,8 +1,6 @@
 """The same numbers on one device, on four under jit and on four under pmap; batches of any size."""
 
 import dataclasses
-import logging
-import re
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +16,6 @@ from bmjax.runs.state import create_state
 from bmjax.training.losses import make_loss
 from bmjax.training.parallel import Parallel, largest_divisor
 from bmjax.training.predict import Predictor
-from bmjax.training.progress import announced
 from bmjax.training.stages import compile_stage, plan_stages
 
 STEPS = 5
@@ -123,11 +120,3 @@ def test_few_images_are_not_padded_to_a_whole_batch(tiny_config):
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, devices=1))
     on_one = Predictor(config, create(config.model, 2))
     assert [on_one.bucket(n) for n in (1, 2, 3, 16, 17)] == [1, 2, 4, 16, 64]
-
-
-def test_the_first_call_of_a_step_says_how_long_it_took(caplog):
-    step = announced(lambda state, batch: state + batch, stage=2)
-    with caplog.at_level(logging.INFO, logger="bmjax.training.progress"):
-        assert [step(1, 2), step(3, 4)] == [3, 7]
-    assert len(caplog.messages) == 1
-    assert re.fullmatch(r"stage 2: its step compiled, or was read from the cache, in \d+\.\d s", caplog.messages[0])

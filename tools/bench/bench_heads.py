@@ -172,6 +172,34 @@ def stacked(args: argparse.Namespace) -> tuple[float, float]:
     return statistics.median(seconds[0]), statistics.median(seconds[1])
 
 
+def keras_fit(
+    inputs: Any, features: Any, data: Any, optimizer: Any, epochs: int, batch: int = BATCH, **compiled: Any
+) -> tuple[Any, float]:
+    """Keras's model of the added head on features [b, c], trained by `fit` on data ((x, y), (x, y) of validation), with
+    the weights of its best epoch; and the validation accuracy of that."""
+    import keras
+    from keras import layers
+
+    x = layers.Dropout(DROPOUT)(layers.BatchNormalization()(features))
+    outputs = layers.Dense(CLASSES)(layers.Dense(WIDTH, activation="relu")(x))
+    model = keras.Model(inputs, outputs)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer, loss, metrics=["accuracy"], **compiled)
+    best = keras.callbacks.EarlyStopping("val_accuracy", patience=epochs, restore_best_weights=True)
+    (images, labels), validation = data
+    history: Any = model.fit(
+        images,
+        labels,
+        batch_size=batch,
+        epochs=epochs,
+        validation_data=validation,
+        validation_batch_size=64,
+        callbacks=[best],
+        verbose=0,  # pyright: ignore[reportArgumentType]
+    )
+    return model, max(history.history["val_accuracy"])
+
+
 def keras_train(args: argparse.Namespace) -> tuple[float, Seconds]:
     import keras
     from keras import layers, ops
@@ -234,23 +262,9 @@ def keras_train(args: argparse.Namespace) -> tuple[float, Seconds]:
 
     def train(variant: str) -> None:
         inputs = keras.Input(maps.shape[1:])
-        x = layers.GlobalAveragePooling2D()(attention(inputs, variant))
-        x = layers.Dropout(DROPOUT)(layers.BatchNormalization()(x))
-        outputs = layers.Dense(CLASSES)(layers.Dense(WIDTH, activation="relu")(x))
-        model = keras.Model(inputs, outputs)
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        model.compile(keras.optimizers.Adam(RATE), loss, metrics=["accuracy"])
-        best = keras.callbacks.EarlyStopping("val_accuracy", patience=args.epochs, restore_best_weights=True)
-        model.fit(
-            maps[train_split],
-            labels[train_split],
-            batch_size=BATCH,
-            epochs=args.epochs,
-            validation_data=(maps[val], labels[val]),
-            validation_batch_size=64,
-            callbacks=[best],
-            verbose=0,  # pyright: ignore[reportArgumentType]
-        )
+        pooled = layers.GlobalAveragePooling2D()(attention(inputs, variant))
+        data = ((maps[train_split], labels[train_split]), (maps[val], labels[val]))
+        model, _ = keras_fit(inputs, pooled, data, keras.optimizers.Adam(RATE), args.epochs)
         model.predict(maps[test], batch_size=64, verbose=0)  # pyright: ignore[reportArgumentType]
 
     taken: Seconds = {}

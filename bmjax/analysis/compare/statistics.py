@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -328,6 +328,22 @@ def corrected_resampled_t(differences: np.ndarray, test_share: float) -> float:
     if error == 0:
         return 1.0 if mean == 0 else 0.0
     return float(2 * student.sf(abs(mean) / error, f - 1))
+
+
+def corrected_resampled_interval(
+    values: Sequence[float], test_share: float, level: float = LEVEL
+) -> tuple[float, float]:
+    """Interval of the mean of a figure over folds, values [f], by the variance of `corrected_resampled_t`.
+
+    It is about training sets of a fold's size. Raises a ValueError for fewer than two values.
+    """
+    from scipy.stats import t as student
+
+    f = len(values)
+    if f < 2:
+        raise ValueError(f"{f} values; expected at least two folds")
+    half = student.isf((1 - level) / 2, f - 1) * np.sqrt(np.var(values, ddof=1) * (1 / f + test_share))
+    return float(np.mean(values) - half), float(np.mean(values) + half)
 
 
 def verdict(row: Row, baseline: str, n: int, seeds: int, folds: int = 0) -> str:

@@ -10,6 +10,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from bmjax.analysis.evaluate.refusal import risk_coverage
 from bmjax.files import printable
 from bmjax.runs.records import Predictions, interval_text, most_wrong, reliability
 
@@ -40,7 +41,8 @@ def save(figure: Figure, file: str | Path | IO[bytes], dpi: int) -> None:
         figure.savefig(file, format="png", dpi=dpi)
 
 
-def _plain(axis: Axes) -> None:
+def plain(axis: Axes) -> None:
+    """The look of every diagram: a faint grid, no frame above and on the right."""
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.25)
 
@@ -75,7 +77,7 @@ def curves(steps: list[dict[str, Any]], epochs: list[dict[str, Any]]) -> Figure:
         axis.set_xlabel("epoch" if epochs else "step")
         axis.set_xlim(left=0)
         axis.xaxis.get_major_locator().set_params(integer=True)
-        _plain(axis)
+        plain(axis)
     for axis in (loss, accuracy):
         if axis.has_data():
             axis.legend(frameon=False, fontsize=8)
@@ -124,7 +126,18 @@ def calibration(predictions: Predictions, bins: int = 10) -> Figure:
     below.hist(predictions.confidence, np.linspace(0, 1, bins + 1), color=TRAIN, alpha=0.7)
     below.set(xlabel="confidence", ylabel="n")
     for axis in (above, below):
-        _plain(axis)
+        plain(axis)
+    return figure
+
+
+def selective(predictions: Predictions) -> Figure:
+    """The share of wrong answers against the share answered, the surest first."""
+    covered, risk, _ = risk_coverage(predictions.confidence, predictions.predicted == predictions.labels)
+    figure = new_figure(4.6, 3.2)
+    axis = figure.subplots()
+    axis.step(covered, risk, where="post", color=TRAIN, lw=1.5)
+    axis.set(xlabel="share answered", ylabel="share of these wrong", xlim=(0, 1), ylim=(0, None))
+    plain(axis)
     return figure
 
 

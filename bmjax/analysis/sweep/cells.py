@@ -23,6 +23,7 @@ _RANGE = re.compile(rf"({_NUMBER})\.\.({_NUMBER})")
 _COUNT = re.compile(r"(-?\d+):(-?\d+)(?::(\d+))?")
 _WORDS = {"none": None, "null": None, "true": True, "false": False}
 _LONGEST = 120  # letters of a cell's name, which is the name of a folder
+_OWN = {"name", "run_dir"}  # of each cell in any case, and so no columns
 _OPEN, _CLOSED = "([{", ")]}"
 
 
@@ -71,14 +72,14 @@ def cells_of(config: Config, changes: Iterable[Mapping[str, Any]]) -> list[Cell]
     if not sets:
         raise ValueError("a sweep of no cell; expected at least one set of changes, such as {'optim.lr': 0.1}")
     base = run_folder(config)
-    shorts = _short_names({field for one in sets for field in one})
+    shorts = _short_names({field for one in sets for field in one} - _OWN)
     group = config.tracking.group or config.name
     cells = []
     for one in sets:
-        name = str(one.get("name", "")) or _name(one, shorts)
+        fields = {field: value for field, value in one.items() if field not in _OWN}
+        name = str(one.get("name", "")) or _name(fields, shorts)
         own = {"run_dir": str(base / name), "tracking.group": group} | one | {"name": f"{config.name}-{name}"}
-        own_fields = {field: value for field, value in one.items() if field not in ("name", "run_dir")}
-        cells.append(Cell(name, own_fields, changed(config, own)))
+        cells.append(Cell(name, fields, changed(config, own)))
     for what, found in (("name", [c.name for c in cells]), ("folder", [c.config.run_dir for c in cells])):
         twice = [name for name, n in Counter(found).items() if n > 1]
         if twice:

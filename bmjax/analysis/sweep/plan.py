@@ -54,10 +54,10 @@ def save(plan: Plan) -> None:
     tree["cells"] = [
         {"name": c.name, "changes": c.changes, "config": json.loads(to_json(c.config))} for c in plan.cells
     ]
-    tree["tune"] = plan.tune and dataclasses.asdict(plan.tune)
     if plan.tune is not None:
         space = plan.tune.space.items()
-        tree["tune"]["space"] = {k: dataclasses.asdict(v) if isinstance(v, Range) else v for k, v in space}
+        spelled = {k: dataclasses.asdict(v) if isinstance(v, Range) else v for k, v in space}
+        tree["tune"] = dataclasses.asdict(plan.tune) | {"space": spelled}
     plan.folder.mkdir(parents=True, exist_ok=True)
     write_text(plan.folder / "sweep.json", json.dumps(tree, indent=1))
 

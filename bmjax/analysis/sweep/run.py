@@ -21,6 +21,8 @@ from bmjax.analysis.sweep.rows import FAILED, FINISHED, Row, read_row, score
 from bmjax.analysis.sweep.table import ranked
 from bmjax.analysis.sweep.work import Round, Trainer
 from bmjax.config.base import Config
+from bmjax.config.model import ModelConfig
+from bmjax.model.create import resolve
 from bmjax.runs.folder import check_folder
 from bmjax.training.run import complete
 
@@ -88,6 +90,7 @@ def checked(cells: Sequence[Cell]) -> list[Cell]:
     if len(monitors) != 1:
         raise ValueError(f"train.monitor is {', '.join(sorted(monitors))}; expected one figure that picks among cells")
     found = []
+    models: dict[str, ModelConfig] = {}
     for cell in cells:
         if cell.config.train.final_test:
             raise ValueError(
@@ -95,10 +98,19 @@ def checked(cells: Sequence[Cell]) -> list[Cell]:
                 "refuses to read the test split, for a choice among tested models is no longer tested. Expected false; "
                 "open it once, for the cell that you choose: bmjax eval FOLDER --split test"
             )
-        full = complete(cell.config)
+        full = complete(dataclasses.replace(cell.config, model=_resolved(cell.config.model, models)))
         check_folder(Path(full.run_dir), full, resume=True)
         found.append(dataclasses.replace(cell, config=full))
     return found
+
+
+def _resolved(model: ModelConfig, known: dict[str, ModelConfig]) -> ModelConfig:
+    """The model with what its weights decide, whose file is read once for all cells that have it."""
+    key = repr((model.backbone, model.backbone_options, model.weights, model.preprocess))
+    if key not in known:
+        known[key] = resolve(model)
+    decided = known[key]
+    return dataclasses.replace(model, backbone_options=decided.backbone_options, preprocess=decided.preprocess)
 
 
 def execute(plan: Plan, workers: int = 1) -> Sweep:

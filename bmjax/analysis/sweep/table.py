@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from bmjax.analysis.sweep.rows import FINISHED, Row, score
+from bmjax.analysis.sweep.rows import FINISHED, TIMES, Row, score
 from bmjax.files import printable, write_bytes
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
-    """Every column of any row, in the order in which they come up."""
-    return list(dict.fromkeys(name for row in rows for name in row))
+    """Every column of any row, in the order in which they come up; those of time last."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [*(name for name in names if name not in TIMES), *(name for name in names if name in TIMES)]
 
 
 def write_tables(folder: Path, rows: Sequence[Row]) -> None:
@@ -56,7 +57,7 @@ def text_table(rows: Sequence[Row], fields: Sequence[str], monitor: str, *, fall
     header = [*fields, f"val {figure}, best epoch (95 %)", "n", "best epoch", "s", "images/s", "status"]
     lines = [header]
     for row in ranked(rows, falls)[:limit]:
-        own = [printable(row.get(field, "")) for field in fields]
+        own = [value_text(row.get(field, "")) for field in fields]
         n = str(row.get("val/n", ""))
         where = str(row.get("best_epoch", ""))
         speed = "" if row.get("images_per_second") is None else f"{row['images_per_second']:.0f}"
@@ -67,6 +68,11 @@ def text_table(rows: Sequence[Row], fields: Sequence[str], monitor: str, *, fall
     shown = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
     left = f"\n... {len(rows) - limit} more in results.csv" if len(rows) > limit else ""
     return "\n".join([shown[0], "-" * len(shown[0]), *shown[1:]]) + left
+
+
+def value_text(value: object) -> str:
+    """A field's value in few letters."""
+    return f"{value:.4g}" if isinstance(value, float) else printable(value)
 
 
 def figure_text(row: Row, figure: str) -> str:

@@ -17,9 +17,13 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bmjax import environment
 from bmjax.training.signals import GRACE_SECONDS, Interrupted, Signals
+
+if TYPE_CHECKING:
+    from bmjax.analysis.sweep.plan import Plan
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +55,7 @@ def shares(count: int) -> list[dict[str, str]]:
     return [share | {"gpu": own[i]} for i, share in enumerate(found)] if own else found
 
 
-def run_workers(plan, count: int) -> None:
+def run_workers(plan: Plan, count: int) -> None:
     """Runs `count` workers on the plan's folder and returns when all have ended.
 
     Raises:
@@ -62,8 +66,10 @@ def run_workers(plan, count: int) -> None:
     signals = Signals()
     with signals, contextlib.ExitStack() as stack:
         stack.callback(_end, processes)
+        path = os.pathsep.join(filter(None, sys.path))  # parts of one's own are found as here
         for share in shares(count):
-            env = os.environ | ({"CUDA_VISIBLE_DEVICES": share["gpu"]} if "gpu" in share else {})
+            env = os.environ | {"PYTHONPATH": path}
+            env |= {"CUDA_VISIBLE_DEVICES": share["gpu"]} if "gpu" in share else {}
             command = [sys.executable, "-m", "bmjax.analysis.sweep.workers", str(plan.folder), share["cores"]]
             processes.append(subprocess.Popen(command, env=env, stdin=subprocess.PIPE))
         while any(process.poll() is None for process in processes):
@@ -92,7 +98,7 @@ def _follow_parent() -> None:
     """Stops this process when its parent, which holds the other end of its input, is gone."""
 
     def wait() -> None:
-        sys.stdin.buffer.read()
+        os.read(0, 1)  # nothing is ever written; not sys.stdin, whose lock would outlive the interpreter
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=wait, daemon=True).start()
