@@ -279,29 +279,32 @@ class WandbTracker:
     def summary(self, metrics: dict[str, Any]) -> None:
         self._jobs.put(lambda run: run.summary.update(_shown(metrics)))
 
-    def confusion(self, labels: np.ndarray, predictions: np.ndarray, classes: Sequence[str]) -> None:
+    def made(self, make: Callable[[Any], dict[str, Any]]) -> None:
+        """Logs what `make` makes of the module wandb: tables and pictures by name."""
+
         def job(run: Any) -> None:
             import wandb
 
-            matrix = {"y_true": labels.tolist(), "preds": predictions.tolist(), "class_names": _shown(classes)}
-            run.log({"confusion": wandb.plot.confusion_matrix(**matrix)})
+            run.log(make(wandb))
 
         self._jobs.put(job)
+
+    def confusion(self, labels: np.ndarray, predictions: np.ndarray, classes: Sequence[str]) -> None:
+        matrix = {"y_true": labels.tolist(), "preds": predictions.tolist(), "class_names": _shown(classes)}
+        self.made(lambda wandb: {"confusion": wandb.plot.confusion_matrix(**matrix)})
 
     def mispredicted(
         self, images: np.ndarray, labels: np.ndarray, probs: np.ndarray, ids: Sequence[str], classes: Sequence[str]
     ) -> None:
-        def job(run: Any) -> None:
-            import wandb
-
+        def make(wandb: Any) -> dict[str, Any]:
             table = wandb.Table(columns=["id", "cell", "true", "predicted", "probability"])
             names = _shown(classes)
             for image, label, p, name in zip(images, labels, probs, _shown(ids), strict=True):
                 top = int(p.argmax())
                 table.add_data(name, wandb.Image(image), names[label], names[top], float(p[top]))
-            run.log({"mispredicted": table})
+            return {"mispredicted": table}
 
-        self._jobs.put(job)
+        self.made(make)
 
     def checkpoint_artifact(self, folder: Path, metadata: dict[str, Any]) -> None:
         def job(run: Any) -> None:
@@ -336,24 +339,6 @@ def register_sweep(tree: dict[str, Any], project: str) -> str | None:
     except (wandb.Error, OSError) as e:
         log.warning("W&B: %s: %s, so the sweep is not registered", type(e).__name__, e)
         return None
-
-
-def log_table(
-    config: TrackingConfig,
-    folder: Path,
-    run_id: str,
-    name: str,
-    table: tuple[Sequence[str], Sequence[Sequence[str]]],
-    pictures: dict[str, Path],
-) -> None:
-    """A W&B run of its own with one table (columns, rows) and the pictures that there are."""
-    tracker = WandbTracker(config, folder, run_id, {"name": name})
-    columns, rows = table
-    wandb, run = tracker._wandb, tracker._run
-    logged: dict[str, Any] = {"comparison": wandb.Table(columns=_shown(columns), data=_shown(rows))}
-    logged |= {key: wandb.Image(str(path)) for key, path in pictures.items() if path.is_file()}
-    run.log({"global_step": 0} | logged)
-    tracker.close()
 
 
 class MultiTracker:

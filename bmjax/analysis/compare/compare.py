@@ -169,8 +169,8 @@ class _Runs:
         prepared = self._shared.prepared(run) if run.features.cached else None
         result = train_run(run, resume=True, prepared=prepared, signals=self._crew.signals)
         self._crew.signals.check()
-        # What a resume would need; a comparison may have hundreds, each with the whole network.
-        if hosts.leads():
+        # There are hundreds, each checkpoint with the whole network.
+        if (run.data.folds or self._word == "trial") and hosts.leads():
             shutil.rmtree(Path(run.run_dir) / "checkpoints" / "last", ignore_errors=True)
         figure = run.train.monitor.removeprefix("-")
         value, took = result.metrics["val"][figure], time.perf_counter() - start

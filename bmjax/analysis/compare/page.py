@@ -11,7 +11,8 @@ from bmjax.analysis.compare.table import Comparison, cells, header, note, tested
 from bmjax.analysis.report import html
 from bmjax.analysis.report.figures import save
 from bmjax.config.training import TrackingConfig
-from bmjax.runs.tracking import log_table
+from bmjax.files import printable
+from bmjax.runs.tracking import WandbTracker
 
 PICTURES = {"cost": against_cost, "differences": differences, "apart": critical_differences}
 _TITLES = {
@@ -53,7 +54,15 @@ def write_page(folder: Path, c: Comparison) -> Path:
 
 def track(folder: Path, c: Comparison, tracking: TrackingConfig) -> None:
     """Logs table and pictures to W&B, in the group of the comparison's runs."""
-    pictures = {name: folder / f"comparison_{name}.png" for name in PICTURES}
-    tracking = dataclasses.replace(tracking, group=tracking.group or c.name)
+    pictures = {name: path for name in PICTURES if (path := folder / f"comparison_{name}.png").is_file()}
+    rows = [[printable(cell) for cell in row] for row in cells(c)]
     run_id = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]  # called again it goes on with the same
-    log_table(tracking, folder, run_id, f"{c.name}-comparison", (header(c), cells(c)), pictures)
+    tracking = dataclasses.replace(tracking, group=tracking.group or c.name)
+    tracker = WandbTracker(tracking, folder, run_id, {"name": f"{c.name}-comparison"})
+    tracker.made(
+        lambda wandb: (
+            {"comparison": wandb.Table(columns=header(c), data=rows)}
+            | {name: wandb.Image(str(path)) for name, path in pictures.items()}
+        )
+    )
+    tracker.close()
