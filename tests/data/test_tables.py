@@ -77,7 +77,8 @@ def test_numbers_are_labels_too_and_columns_may_lack(folder):
     assert list_table(write(folder / "t.csv", spelled, ("path", "label", "split"))).sides[:3] == ("val", "", "test")
 
 
-def test_an_unreadable_image_keeps_its_neighbours_rows(folder, tmp_path):
+def test_an_unreadable_image_keeps_its_neighbours_rows(folder, tmp_path, caplog):
+    caplog.set_level("INFO")
     (folder / "a/2.png").write_bytes(b"junk")
     table = write(folder / "cells.csv", ROWS)
     config = DataConfig(source="table", root=str(table), image_size=16, cache_dir=str(tmp_path / "cache"))
@@ -87,6 +88,7 @@ def test_an_unreadable_image_keeps_its_neighbours_rows(folder, tmp_path):
         tuple(column) for column in (list(zip(*kept, strict=True))[i] for i in (0, 2, 3))
     ]
     assert dataset.skipped == (("a/2.png", "not an image of a known kind"),)
+    assert "2 classes; 12 files seen, 11 used; passed over: 1 images that can't be read" in caplog.text
 
 
 def test_the_order_of_the_rows_is_the_images(folder, tmp_path):

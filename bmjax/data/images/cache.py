@@ -5,6 +5,7 @@ Written under another name and renamed when complete, so a kill never leaves hal
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -20,7 +21,7 @@ from bmjax.data.dataset import Dataset
 from bmjax.data.images.decode import decode_images
 from bmjax.data.images.stain import METHODS, normalised
 from bmjax.data.progress import Meter
-from bmjax.data.sources.listing import Listing, read_each
+from bmjax.data.sources.listing import Listing, Seen, read_each
 from bmjax.files import mapped, temporary_folder
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,8 @@ def stained(source: Iterable[np.ndarray | str], config: DataConfig) -> Iterable[
 def listed_dataset(listing: Listing, config: DataConfig, cache_dir: Path, *, progress: bool = True) -> Dataset:
     """The images of a listing, from the cache or decoded into it, as `config` says.
 
-    Unreadable images are left out, and named in one warning and in `skipped`. Files are hashed at every call, so a
+    Unreadable images are left out, and named in one warning and in `skipped`. One line of the log says how many files
+    were seen and what became of them. Files are hashed at every call, so a
     changed file is never taken for its old self.
 
     Raises:
@@ -71,6 +73,9 @@ def listed_dataset(listing: Listing, config: DataConfig, cache_dir: Path, *, pro
         if not (labels == label).any():
             where = os.path.join(listing.origin, name)
             raise ValueError(f"{where}: none of its images can be read; expected at least one")
+    seen = listing.seen or Seen(files=len(entries))
+    seen = dataclasses.replace(seen, used=len(kept), unreadable=len(errors))
+    log.info("%s: %d classes; %s", listing.origin, len(listing.classes), seen)
     return Dataset(
         name=listing.name or Path(listing.origin).resolve().name,
         classes=listing.classes,

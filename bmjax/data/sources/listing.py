@@ -43,7 +43,7 @@ SYSTEM_FOLDERS = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """What a folder or an archive holds, by what became of it: `files` is the sum of `used` and all passed over.
+    """What a source holds, by what became of it: `files` is the sum of `used` and all passed over.
 
     A link that is not followed counts as one file.
     """
@@ -62,6 +62,8 @@ class Seen:
     """Links to a folder that is read already, or that holds the link itself."""
     outside: int = 0
     """Images beside the classes' folders."""
+    unreadable: int = 0
+    """Images that can't be read, which decoding finds."""
     links: int = 0
     """Links to folders that were followed; the files behind them are counted above."""
 
@@ -73,6 +75,7 @@ class Seen:
             "broken links": self.broken,
             "links to a folder that is read already": self.again,
             "images in no class's folder": self.outside,
+            "images that can't be read": self.unreadable,
         }
         text = f"{self.files} files seen, {self.used} used"
         if self.files > self.used:
