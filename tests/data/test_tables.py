@@ -305,8 +305,10 @@ def test_rows_and_texts_that_are_none_are_named(folder, data, message):
         list_table(folder / "t.csv")
 
 
-def test_labels_that_look_alike_are_said(folder, caplog):
-    list_table(write(folder / "t.csv", [("a/0.png", "BLA"), ("a/1.png", "bla"), ("b/0.png", "NGS")], ("path", "label")))
+def test_labels_that_look_alike_are_said(folder, tmp_path, caplog):
+    table = write(folder / "t.csv", [("a/0.png", "BLA"), ("a/1.png", "bla"), ("b/0.png", "NGS")], ("path", "label"))
+    config = DataConfig(source="table", root=str(table), image_size=16, cache_dir=str(tmp_path / "cache"))
+    load_dataset(config, progress=False)
     assert "labels 'BLA' and 'bla' are taken for two classes" in caplog.text
 
 

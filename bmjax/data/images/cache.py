@@ -21,7 +21,7 @@ from bmjax.data.dataset import Dataset
 from bmjax.data.images.decode import decode_images
 from bmjax.data.images.stain import METHODS, normalised
 from bmjax.data.progress import Meter
-from bmjax.data.sources.listing import Listing, Seen, read_each
+from bmjax.data.sources.listing import Listing, Seen, alike, read_each
 from bmjax.files import mapped, temporary_folder
 
 log = logging.getLogger(__name__)
@@ -53,7 +53,8 @@ def listed_dataset(listing: Listing, config: DataConfig, cache_dir: Path, *, pro
     changed file is never taken for its old self.
 
     Raises:
-      ValueError: with `config.strict`, for unreadable images; always for a class all of whose images are unreadable.
+      ValueError: with `config.strict`, for unreadable images and for copies in two classes; always for a class all of
+        whose images are unreadable.
     """
     digests = hash_images(listing)
     entries = list(zip(listing.ids, digests, listing.labels.tolist(), strict=True))
@@ -73,6 +74,9 @@ def listed_dataset(listing: Listing, config: DataConfig, cache_dir: Path, *, pro
         if not (labels == label).any():
             where = os.path.join(listing.origin, name)
             raise ValueError(f"{where}: none of its images can be read; expected at least one")
+    for one, other in alike(listing.classes):
+        log.warning("%s: labels %r and %r are taken for two classes; are they one?", listing.origin, one, other)
+    _check_one_label(listing, digests, config.strict)
     seen = listing.seen or Seen(files=len(entries))
     seen = dataclasses.replace(seen, used=len(kept), unreadable=len(errors))
     log.info("%s: %d classes; %s", listing.origin, len(listing.classes), seen)
@@ -88,6 +92,25 @@ def listed_dataset(listing: Listing, config: DataConfig, cache_dir: Path, *, pro
         groups=tuple(listing.groups[i] for i in kept) if listing.groups else (),
         sides=tuple(listing.sides[i] for i in kept) if listing.sides else (),
     )
+
+
+def _check_one_label(listing: Listing, digests: Sequence[str], strict: bool) -> None:
+    """Names copies of an image that stand in two classes; a ValueError with `strict`."""
+    first: dict[str, int] = {}
+    pairs = []
+    for i, digest in enumerate(digests):
+        if digest and listing.labels[first.setdefault(digest, i)] != listing.labels[i]:
+            pairs.append((first[digest], i))
+    if not pairs:
+        return
+    classes = [listing.classes[label] for label in listing.labels]
+    named = "; ".join(f"{listing.ids[a]} in {classes[a]} and {listing.ids[b]} in {classes[b]}" for a, b in pairs[:5])
+    message = (
+        f"{listing.origin}: {len(pairs)} images are copies of one in another class: {named}{'; ...' * (len(pairs) > 5)}"
+    )
+    if strict:
+        raise ValueError(f"{message}; expected one class for each image, since data.strict is set")
+    log.warning("%s", message)
 
 
 def cached(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,8 +35,19 @@ SIDES = {
 # Folders that systems and tools leave beside the images, in any case; what they hold is no data of the user's.
 SYSTEM_FOLDERS = frozenset(
     (
-        *("@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "__macosx", "__pycache__"),
-        *("$recycle.bin", "recycler", "system volume information", "found.000", "lost+found", "thumbs"),
+        *(
+            "@eadir",
+            "@tmp",
+            "@sharebin",
+            "@recycle",
+            "@recently-snapshot",
+            "#recycle",
+            "#snapshot",
+            "__macosx",
+            "__pycache__",
+        ),
+        *("~snapshot", "_gsdata_", "temporary items", "network trash folder", "_vti_cnf"),
+        *("$recycle.bin", "recycler", "recycled", "system volume information", "found.000", "lost+found", "thumbs"),
         *(".ipynb_checkpoints", ".appledouble", ".trashes", ".spotlight-v100", ".fseventsd", ".temporaryitems"),
         *(".documentrevisions-v100", ".git", ".svn", ".cache", ".thumbnails", ".trash"),
     )
@@ -105,6 +118,19 @@ class Listing:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+def alike(classes: Sequence[str]) -> list[tuple[str, str]]:
+    """Pairs of names that differ in case, spaces or the form of their accents alone, or as numbers not at all: most
+    often one class."""
+    seen: dict[str, str] = {}
+    pairs = []
+    for name in classes:
+        key = unicodedata.normalize("NFKC", "".join(name.lower().split()))
+        key = str(int(key)) if re.fullmatch(r"[+-]?\d{1,300}", key, re.ASCII) else key
+        if (other := seen.setdefault(key, name)) != name:
+            pairs.append((other, name))
+    return pairs
 
 
 def read_each(listing: Listing, function: Callable[[bytes], Found], otherwise: Found) -> list[Found]:
