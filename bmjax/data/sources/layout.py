@@ -77,7 +77,8 @@ def _check_depth_of_sides(where: str, outer: set[str], inner: set[tuple[str, str
         if len({SIDES[f.lower()] for f in folders if f.lower() in SIDES}) > 1 and folders <= _spelled(folders):
             raise ValueError(
                 f"{where}: {printable(name)} holds the folders {_names(folders)}, named as sides of a split are; "
-                f"expected the sides outermost and the classes within them, as in train/{printable(name)}: move them, {_TABLE}"
+                f"expected the sides outermost and the classes within them, as in train/{printable(name)}: move "
+                f"them, {_TABLE}"
             )
     others = outer - _spelled(outer)
     like = {
