@@ -109,6 +109,17 @@ def test_classes_may_hold_the_words_of_sides(tmp_path):
     assert list_folder(write(tmp_path, *names)).classes == ("A", "test negative", "train wreck")
 
 
+def test_the_same_folders_in_every_class_are_said(tmp_path, caplog):
+    root = write(tmp_path / "r", *(f"{fold}/{c}/0.png" for fold in ("fold1", "fold2") for c in "AB"))
+    assert list_folder(root).classes == ("fold1", "fold2")
+    assert (
+        "folders fold1, fold2 are taken for the classes, and each holds A, B; if those are the classes" in caplog.text
+    )
+    caplog.clear()
+    list_folder(write(tmp_path / "s", *(f"{c}/{i}-{i}000/0.png" for c in "AB" for i in range(1, 3))))
+    assert not caplog.text
+
+
 def test_copies_in_two_classes_and_names_alike_are_said(tmp_path, caplog):
     root = write(tmp_path / "r", *(f"{c}/{i}.png" for c in ("\u00e9", "e\u0301", "B") for i in range(2)))
     (root / "B/0.png").write_bytes((root / "\u00e9/1.png").read_bytes())

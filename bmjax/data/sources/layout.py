@@ -75,6 +75,11 @@ def _check_depth_of_sides(where: str, outer: set[str], inner: set[tuple[str, str
         within.setdefault(first, set()).add(second)
     for name, folders in sorted(within.items()):
         if len({SIDES[f.lower()] for f in folders if f.lower() in SIDES}) > 1 and folders <= _spelled(folders):
+            if len(outer) == 1:
+                raise ValueError(
+                    f"{where}: the split {_names(folders)} lies in {printable(name)}; expected it outermost: give "
+                    f"{where}/{printable(name)} as data.root"
+                )
             raise ValueError(
                 f"{where}: {printable(name)} holds the folders {_names(folders)}, named as sides of a split are; "
                 f"expected the sides outermost and the classes within them, as in train/{printable(name)}: move "
@@ -89,6 +94,16 @@ def _check_depth_of_sides(where: str, outer: set[str], inner: set[tuple[str, str
         raise ValueError(
             f"{where}: folders {_names(like)} look like sides of a split, for all hold {_names(shared)}; expected "
             f"sides called train, val and test: rename them, {_TABLE}"
+        )
+    everywhere = {frozenset(within.get(name, ())) for name in others}
+    alike = next(iter(everywhere)) if len(everywhere) == 1 and len(others) > 1 and others == outer else frozenset()
+    if len(alike) > 1 and all(re.search(r"[^\W\d_]", name) for name in alike):  # `0001-1000` is a stretch of files
+        log.warning(
+            "%s: folders %s are taken for the classes, and each holds %s; if those are the classes, they must stand "
+            "outermost",
+            where,
+            _names(others),
+            _names(alike),
         )
 
 

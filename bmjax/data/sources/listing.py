@@ -18,7 +18,7 @@ from bmjax.data.images.decode import read_file
 
 Found = TypeVar("Found")
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif"})
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".gif"})
 
 # How sources spell the sides of a split, in any case.
 SIDES = {
@@ -50,6 +50,7 @@ SYSTEM_FOLDERS = frozenset(
         *("$recycle.bin", "recycler", "recycled", "system volume information", "found.000", "lost+found", "thumbs"),
         *(".ipynb_checkpoints", ".appledouble", ".trashes", ".spotlight-v100", ".fseventsd", ".temporaryitems"),
         *(".documentrevisions-v100", ".git", ".svn", ".cache", ".thumbnails", ".trash"),
+        *("thumbnails", "_thumbs", "cvs"),
     )
 )
 
@@ -127,6 +128,7 @@ def alike(classes: Sequence[str]) -> list[tuple[str, str]]:
     pairs = []
     for name in classes:
         key = unicodedata.normalize("NFKC", "".join(name.lower().split()))
+        key = "".join(c for c in key if unicodedata.category(c) != "Cf")  # of no width
         key = str(int(key)) if re.fullmatch(r"[+-]?\d{1,300}", key, re.ASCII) else key
         if (other := seen.setdefault(key, name)) != name:
             pairs.append((other, name))

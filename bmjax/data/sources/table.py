@@ -11,7 +11,13 @@ from bmjax.data.sources.columns import read_columns
 from bmjax.data.sources.listing import SIDES, Listing, _listing_of_files
 
 # How tables spell a value that is missing, in any case.
-_MISSING = frozenset({"", "nan", "na", "n/a", "#n/a", "<na>", "null"})
+_MISSING = frozenset(
+    (
+        *("", "?", "na", "#na", "<na>", "n/a", "#n/a", "#n/a n/a", "nan", "-nan", "nat", "null"),
+        *("1.#ind", "-1.#ind", "1.#qnan", "-1.#qnan"),
+        *("#div/0!", "#name?", "#null!", "#num!", "#ref!", "#value!"),
+    )
+)
 
 
 def list_table(path: str | Path) -> Listing:
@@ -46,7 +52,7 @@ def list_table(path: str | Path) -> Listing:
 
 
 def _known(value: str) -> str:
-    return "" if value.lower() in _MISSING else value
+    return "" if value.lower() in _MISSING or value == "None" else value  # "none" may be a class
 
 
 def _check_rows(path: str | Path, ids: Sequence[str], names: Sequence[str], splits: Sequence[str]) -> None:
@@ -88,6 +94,10 @@ def _check_once(path: str | Path, folder: Path, ids: Sequence[str], names: Seque
 
 def _classes(names: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
     """Each row's class, and the classes in order."""
+    if all(re.fullmatch(r"[+-]?\d+,\d+", name, re.ASCII) for name in names):
+        names = [name.replace(",", ".") for name in names]
+    if all(re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d\d?)?", name.lower(), re.ASCII) for name in names):
+        names = [f"{float(name):.0f}" if "e" in name.lower() and float(name) % 1 == 0 else name for name in names]
     if all(re.fullmatch(r"[+-]?\d{1,300}(\.0*)?", name, re.ASCII) for name in names):
         names = [name.split(".")[0] for name in names]
         return list(names), tuple(sorted(set(names), key=lambda name: (int(name), name)))
