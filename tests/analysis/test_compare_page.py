@@ -44,6 +44,15 @@ def folder(comparison, tmp_path_factory):
     return folder
 
 
+def test_what_is_not_shown_says_what_it_would_take(comparison):
+    open_rows = [text for row, text in zip(comparison.rows[1:], verdicts(comparison), strict=True) if not row.shown]
+    assert open_rows
+    for text in open_rows:
+        assert "no difference to none can be shown" in text
+        assert "points with 80 % power; " in text
+        assert "seeds on these images, or " in text or "more than seeds can give" in text
+
+
 def test_one_page_without_links(comparison, folder):
     source = (folder / "comparison.html").read_text()
     assert source.count("data:image/png;base64,") == 3

@@ -26,6 +26,7 @@ _DEPENDENT = "Images are taken as independent: where several come from one slide
 _COSTS = """Parameters are those of the attention, FLOPs those of the forward pass beyond the backbone, images/s those
 of one run in training, others beside it where several train at once."""
 _METHOD = """A variant chosen by this table needs other data for its final figure. The method: docs/statistics.md."""
+_LEAST_WANTED = 0.005  # a smaller difference is hardly ever worth the seeds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,13 +134,14 @@ def verdicts(c: Comparison) -> list[str]:
             continue
         seeds = c.decided.get(row.variant, len(c.seeds))
         text = statistics.verdict(row, c.baseline, c.n, seeds, c.folds)
-        if c.wanted is not None and row.spread is not None:
-            if not row.shown and row.variant in c.decided:
-                text = f"{row.variant}: differs from {c.baseline} by less than {100 * c.wanted:g} points"
-            if row.variant in c.decided:
-                text += f", known after {seeds} seeds"
-            else:
-                text += "; " + planning.need(row, seeds, c.n, c.wanted).split(": ", 1)[1]
+        if row.variant in c.decided:
+            if not row.shown:
+                text = f"{row.variant}: differs from {c.baseline} by less than {100 * (c.wanted or 0):g} points"
+            text += f", known after {seeds} seeds"
+        elif row.spread is not None and row.difference is not None and not row.shown and not c.folds:
+            # What is wanted, or else what it would take if the difference were as large as it looks.
+            wanted = c.wanted or max(abs(row.difference), _LEAST_WANTED)
+            text += "; " + planning.need(row, seeds, c.n, wanted).split(": ", 1)[1]
         found.append(text)
     return found
 
