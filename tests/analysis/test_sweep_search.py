@@ -77,6 +77,7 @@ def test_only_a_grid_can_be_told_to_wandb():
 @pytest.fixture
 def agent(monkeypatch, tmp_path):
     """A stand-in for W&B's agent: it reads the sweep's file and calls its command as W&B's own code builds it."""
+    import wandb
     from wandb.sdk.launch.sweeps.utils import create_sweep_command_args
 
     for name in ("DATA", "CACHE", "CONFIG"):
@@ -91,7 +92,9 @@ def agent(monkeypatch, tmp_path):
         monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
         monkeypatch.setenv("WANDB_RUN_ID", run_id)
         monkeypatch.setenv("WANDB_MODE", "offline")
+        wandb.teardown()  # an agent starts a process, in which W&B reads the environment
         code = main(command)
+        wandb.teardown()
         monkeypatch.delenv("WANDB_SWEEP_ID")
         monkeypatch.delenv("WANDB_RUN_ID")
         return code
