@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import stat
 import sys
 from collections.abc import Sequence
 from importlib import metadata, util
@@ -36,6 +37,34 @@ _malloc_set: list[bool] = []
 def cache_folder() -> Path:
     """The folder of everything that can be made again: weights, decoded images, compiled programs."""
     return Path(os.environ.get("BMJAX_CACHE", Path.home() / ".cache" / "bmjax"))
+
+
+def why_foreign(path: Path) -> str | None:
+    """Why what lies at a path is not this user's alone: it belongs to another user, or others may write to it; None if
+    it is, where there is nothing, and on systems without such owners. The user's own group counts as the user."""
+    if not hasattr(os, "getuid"):
+        return None
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    if found.st_uid != os.getuid():
+        return f"belongs to another user (uid {found.st_uid})"
+    group = found.st_mode & stat.S_IWGRP and found.st_gid != os.getgid()
+    return "can be written by others" if group or found.st_mode & stat.S_IWOTH else None
+
+
+def check_own_cache(folder: Path) -> None:
+    """Refuses a folder of caches that others may have filled.
+
+    Raises:
+      PermissionError: it belongs to another user, or others may write to it.
+    """
+    if why := why_foreign(folder):
+        raise PermissionError(
+            f"the cache {folder} {why}, so its contents are not to be trusted; expected a folder of your own: set "
+            "BMJAX_CACHE or data.cache_dir, or take the right away (chmod go-w)"
+        )
 
 
 def version() -> str:
@@ -117,4 +146,5 @@ def apply() -> None:
         _add_flags(GPU_FLAGS)
     if os.environ.get("BMJAX_DETERMINISTIC", "0") not in ("", "0"):
         _add_flags((DETERMINISTIC_FLAG,))
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "jax"))
+    if why_foreign(cache_folder() / "jax") is None:  # programs of others would run as they like
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "jax"))

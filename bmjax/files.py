@@ -15,9 +15,13 @@ import threading
 import time
 import zipfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
+BLOCK = 1 << 24
+"""Bytes of a block that has a digest of its own."""
+_SEAL = b"bmjaxs01"
 UNPACKED, RATIO = 1 << 27, 100
 """What a compressed file may unpack to: so many bytes in any case, beyond that so many times its own length."""
 
@@ -141,12 +145,74 @@ def npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], Any]:
     return shape, dtype
 
 
-def mapped(path: Path) -> Any:
-    """The array of a .npy file, memory-mapped and read-only.
+def _block_digests(path: Path, length: int) -> bytes:
+    """The sha256 of each block of a file's first `length` bytes, one after another; by threads."""
+
+    def digest(start: int) -> bytes:
+        with path.open("rb", buffering=0) as file:
+            file.seek(start)
+            found, left = hashlib.sha256(), min(BLOCK, length - start)
+            while left and (part := file.read(min(left, 1 << 20))):
+                found.update(part)
+                left -= len(part)
+            return found.digest()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return b"".join(pool.map(digest, range(0, length, BLOCK)))
+
+
+def seal(path: Path) -> None:
+    """Appends a digest of each block of a file to it, and one of those, so that `mapped` can prove what it reads."""
+    digests = _block_digests(path, path.stat().st_size)
+    with path.open("ab") as file:
+        file.write(digests + hashlib.sha256(digests).digest() + _SEAL)
+
+
+def _check_seal(path: Path, end: int) -> int:
+    """How many bytes of a sealed file stand after its values, which end at `end`.
+
+    Raises:
+      ValueError: the file has no seal, or a block is not what was sealed; says which.
+    """
+    size, blocks = hashlib.sha256().digest_size, -(-end // BLOCK)
+    with path.open("rb") as file:
+        file.seek(end)
+        trailer = file.read()
+    digests, own, mark = trailer[: blocks * size], trailer[blocks * size : -len(_SEAL)], trailer[-len(_SEAL) :]
+    if mark != _SEAL or own != hashlib.sha256(digests).digest():
+        raise ValueError("it has no whole list of digests at its end")
+    now = _block_digests(path, end)
+    if wrong := [i for i in range(blocks) if now[i * size : (i + 1) * size] != digests[i * size : (i + 1) * size]]:
+        raise ValueError(f"block {wrong[0]} of {BLOCK >> 20} MiB is not what was written ({len(wrong)} of {blocks})")
+    return len(trailer)
+
+
+def sealed_json(value: Any) -> str:
+    """JSON of a value with a digest of it, for `unsealed_json`."""
+    text = json.dumps(value)
+    return json.dumps({"value": value, "sha256": hashlib.sha256(text.encode()).hexdigest()})
+
+
+def unsealed_json(text: str) -> Any:
+    """The value that `sealed_json` wrote.
+
+    Raises:
+      ValueError: it is not what was written.
+    """
+    found = json.loads(text)
+    if not isinstance(found, dict) or found.keys() != {"value", "sha256"}:
+        raise ValueError("it has no digest")
+    if hashlib.sha256(json.dumps(found["value"]).encode()).hexdigest() != found["sha256"]:
+        raise ValueError("it is not what was written")
+    return found["value"]
+
+
+def mapped(path: Path, *, sealed: bool = False) -> Any:
+    """The array of a .npy file, memory-mapped and read-only; a sealed one is read whole and proven.
 
     Raises:
       FileNotFoundError: there is none.
-      ValueError: damaged: its header or its length; says how.
+      ValueError: damaged: its header, its length or, of a sealed one, a block of it; says how.
     """
     import numpy as np
 
@@ -154,6 +220,8 @@ def mapped(path: Path) -> Any:
         shape, dtype = npy_header(file)
         start, length = file.tell(), os.fstat(file.fileno()).st_size
     expected = math.prod(shape) * dtype.itemsize
+    if sealed and length - start >= expected:
+        length -= _check_seal(path, start + expected)
     if length - start != expected:
         raise ValueError(f"{length - start} bytes of values; expected {expected} for {dtype} {shape}")
     if not expected:

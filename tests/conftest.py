@@ -4,6 +4,7 @@ With BMJAX_TEST_ACCELERATOR=1, as `python tools/check.py --accelerator` sets it,
 devices that there are, and compute float32 in float32.
 """
 
+import contextlib
 import os
 import pathlib
 
@@ -30,6 +31,14 @@ prepare()  # built before a test moves the cache
 jax.config.update("jax_numpy_rank_promotion", "raise")
 if ON_ACCELERATOR:
     jax.config.update("jax_default_matmul_precision", "highest")  # TF32 would compare roundings
+
+with contextlib.suppress(ImportError):  # a machine with an accelerator needs pytest alone
+    from hypothesis import HealthCheck, settings
+
+    # `--hypothesis-profile slow`, as `python tools/check.py --slow` gives it, for 5,000 examples of each property.
+    settings.register_profile("quick", max_examples=200, deadline=None, suppress_health_check=[*HealthCheck])
+    settings.register_profile("slow", settings.get_profile("quick"), max_examples=5000)
+    settings.load_profile("quick")
 
 
 def pytest_report_header() -> str:

@@ -2,6 +2,7 @@
 
 `--quick`: lint, types and the tests that see most for their time: floors, configuration, contracts of small members,
 one training and one resume by each engine; under three minutes on 2 cores with compiled programs in the cache.
+`--slow`: only the properties that Hypothesis tries on trees, tables and arrays, 5,000 examples of each instead of 200.
 `--accelerator`: only the tests marked so, on whatever devices jax finds (a GPU, a TPU, else CPUs); they need no more
 than what bmjax trains with. Further arguments go to pytest. Exits with the first failure.
 """
@@ -32,6 +33,12 @@ QUICK = (
     "tests/training/test_loop.py",
     "tests/training/test_signals.py",
 )
+PROPERTIES = (
+    "tests/data/test_trees.py::test_sums_agree_with_trees_made_at_random",
+    "tests/data/test_tables.py::test_any_table_is_read_right_or_refused",
+    "tests/training/test_arguments.py::test_arrays_of_any_kind_are_taken_or_refused_in_words",
+    "tests/training/test_arguments.py::test_arrays_of_any_size_are_read_as_their_files_are",
+)
 TESTS = pathlib.Path(__file__).resolve().parents[1] / "tests"
 
 
@@ -54,6 +61,9 @@ def main() -> int:
     if "--accelerator" in given:
         given.remove("--accelerator")
         return on_accelerator(given)
+    if "--slow" in given:
+        given.remove("--slow")
+        return run("pytest", "-n", "2", "--hypothesis-profile", "slow", *PROPERTIES, *given)
     if "--quick" in given:
         given[given.index("--quick") : given.index("--quick") + 1] = ["-m", "not slow", *QUICK]
     for module, *arguments in CHECKS:

@@ -7,7 +7,7 @@ sample lacks. Each repeat has another population: recalls and where errors go ar
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 from scipy import stats
@@ -122,33 +122,30 @@ METHODS: dict[str, Method] = {
 HEADER = ("classes", "images", "skew", "recall", *METHODS, "per class: recall", "precision", "F1")
 
 
-def rows(repeats: int, quick: bool, resamples: int = 400) -> Iterator[list[str]]:
+def row(population: Population, repeats: int, resamples: int = 400) -> list[str]:
     """Coverage in percent, macro F1 / balanced accuracy, by method; and of the classes' own intervals, all classes
     taken together that have at least ten images (of which at least ten were taken for them, for precision)."""
-    for population in POPULATIONS[:6] if quick else POPULATIONS:
-        rng = np.random.default_rng(6)
-        held = np.zeros((len(METHODS), 2))
-        own = np.zeros((3, 2))
-        for _ in range(repeats):
-            p, counts = population.draw(rng)
-            truth = {name: float(f(p)) for name, f in FIGURES.items()}
-            drawn = rng.multinomial(population.n, counts.ravel() / population.n, resamples).reshape(-1, *counts.shape)
-            for i, method in enumerate(METHODS.values()):
-                found = method(counts, drawn, rng)
-                held[i] += [found[name][0] - 1e-12 <= truth[name] <= found[name][1] + 1e-12 for name in FIGURES]
-            hits, true, predicted = np.diag(p), p.sum(1), p.sum(0)
-            truths = (hits / true, hits / predicted, 2 * hits / (true + predicted))
-            n, taken = counts.sum(1), counts.sum(0)
-            enough = (n >= 10, taken >= 10, n + taken - np.diag(counts) >= 10)
-            for i, (low, high) in enumerate(
-                intervals.class_intervals(counts)[x] for x in ("recall", "precision", "f1")
-            ):
-                own[i] += ((low <= truths[i]) & (truths[i] <= high))[enough[i]].sum(), enough[i].sum()
-        yield [
-            str(population.k),
-            str(population.n),
-            population.skew,
-            f"{100 * population.recall:.0f}, {population.kind}",
-            *(f"{100 * a / repeats:.1f} / {100 * b / repeats:.1f}" for a, b in held),
-            *(f"{100 * a / b:.1f}" if b else "" for a, b in own),
-        ]
+    rng = np.random.default_rng(6)
+    held = np.zeros((len(METHODS), 2))
+    own = np.zeros((3, 2))
+    for _ in range(repeats):
+        p, counts = population.draw(rng)
+        truth = {name: float(f(p)) for name, f in FIGURES.items()}
+        drawn = rng.multinomial(population.n, counts.ravel() / population.n, resamples).reshape(-1, *counts.shape)
+        for i, method in enumerate(METHODS.values()):
+            found = method(counts, drawn, rng)
+            held[i] += [found[name][0] - 1e-12 <= truth[name] <= found[name][1] + 1e-12 for name in FIGURES]
+        hits, true, predicted = np.diag(p), p.sum(1), p.sum(0)
+        truths = (hits / true, hits / predicted, 2 * hits / (true + predicted))
+        n, taken = counts.sum(1), counts.sum(0)
+        enough = (n >= 10, taken >= 10, n + taken - np.diag(counts) >= 10)
+        for i, (low, high) in enumerate(intervals.class_intervals(counts)[x] for x in ("recall", "precision", "f1")):
+            own[i] += ((low <= truths[i]) & (truths[i] <= high))[enough[i]].sum(), enough[i].sum()
+    return [
+        str(population.k),
+        str(population.n),
+        population.skew,
+        f"{100 * population.recall:.0f}, {population.kind}",
+        *(f"{100 * a / repeats:.1f} / {100 * b / repeats:.1f}" for a, b in held),
+        *(f"{100 * a / b:.1f}" if b else "" for a, b in own),
+    ]

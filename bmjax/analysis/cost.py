@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import os
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,6 +16,7 @@ import numpy as np
 from bmjax.config.base import Config
 from bmjax.layers.dispatch import prepare
 from bmjax.model.classifier import Classifier
+from bmjax.model.parameters import count_parameters
 from bmjax.runs.state import create_state
 from bmjax.training.losses import Loss, cross_entropy
 from bmjax.training.parallel import Parallel
@@ -35,16 +38,22 @@ class Cost(NamedTuple):
 def measure(modules: dict[str, nn.Module], shape: tuple[int, int, int, int], n: int = 30) -> dict[str, Cost]:
     """Costs by name, of features [b, h, w, c]. The modules take turns, so that load falls on all alike."""
     x = jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
-    parameters, programs = dict[str, int](), dict[tuple[str, str], tuple[Any, Any, float]]()
+    shapes = {name: jax.eval_shape(lambda x, m=module: _init(m, x), x) for name, module in modules.items()}
+    parameters = {name: count_parameters(tree.get("params", {})) for name, tree in shapes.items()}
+    lowered: dict[tuple[str, str], Any] = {}
     for name, module in modules.items():
-        variables = dict(jax.jit(lambda x, m=module: m.init(jax.random.key(0), x))(x))
-        variables.pop("intermediates", None)
-        parameters[name] = sum(leaf.size for leaf in jax.tree.leaves(variables.get("params", {})))
-        for kind, fn in (("forward", _forward(module)), ("step", _step(module))):
-            compiled = jax.jit(fn).lower(variables, x).compile()
-            analysis = compiled.cost_analysis()
+        lowered[name, "init"] = jax.jit(lambda x, m=module: _init(m, x)).lower(x)
+        lowered[name, "forward"] = jax.jit(_forward(module)).lower(shapes[name], x)
+        lowered[name, "step"] = jax.jit(_step(module)).lower(shapes[name], x)
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # XLA compiles outside Python's lock
+        compiled = dict(zip(lowered, pool.map(lambda one: one.compile(), lowered.values()), strict=True))
+    variables = {name: compiled[name, "init"](x) for name in modules}
+    programs: dict[tuple[str, str], tuple[Any, Any, float]] = {}
+    for (name, kind), program in compiled.items():
+        if kind != "init":
+            analysis = program.cost_analysis()
             counted = float("nan") if analysis is None else analysis.get("flops", 0.0)  # XLA names no count of zero
-            programs[name, kind] = compiled, variables, float(counted)
+            programs[name, kind] = program, variables[name], float(counted)
     times: dict[tuple[str, str], list[float]] = {key: [] for key in programs}
     for i in range(n + 1):
         for key, (compiled, variables, _) in programs.items():
@@ -60,6 +69,12 @@ def measure(modules: dict[str, nn.Module], shape: tuple[int, int, int, int], n: 
         forward, step = (name, "forward"), (name, "step")
         found[name] = Cost(parameters[name], flops[forward], flops[step], ms[forward], ms[step], n)
     return found
+
+
+def _init(module: nn.Module, x: jax.Array) -> dict[str, Any]:
+    variables = dict(module.init(jax.random.key(0), x))
+    variables.pop("intermediates", None)
+    return variables
 
 
 def _forward(module: nn.Module) -> Callable[[Any, jax.Array], Any]:

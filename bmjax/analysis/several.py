@@ -15,8 +15,10 @@ from typing import Any
 import jax
 
 from bmjax.config.base import Config
+from bmjax.data.splits import split_dataset
+from bmjax.training import hosts
 from bmjax.training.run import Prepared, prepare
-from bmjax.training.signals import GRACE_SECONDS, Signals, exit_now
+from bmjax.training.signals import GRACE_SECONDS, exit_now
 
 _MOST_FEATURES, _MOST_PROGRAMS = 4, 64
 
@@ -42,7 +44,7 @@ class Crew:
     """Threads that call `turn` until it says that nothing is left; a signal or a failure ends all."""
 
     def __init__(self) -> None:
-        self.signals = Signals()
+        self.signals = hosts.signals()
         self._failure: BaseException | None = None
 
     def work(self, turn: Callable[[], bool], at_once: int) -> None:
@@ -96,7 +98,7 @@ class Shared:
         features, programs = _keys(config)
         with self._lock:
             if programs not in self._programs:
-                self._programs[programs] = prepare(config, shared=self._features.get(features))
+                self._programs[programs] = prepare(config, shared=_in_fold(config, self._features.get(features)))
             # The newest stand last, the oldest go.
             found = self._programs[programs] = self._programs.pop(programs)
             self._features.pop(features, None)
@@ -107,13 +109,22 @@ class Shared:
         return found
 
 
+def _in_fold(config: Config, found: Prepared | None) -> Prepared | None:
+    """What there is, with the split of this run's fold."""
+    if found is None or found.fold == config.data.fold:
+        return found
+    found.features.forget()  # the maps of another fold, which may fill the memory
+    return dataclasses.replace(found, splits=split_dataset(found.dataset, config.data), fold=config.data.fold)
+
+
 def _keys(config: Config) -> tuple[str, str]:
     """What decides the feature maps of a run, and what decides its programs."""
     tree: dict[str, Any] = dataclasses.asdict(config)
     model, train = tree["model"], tree["train"]
     backbone = {name: model[name] for name in ("backbone", "backbone_options", "weights", "preprocess")}
     # Random backbones are the seed's own; pretrained ones are one.
-    maps = [tree["data"], tree["augment"], tree["features"], backbone, train["dtype"], train["precision"]]
+    data = {name: value for name, value in tree["data"].items() if name != "fold"}
+    maps = [data, tree["augment"], tree["features"], backbone, train["dtype"], train["precision"]]
     maps.append(config.seed if config.model.weights is None else None)
     for name in ("seed", "name", "run_dir", "tracking"):
         del tree[name]

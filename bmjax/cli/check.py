@@ -69,6 +69,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
     if "device_count" not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", 4)  # holds if nothing has been computed yet
+    # What takes milliseconds to compile is kept too: there are a hundred such programs.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     prepare()
     kind = kind or kind_of(name)
     if kind != "attention":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,30 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if not out.is_dir():
         raise FileNotFoundError(f"--out is {options.out!r}; there is no such folder")
 
+    log.info("explain: reading the run %s", options.run_dir)
+    from bmjax.data.progress import saying
+
+    now = _Stage("reading the run")
+    with saying(now):
+        return _explain(options, out, now)
+
+
+class _Stage:
+    """What is being done, for a line now and then."""
+
+    def __init__(self, text: str):
+        self._text, self._began = text, time.monotonic()
+
+    def __call__(self) -> str:
+        return f"explain: {self._text}, {time.monotonic() - self._began:.0f} s so far"
+
+    def to(self, text: str) -> None:
+        """Goes on to something else, and says so."""
+        self._text, self._began = text, time.monotonic()
+        log.info("explain: %s", text)
+
+
+def _explain(options: argparse.Namespace, out: Path, now: _Stage) -> int:
     from bmjax.analysis.explain.faithfulness import GRID, RULE, STEPS, score_maps
     from bmjax.analysis.explain.maps import Explainer
     from bmjax.analysis.report.figures import RATE, RIGHT, WRONG, explanations, save
@@ -61,12 +86,14 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     found = load_run(options.run_dir, options.which, trust=options.trust)
     explainer = Explainer(found.model, options.stage)
     images, labels, ids = _files(found, options.images) if options.images else _cells(found, options)
+    now.to(f"maps of {len(images)} cells")
     probs = explainer.probabilities(found.variables, images)
     predicted = probs.argmax(-1)
     targets = labels if labels is not None and options.target == "true" else predicted
     maps = explainer.maps(found.variables, images, targets)
     scores = {}
     if options.scores:
+        now.to(f"tests of {len(maps)} maps on {len(images)} cells (--no-scores leaves them out)")
         scores = score_maps(explainer, found.model, found.variables, images, targets, seed=options.seed)
         _print(scores)
 

@@ -1,9 +1,8 @@
-"""`bmjax eval` and `bmjax predict`: what a trained classifier says, of its own splits and of other images."""
+"""`bmjax predict`: what a trained classifier, or several as one, says of images."""
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import logging
 import os
@@ -15,10 +14,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     import numpy as np
 
+    from bmjax.analysis.evaluate.judge import Judge
     from bmjax.cli.prediction_table import Block
     from bmjax.runs.folder import Run
 
-from bmjax.cli.output import add_trust, metrics_line, print_confusion
+from bmjax.cli.answers import Answers, adapt, read_as_each
+from bmjax.cli.evaluate import add_reading, check_reading
 from bmjax.cli.weights import predict_imagenet
 
 # As many decoded images at once: at 224 pixels 300 MB.
@@ -30,14 +31,7 @@ log = logging.getLogger(__name__)
 
 
 def add_parser(verbs: Any) -> None:
-    """Adds `eval` and `predict` to a parser's verbs."""
-    p = verbs.add_parser("eval", help="evaluate a run on one split")
-    p.add_argument("run_dir", metavar="run", help="folder of a run")
-    p.add_argument("--split", choices=("train", "val", "test"), default="val")
-    p.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint")
-    p.add_argument("--data.root", dest="data_root", metavar="FOLDER", help="where the run's data are now")
-    add_trust(p)
-    p.set_defaults(run=evaluate)
+    """Adds `predict` to a parser's verbs."""
     p = verbs.add_parser(
         "predict",
         help="classify image files or folders",
@@ -48,36 +42,17 @@ def add_parser(verbs: Any) -> None:
         "be read, or with --strict some could not; 2 wrong input, and nothing is written.",
     )
     p.add_argument("run_dir", metavar="run", nargs="?", help="folder of a run; left out with --weights")
-    p.add_argument("paths", nargs="*", help="images, or folders of images")
+    p.add_argument("paths", nargs="*", help="further runs, to be averaged; then images, or folders of images")
     p.add_argument("--weights", help="name ImageNet's classes by these weights: imagenet, imagenet-timm, or a path")
     p.add_argument("--backbone", default="densenet121", help="with --weights: the backbone (default: %(default)s)")
     p.add_argument("--top", type=int, default=5, help="with --weights: so many classes an image (default: %(default)s)")
     p.add_argument("--out", default="predictions.csv", help="a .csv or .parquet file (default: %(default)s)")
-    p.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint")
     p.add_argument("--batch-size", type=int, help="images at once; by default the run's train.eval_batch_size")
     p.add_argument("--errors", action="store_true", help="write the column error even where every file can be read")
     p.add_argument("--maps", metavar="FOLDER", help="also draw the attention's maps over each image into this folder")
     p.add_argument("--strict", action="store_true", help="exit with 1 if some file can't be read")
-    add_trust(p)
+    add_reading(p)
     p.set_defaults(run=predict)
-
-
-def evaluate(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    del rest
-    from bmjax.analysis.report.report import write_report
-    from bmjax.runs.folder import load_run
-    from bmjax.training.predict import Predictor, data_of, evaluate_run
-
-    run = load_run(options.run_dir, options.which, trust=options.trust)
-    dataset, splits = data_of(run, options.data_root)
-    m = evaluate_run(run, options.split, options.which, Predictor(run.config, run.model), dataset, splits)
-    print(
-        f"{metrics_line(options.split, m)}, balanced accuracy {m['balanced_accuracy']:.3f}, loss {m['loss']:.3f}, "
-        f"ECE {m['ece']:.3f} ({options.which} checkpoint, step {m['step']})"
-    )
-    print_confusion(m["confusion"], dataset.classes)
-    print(f"report: {write_report(options.run_dir, dataset.images)}")
-    return 0
 
 
 def predict(options: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -93,21 +68,31 @@ def predict(options: argparse.Namespace, rest: Sequence[str]) -> int:
         return predict_imagenet(options.backbone, options.weights, image_files(given), options.top)
     _check(options)
     from bmjax.cli.prediction_table import PredictionTable, shown
-    from bmjax.runs.folder import load_run
 
-    run = load_run(options.run_dir, options.which, trust=options.trust)
-    pictures = _Pictures(Path(options.maps), run) if options.maps else None
-    blocks = _blocks(_inputs(options.paths))
+    # What comes first and holds a run is one; the rest are images.
+    others = list(itertools.takewhile(lambda path: (Path(path) / "config.json").is_file(), options.paths))
+    paths = options.paths[len(others) :]
+    if not paths:
+        raise ValueError("predict: expected images, or folders of images, after the runs")
+    inputs, listed = _inputs(paths), []
+    if options.adapt or options.adapt_prior:
+        inputs = iter(listed := list(inputs))
+    blocks = _blocks(inputs)
+    judge = _judge([options.run_dir, *others], options)
+    pictures = _Pictures(Path(options.maps), judge.runs[0]) if options.maps else None
     first = next(blocks, None)
     if first is None:
-        raise ValueError(f"{', '.join(map(shown, options.paths))}: no image; expected images, or folders of images")
+        raise ValueError(f"{', '.join(map(shown, paths))}: no image; expected images, or folders of images")
     # No more padding than there are images, for the few that one looks at by hand.
-    batch = min(options.batch_size or run.config.train.eval_batch_size, len(first))
-    table = PredictionTable(Path(options.out), run.classes, errors=options.errors)
+    judge.batch_size = min(options.batch_size or judge.runs[0].config.train.eval_batch_size, len(first))
+    answers = Answers(judge, options.error_rate, options.unfamiliar)
+    if listed:
+        adapt(judge, [path for path, error in listed if error is None], options)
+    table = PredictionTable(Path(options.out), judge.classes, errors=options.errors, more=answers.columns)
     n = failed = 0
     whole = False
     try:
-        for rows in _predicted(run, itertools.chain([first], blocks), batch, pictures):
+        for rows in _predicted(judge, itertools.chain([first], blocks), answers, pictures):
             table.add(rows)
             for path, error in zip(rows.paths, rows.errors, strict=True):
                 if error is not None and (failed := failed + 1) <= _NAMED:
@@ -134,6 +119,7 @@ def _check(options: argparse.Namespace) -> None:
         raise FileNotFoundError(f"--out is {options.out!r}, but there is no folder {out.parent}")
     if out.is_dir():
         raise IsADirectoryError(f"--out is {options.out!r}, which is a folder; expected a file's name")
+    check_reading(options)
     if not options.paths:
         raise ValueError("predict: expected the folder of a run and images, or --weights and images")
     if options.batch_size is not None and options.batch_size < 1:
@@ -175,32 +161,42 @@ def _blocks(inputs: Iterator[_Input]) -> Iterator[list[_Input]]:
         yield block
 
 
-def _predicted(run: Run, blocks: Iterable[list[_Input]], batch: int, pictures: _Pictures | None) -> Iterator[Block]:
-    """The rows of each block, one for each input; `batch` images at once."""
+def _judge(run_dirs: Sequence[str], options: argparse.Namespace) -> Judge:
+    from bmjax.analysis.evaluate.judge import Judge, at_pixel_size
+    from bmjax.runs.folder import load_run
+
+    runs = [at_pixel_size(load_run(path, options.which, trust=options.trust), options.pixel_size) for path in run_dirs]
+    return Judge(runs, views=options.views, calibrated=options.calibrated)
+
+
+def _predicted(
+    judge: Judge, blocks: Iterable[list[_Input]], answers: Answers, pictures: _Pictures | None
+) -> Iterator[Block]:
+    """The rows of each block, one for each input."""
     import numpy as np
 
     from bmjax.cli.prediction_table import Block
-    from bmjax.data.load import read_files
-    from bmjax.training.predict import Predictor, predict_probs
 
-    setting = dataclasses.replace(run.config.train, eval_batch_size=batch)
-    run = dataclasses.replace(run, config=dataclasses.replace(run.config, train=setting))
-    predictor, start = Predictor(run.config, run.model), 0
+    start = 0
     for block in blocks:
-        read = iter(read_files([path for path, error in block if error is None], run.config.data))
-        found = [next(read) if error is None else error for _, error in block]
-        probs = np.full((len(block), len(run.classes)), np.nan, np.float32)
-        rows = [i for i, image in enumerate(found) if not isinstance(image, str)]
+        read = read_as_each(judge, [path for path, error in block if error is None])
+        found = iter(read[0])
+        first = [next(found) if error is None else error for _, error in block]
+        errors = [image if isinstance(image, str) else None for image in first]
+        rows = [i for i, error in enumerate(errors) if error is None]
+        probs, seen = np.full((len(block), len(judge.classes)), np.nan, np.float32), None
         names: list[str | None] = [None] * len(block)
         if rows:
-            images = np.stack([found[i] for i in rows])  # type: ignore[arg-type]
-            probs[rows] = predict_probs(run, images, predictor)
+            images = [np.stack([image for image in part if not isinstance(image, str)]) for part in read]
+            seen = judge.images(images)
+            probs[rows] = seen.probs
             for i in rows:
-                names[i] = run.classes[int(probs[i].argmax())]
+                names[i] = judge.classes[int(probs[i].argmax())]
+            if start == 0:
+                answers.warn_of_foreign(images[0], seen)
             if pictures is not None:
-                pictures.draw(images, [(start + i, block[i].path) for i in rows])
-        errors = [image if isinstance(image, str) else None for image in found]
-        yield Block([path for path, _ in block], names, probs, errors)
+                pictures.draw(images[0], [(start + i, block[i].path) for i in rows])
+        yield Block([path for path, _ in block], names, probs, errors, answers.of(probs, seen, rows))
         start += len(block)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,19 +40,25 @@ class Block:
     probs: np.ndarray
     """float32 [n, k]; not a number where there is an error."""
     errors: Sequence[str | None]
+    more: Sequence[Sequence[str | float | None]] = ()
+    """Values of the table's further columns."""
 
 
 class PredictionTable:
-    """A .csv or .parquet file with the columns path, predicted, one for each class and, where needed, the two above.
+    """A .csv or .parquet file with the columns path, predicted, one for each class, `more`, and, where needed, the two
+    above. `more`: names and types, str or float, of further columns.
 
     Rows go into `<name>.part`, which takes the table's name when it is whole.
     """
 
-    def __init__(self, path: Path, classes: Sequence[str], *, errors: bool = False):
+    def __init__(
+        self, path: Path, classes: Sequence[str], *, errors: bool = False, more: Mapping[str, type] | None = None
+    ):
         self.path, self.part = path, path.with_name(f"{path.name}.part")
+        self._more = dict(more or {})
         self._kind: type[_Csv | _Parquet] = _Csv if path.suffix == ".csv" else _Parquet
         self._classes, self._extra = tuple(classes), {ERROR} if errors else set()
-        self._file = self._kind(self.part, self._classes, self._extra)
+        self._file = self._kind(self.part, self._classes, self._more, self._extra)
 
     def add(self, block: Block) -> None:
         """Writes rows."""
@@ -66,7 +72,7 @@ class PredictionTable:
     def _widen(self, needed: set[str]) -> None:
         self._file.close()
         wider = self.part.with_name(f"{self.part.name}2")
-        file = self._kind(wider, self._classes, needed)
+        file = self._kind(wider, self._classes, self._more, needed)
         file.copy(self.part, self._extra)
         os.replace(wider, self.part)  # the open file goes with its name
         self._file, self._extra = file, needed
@@ -81,17 +87,20 @@ class PredictionTable:
 class _Csv:
     """UTF-8, with the bytes of names that are not; text is quoted, numbers and what is missing are not."""
 
-    def __init__(self, path: Path, classes: Sequence[str], extra: set[str]):
+    def __init__(self, path: Path, classes: Sequence[str], more: dict[str, type], extra: set[str]):
         self._file = path.open("w", encoding="utf-8", errors="surrogateescape", newline="")
         self._writer = csv.writer(self._file, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
         self._has_error, self._missing = ERROR in extra, [""] * len(classes)
-        self._writer.writerow(["path", "predicted", *classes, *([ERROR] if self._has_error else [])])
+        self._writer.writerow(["path", "predicted", *classes, *more, *([ERROR] if self._has_error else [])])
 
     def write(self, block: Block) -> None:
         # The shortest decimals that are the float32, and not those of its float64.
         numbers = block.probs.astype(str).astype(np.float64).tolist()
-        for path, name, row, error in zip(block.paths, block.predicted, numbers, block.errors, strict=True):
+        more = list(zip(*block.more, strict=True)) or [()] * len(block.paths)
+        rows = zip(block.paths, block.predicted, numbers, more, block.errors, strict=True)
+        for path, name, row, values, error in rows:
             cells: list[Any] = [path, name or "", *(self._missing if name is None else row)]
+            cells += ["" if value is None else value for value in values]
             self._writer.writerow([*cells, error or ""] if self._has_error else cells)
 
     def copy(self, path: Path, extra: set[str]) -> None:
@@ -110,12 +119,14 @@ class _Csv:
 class _Parquet:
     """A block is a row group. A name that is no UTF-8 stands in `path` for reading, in `path_bytes` as it is."""
 
-    def __init__(self, path: Path, classes: Sequence[str], extra: set[str]):
+    def __init__(self, path: Path, classes: Sequence[str], more: dict[str, type], extra: set[str]):
         fields = [pa.field("path", pa.string()), pa.field("predicted", pa.string())]
         fields += [pa.field(shown(name), pa.float32()) for name in classes]
+        self._more = [pa.float32() if kind is float else pa.string() for kind in more.values()]
+        fields += [pa.field(name, kind) for name, kind in zip(more, self._more, strict=True)]
         fields += [pa.field(ERROR, pa.string())] if ERROR in extra else []
         fields += [pa.field(PATH_BYTES, pa.binary())] if PATH_BYTES in extra else []
-        self._schema, self._extra, self._base = pa.schema(fields), extra, 2 + len(classes)
+        self._schema, self._extra, self._base = pa.schema(fields), extra, 2 + len(classes) + len(more)
         self._writer = pyarrow.parquet.ParquetWriter(path, self._schema)
 
     def write(self, block: Block) -> None:
@@ -124,6 +135,10 @@ class _Parquet:
             pa.array([shown(path) for path in block.paths], pa.string()),
             pa.array([None if name is None else shown(name) for name in block.predicted], pa.string()),
             *(pa.array(column, pa.float32(), mask=bad) for column in np.asarray(block.probs, np.float32).T),
+        ]
+        columns += [
+            pa.array([shown(v) if isinstance(v, str) else v for v in values], kind)
+            for values, kind in zip(block.more, self._more, strict=True)
         ]
         if ERROR in self._extra:
             columns.append(pa.array([None if e is None else shown(e) for e in block.errors], pa.string()))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bmjax.cli.configured import add_configured, configuration
+from bmjax.cli.configured import add_configured, add_hosts, configuration
 from bmjax.cli.output import metrics_line, print_confusion
 from bmjax.config.base import Config
 
@@ -18,15 +18,21 @@ def add_parser(verbs: Any) -> None:
     """Adds `train` to a parser's verbs."""
     p = add_configured(verbs, "train", "train an experiment", run)
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    p.add_argument("--profile", metavar="START:END", help="trace these steps, as --train.profile (10:15)")
     p.add_argument("--sweep", action="store_true", help=argparse.SUPPRESS)  # of older versions
+    add_hosts(p)
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if options.sweep:
         raise ValueError(f"--sweep has become a verb of its own; expected: bmjax sweep {options.experiment}")
     config, module = configuration(options, rest)
+    if options.profile is not None:
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, profile=options.profile))
+    from bmjax.analysis.evaluate.reference import keep_looks
     from bmjax.analysis.report.report import write_report
     from bmjax.runs.tracking import agents_run
+    from bmjax.training import hosts
     from bmjax.training.run import train_run
 
     if (run_id := agents_run()) is not None:
@@ -36,14 +42,17 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     result = train_run(config, resume=options.resume, callbacks=callbacks, files=files)
     if result.interrupted:
         return 128 + signal.Signals[result.interrupted]
+    if not hosts.leads():
+        return 0
     assert result.data is not None
-    dataset, _ = result.data
+    dataset, splits = result.data
     for split, m in result.metrics.items():
         print(metrics_line(split, m))
     if "test" in result.metrics:
         print_confusion(result.metrics["test"]["confusion"], dataset.classes)
     if module is not None and hasattr(module, "report"):
         module.report(result)
+    keep_looks(result.run_dir, dataset, splits)
     print(f"report: {write_report(result.run_dir, dataset.images)}")
     return 0
 

@@ -18,7 +18,9 @@ def add_parser(verbs: Any) -> None:
     p = inner.add_parser("fetch", help="download a published file into the cache, and check it")
     p.add_argument("record", help="a record's name, as `bmjax weights list` prints it")
     p = inner.add_parser("port", help="turn a weight file into safetensors that carry their record")
-    p.add_argument("weights", help="a record's name, or the path of a file (.h5, .weights.h5, .keras, .safetensors)")
+    p.add_argument(
+        "weights", help="a record's name, or the path of a file (.h5, .weights.h5, .keras, .safetensors, .pth)"
+    )
     p.add_argument("out", help="the file to write, ending in .safetensors")
     p.add_argument("--backbone", help="the backbone that the file is of; needed with a path")
     p.add_argument("--preprocess", help="mode, where the file's training differed from its source's rule")
@@ -26,7 +28,7 @@ def add_parser(verbs: Any) -> None:
         "--head",
         choices=("drop", "keep"),
         default="drop",
-        help="of a fine-tuned Keras model: leave its head out, or take its single Dense as the top; default: drop",
+        help="of a fine-tuned model: leave its head out, or take its single dense layer as the top; default: drop",
     )
     p = inner.add_parser("verify", help="prove a file against its record, and against Keras where it is installed")
     p.add_argument("weights", help="a record's name, or the path of a file")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from bmjax.config.checks import check, check_part, check_parts, check_types
 
@@ -25,8 +25,14 @@ class DataConfig:
     """The folder or file with the images (all sources but `synthetic`)."""
     image_size: int = 224
     """Images are resized to image_size x image_size pixels once, when the cache is built."""
+    pixel_size: float = 0.0
+    """Micrometres to a pixel of the files, those that a table gives with each image aside; 0: not known."""
+    field_size: float = 0.0
+    """Micrometres that the side of an image shows to the network: the square in the middle of each file, mirrored
+    beyond its border, so that cells have one scale whatever the microscope; 0: the whole file, squeezed to a square."""
     split: tuple[float, float, float] = (0.7, 0.15, 0.15)
-    """Shares of train, validation and test."""
+    """Shares of train, validation and test. Of the last two one may be 0, or both: with 1 0 0 all images are trained
+    on, the last epoch is kept, and nothing is reported."""
     split_seed: int = 0
     """Seed of the split, apart from the run's seed, so that runs over seeds share one split."""
     split_by: Literal["image", "group", "block"] = "image"
@@ -59,14 +65,30 @@ class DataConfig:
     synthetic_per_class: int = 100
     """Cells rendered per class (source `synthetic`)."""
 
+    def field_pixels(self, pixel_size: float = 0.0) -> float | None:
+        """The side of the field in pixels of a file, of `pixel_size` or else the configured one; None: the whole file.
+
+        Raises:
+          ValueError: the pixels' size is not known.
+        """
+        if not self.field_size:
+            return None
+        if not (size := pixel_size or self.pixel_size):
+            raise ValueError(
+                f"config field 'data.field_size' is {self.field_size:g}, and the pixels' size is not known; expected "
+                "data.pixel_size, a table's column pixel_size, or for other images --pixel-size"
+            )
+        return self.field_size / size
+
     def __post_init__(self) -> None:
         check_part(self, "source", "data.source", SOURCES)
         check_types(self, "data.")
         check(self.image_size >= 16, "data.image_size", self.image_size, "at least 16 pixels")
-        ok = len(self.split) == 3 and all(s > 0 for s in self.split)
-        check(
-            ok and math.isclose(sum(self.split), 1.0, abs_tol=1e-6), "data.split", self.split, "three shares > 0, sum 1"
-        )
+        ok = len(self.split) == 3 and self.split[0] > 0 and all(s >= 0 for s in self.split)
+        ok = ok and math.isclose(sum(self.split), 1.0, abs_tol=1e-6)
+        check(ok, "data.split", self.split, "three shares, the first > 0, the others >= 0, sum 1")
+        check(self.pixel_size >= 0, "data.pixel_size", self.pixel_size, "micrometres, or 0")
+        check(self.field_size >= 0, "data.field_size", self.field_size, "micrometres, or 0")
         check(self.block_size >= 1, "data.block_size", self.block_size, "at least 1")
         check(self.folds == 0 or self.folds >= 2, "data.folds", self.folds, "0 or at least 2")
         check(0 <= self.fold < max(self.folds, 1), "data.fold", self.fold, f"0 to {max(self.folds, 1) - 1}")
@@ -77,10 +99,21 @@ class DataConfig:
         check(self.synthetic_per_class >= 2, "data.synthetic_per_class", self.synthetic_per_class, "at least 2")
 
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "other_laboratory": {
+        "hed": 0.05, "zoom": 0.35, "blur": 0.008, "brightness": 0.1, "contrast": 0.2, "hue": 0.02, "jpeg": 40,
+    },
+}  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig:
     """Random changes of the training images, on the device; zero or False switches one off."""
 
+    preset: Literal["none", "other_laboratory"] = "none"
+    """`other_laboratory`: stain, scale, focus, brightness and JPEG's loss vary as between laboratories (hed 0.05, zoom
+    0.35, blur 0.008, brightness 0.1, contrast 0.2, hue 0.02, jpeg 40); a field that is set beside it counts instead."""
     flip: bool = True
     """Mirror left-right and up-down, each with probability one half."""
     right_angles: bool = True
@@ -100,6 +133,10 @@ class AugmentConfig:
     hed: float = 0.0
     """Stain jitter: the amounts of haematoxylin, eosin and DAB times 1 +- this, plus +- this optical
     density."""
+    blur: float = 0.0
+    """Defocus, with probability one half: a Gaussian of a deviation uniform in 0 to this share of the side."""
+    jpeg: int = 0
+    """JPEG's loss, with probability one half: quality uniform in this to 100; 0 is off."""
     policy: Literal["none", "randaugment", "trivialaugment"] = "none"
     """Random operations, before all others. `randaugment`: `policy_operations` of them at `policy_magnitude`;
     `trivialaugment`: one, at any strength."""
@@ -117,6 +154,11 @@ class AugmentConfig:
     """Augmentations of yours, after all others: `module:name` or `path.py` of a pure function of (image [h, w, 3],
     key) that gives an image of that shape."""
 
+    def resolved(self) -> AugmentConfig:
+        """With the preset's values in the fields that are off, and no preset."""
+        values = {name: value for name, value in PRESETS[self.preset].items() if not getattr(self, name)}
+        return dataclasses.replace(self, preset="none", **values)
+
     @property
     def mixes(self) -> bool:
         """Whether images are mixed with others of the batch."""
@@ -125,9 +167,23 @@ class AugmentConfig:
     def __post_init__(self) -> None:
         check_parts(self, "extra", "augment.extra")
         check_types(self, "augment.")
-        for name in ("rotate", "shift", "zoom", "brightness", "contrast", "hue", "hed", "erase", "mixup", "cutmix"):
+        for name in (
+            "rotate",
+            "shift",
+            "zoom",
+            "brightness",
+            "contrast",
+            "hue",
+            "hed",
+            "blur",
+            "erase",
+            "mixup",
+            "cutmix",
+        ):
             check(getattr(self, name) >= 0, f"augment.{name}", getattr(self, name), "a number >= 0")
         check(self.erase <= 1, "augment.erase", self.erase, "a probability, 0..1")
         check(self.policy_operations >= 1, "augment.policy_operations", self.policy_operations, "at least 1")
         check(0 <= self.policy_magnitude <= 30, "augment.policy_magnitude", self.policy_magnitude, "0..30")
         check(self.zoom < 1, "augment.zoom", self.zoom, "a number < 1")
+        check(self.blur <= 0.1, "augment.blur", self.blur, "a share of the side, at most 0.1")
+        check(0 <= self.jpeg <= 100, "augment.jpeg", self.jpeg, "a quality, 1..100, or 0")

@@ -31,7 +31,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bmjax.environment import cache_folder
+from bmjax.environment import cache_folder, why_foreign
+from bmjax.files import checksum, write_text
 from bmjax.layers.dispatch import partitioned
 
 log = logging.getLogger(__name__)
@@ -97,12 +98,15 @@ def build() -> Build:
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
     path = _folder() / f"kernels-{key}.so"
     said = f"compiled by {version.splitlines()[0] if version else compiler}"
-    if path.exists():
+    if _is_own(path):
         return Build(path, said)
     started = time.perf_counter()
     log.info("compiling the kernels for this CPU with %s, once on this machine: 10 to 70 s", Path(compiler).name)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if why := why_foreign(path.parent):
+            log.warning("%s %s, so nothing is loaded from it; slower convolutions are used", path.parent, why)
+            return Build(None, f"not used: {path.parent} {why}; set BMJAX_CACHE, or take the right away (chmod go-w)")
         # Under a name of its own first: other processes may build at the same time, or this one may be killed.
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / path.name
@@ -111,12 +115,35 @@ def build() -> Build:
                 last = "\n".join(done.stderr.strip().splitlines()[-5:])
                 log.warning("%s can't be compiled by %s; slower convolutions are used\n%s", SOURCE, compiler, last)
                 return Build(None, f"not used: {compiler} can't compile them")
+            made.chmod(0o700)
+            # The digest first: a library without one is not loaded.
+            write_text(_digest_of(path), checksum(made, "sha256"))
             os.replace(made, path)
     except OSError as error:
         log.warning("the kernels can't be kept in %s (%s); slower convolutions are used", path.parent, error)
         return Build(None, f"not used: {path.parent} can't be written")
     log.info("compiled the kernels for this CPU in %.0f s", time.perf_counter() - started)
     return Build(path, said)
+
+
+def _digest_of(path: Path) -> Path:
+    return path.with_suffix(".sha256")
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a library is there that this user compiled, as it was compiled."""
+    if not path.exists():
+        return False
+    if why := why_foreign(path.parent) or why_foreign(path):
+        log.warning("%s %s; it is not loaded", path, why)
+        return False
+    digest = _digest_of(path)
+    if not digest.exists():  # of a version before the digests
+        return False
+    if checksum(path, "sha256").encode() != digest.read_bytes():
+        log.warning("%s is not as it was compiled; it is compiled again", path)
+        return False
+    return True
 
 
 @functools.cache

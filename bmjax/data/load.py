@@ -61,6 +61,8 @@ def load_dataset(config: DataConfig, *, progress: bool = True) -> Dataset:
     check_type("progress", progress, bool, "True or False")
     cache_dir = Path(config.cache_dir) if config.cache_dir else cache_folder() / "images"
     if config.source == "synthetic":
+        if config.field_size:
+            raise ValueError(f"config field 'data.field_size' is {config.field_size}; expected 0 for rendered cells")
         if config.stain != "none":
             raise ValueError(f"config field 'data.stain' is {config.stain!r}; expected 'none' for rendered cells")
         return synthetic_dataset(config.synthetic_per_class, config.image_size, cache_dir, progress=progress)
@@ -69,7 +71,7 @@ def load_dataset(config: DataConfig, *, progress: bool = True) -> Dataset:
 
 def read_files(paths: Sequence[str | Path], config: DataConfig) -> Iterable[np.ndarray | str]:
     """Files as `load_dataset` would read them: uint8 RGB [h, w, 3], or the reason why one can't be read."""
-    return stained(decode_files(paths, config.image_size), config)
+    return stained(decode_files(paths, config.image_size, config.field_pixels()), config)
 
 
 def read_arrays(images: Any, config: DataConfig) -> np.ndarray:
@@ -85,6 +87,6 @@ def read_arrays(images: Any, config: DataConfig) -> np.ndarray:
     if images.shape[1:3] == (size, size):
         return images
     read = np.empty((len(images), size, size, 3), np.uint8)
-    for i, image in enumerate(stained(resize_images(images, size), config)):
+    for i, image in enumerate(stained(resize_images(images, size, config.field_pixels()), config)):
         read[i] = image
     return read

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tqdm import tqdm
@@ -42,3 +45,22 @@ class Meter:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def saying(how: Callable[[], str], seconds: float = LINE_SECONDS) -> Iterator[None]:
+    """Within it, a line every so many seconds on how things stand; none where `how` gives no text."""
+    over = threading.Event()
+
+    def speak() -> None:
+        while not over.wait(seconds):
+            if text := how():
+                log.info("%s", text)
+
+    thread = threading.Thread(target=speak, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()

@@ -62,7 +62,12 @@ def draw(key: str, seed: int) -> float:
 def side_of(key: str, seed: int, shares: tuple[float, float, float]) -> int:
     """0, 1 or 2 for train, val or test, by `draw`."""
     u = draw(key, seed)
-    return int(u >= shares[0]) + int(u >= shares[0] + shares[1])
+    return int(u >= shares[0]) + int(u >= _end_of_val(np.array(shares)))
+
+
+def _end_of_val(shares: np.ndarray) -> np.ndarray:
+    """Where in 0..1 the test split begins, of shares [..., 3]; nowhere if it has none, whatever sums round to."""
+    return np.where(shares[..., 2] > 0, shares[..., 0] + shares[..., 1], 2.0)
 
 
 def cross_validation(folds: int, repeats: int = 1) -> Iterator[dict[str, Any]]:
@@ -177,7 +182,7 @@ def kept_together(dataset: Dataset, config: DataConfig) -> np.ndarray:
 def _sides(places: np.ndarray, shares: np.ndarray, config: DataConfig) -> np.ndarray:
     """The side of each place in 0..1; shares [..., 3] sum to 1."""
     if not config.folds:
-        return (places >= shares[..., 0]).astype(int) + (places >= shares[..., 0] + shares[..., 1])
+        return (places >= shares[..., 0]).astype(int) + (places >= _end_of_val(shares))
     # Folds are equal stretches of 0..1. Those after the test fold, taken round, begin with the validation split.
     along = (places * config.folds - config.fold - 1) % config.folds
     val = config.split[1] / (config.split[0] + config.split[1])
@@ -208,6 +213,11 @@ def _assign(labels: np.ndarray, classes: int, units: _Units, config: DataConfig)
     return np.where(units.given_rows == _FREE, of_unit[units.of_row], units.given_rows)
 
 
+def _needed(config: DataConfig) -> list[int]:
+    """The sides in which every class must have an image: those that have a share, and in folds test."""
+    return [k for k in range(3) if config.split[k] > 0 or (k == 2 and config.folds)]
+
+
 def _seed_that_works(dataset: Dataset, units: _Units, config: DataConfig) -> int | None:
     """The first of a few hundred seeds under which every class has an image in every split."""
     sizes = np.bincount(dataset.labels, minlength=len(dataset.classes))
@@ -216,10 +226,10 @@ def _seed_that_works(dataset: Dataset, units: _Units, config: DataConfig) -> int
     chosen, of_row = np.unique(units.of_row[small], return_inverse=True)
     few = dataset.labels[small]
     part = _Units(of_row, [units.keys[i] for i in chosen], units.given[chosen], units.given_rows[small])
-    needed = {(label, side) for label in set(few.tolist()) for side in range(3)}
+    needed = {(label, side) for label in set(few.tolist()) for side in _needed(config)}
     for seed in range(300):
         side = _assign(few, len(dataset.classes), part, dataclasses.replace(config, split_seed=seed))
-        if set(zip(few.tolist(), side.tolist(), strict=True)) == needed:
+        if set(zip(few.tolist(), side.tolist(), strict=True)) >= needed:
             return seed
     return None
 
@@ -242,7 +252,8 @@ def split_dataset(dataset: Dataset, config: DataConfig) -> Splits:
     units = _units(dataset, config)
     side = _assign(dataset.labels, len(dataset.classes), units, config)
     for label, name in enumerate(dataset.classes):
-        for k, split in enumerate(NAMES):
+        for k in _needed(config):
+            split = NAMES[k]
             if not ((dataset.labels == label) & (side == k)).any():
                 n = int((dataset.labels == label).sum())
                 other = _seed_that_works(dataset, units, config)

@@ -39,7 +39,9 @@ Which = Literal["best", "last"]
 
 # What may differ between a run and its resume: it changes where and how fast, never which numbers.
 _FREE_TO_CHANGE = {"run_dir", "tracking", "train.devices", "train.workers", "train.parallel", "data.cache_dir"}
-_FREE_TO_CHANGE |= {"train.checkpoint_epochs", "train.checkpoint_steps", "train.final_test", "data.root"}
+_FREE_TO_CHANGE |= {"train.mesh", "train.shard_params", "train.remat"}
+_FREE_TO_CHANGE |= {"train.checkpoint_epochs", "train.checkpoint_steps", "train.checkpoint_minutes"}
+_FREE_TO_CHANGE |= {"train.final_test", "train.profile", "data.root"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,12 +173,22 @@ def recorded_split(run_dir: Path, dataset: Dataset) -> Splits | None:
     record = run_dir / "dataset.json"
     if not record.exists():
         return None
-    old = read_json(record)["fingerprint"]
+    old = _recorded(record, "fingerprint", str)
     if old != dataset.fingerprint:
         raise ValueError(
             f"{record}: the run began with data {old[:16]}; expected those, found {dataset.fingerprint[:16]}"
         )
     return read_split(run_dir / "split.csv", dataset)
+
+
+def _recorded(path: Path, name: str, kind: type) -> Any:
+    """An entry of a JSON record that has to be there."""
+    found = read_json(path).get(name)
+    if not isinstance(found, kind):
+        raise ValueError(
+            f"{path} is damaged: its {name!r} is {str(found)[:40]!r}; expected it as `bmjax train` wrote it"
+        )
+    return found
 
 
 def record_split(run_dir: Path, dataset: Dataset, splits: Splits) -> None:
@@ -274,24 +286,21 @@ def load_run(run_dir: str | Path, which: Which = "best", *, devices: int | None 
     config = as_recorded(located(config, run_dir), run_dir)
     # The number of devices is the training machine's, not the run's.
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, devices=devices))
-    classes = tuple(read_json(run_dir / "dataset.json")["classes"])
+    classes = tuple(_recorded(run_dir / "dataset.json", "classes", list))
     model = create(config.model, len(classes), config.train.dtype)
     folder = run_dir / "checkpoints" / which
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not there; the run has no checkpoint yet")
-    checkpoints = Checkpoints(folder)
-    step = checkpoints.latest()
-    if step is None:
-        raise FileNotFoundError(f"{folder} holds no finished checkpoint yet")
     template = jax.eval_shape(lambda: init(model, jax.random.key(0), config.data.image_size))
     template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, image_dtype(config)), template)
-    variables = checkpoints.restore_variables(step, template, ema=config.train.ema_decay is not None)
-    checkpoints.close()
+    checkpoints, ema = Checkpoints(folder), config.train.ema_decay is not None
+    step, variables = checkpoints.newest_whole(lambda step: checkpoints.restore_variables(step, template, ema))
     return Run(run_dir, config, model, variables, classes, step)
 
 
 def record_opening(run_dir: Path, step: int) -> int:
-    """Notes that the test split is opened; returns how many times it has been, this one included."""
+    """Notes that the test split is opened, of a run at a step, or of a comparison for so many runs; returns how many
+    times it has been, this one included."""
     path = run_dir / "openings.jsonl"
     entry = {
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -305,19 +314,32 @@ def record_opening(run_dir: Path, step: int) -> int:
 
 def save_predictions(run_dir: Path, split: str, dataset: Dataset, probs: np.ndarray, rows: np.ndarray) -> None:
     """predictions_<split>.npz: probs float32 [n, k], labels [n], index [n], ids [n], classes [k]."""
-    np.savez_compressed(
-        run_dir / f"predictions_{split}.npz",
-        probs=probs,
-        labels=dataset.labels[rows],
-        index=rows,
-        ids=np.array([dataset.ids[i] for i in rows]),
-        classes=np.array(dataset.classes),
-    )
+    ids = np.array([dataset.ids[i] for i in rows])
+    save_arrays(run_dir, split, probs=probs, labels=dataset.labels[rows], index=rows, ids=ids, classes=dataset.classes)
+
+
+def save_arrays(run_dir: Path, name: str, **arrays: Any) -> None:
+    """predictions_<name>.npz of these arrays, written whole or not at all."""
+    path = run_dir / f"predictions_{name}.npz"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    whole: dict[str, Any] = {key: np.asarray(value) for key, value in arrays.items()}
+    with temporary.open("wb") as file:
+        np.savez_compressed(file, **whole)
+    os.replace(temporary, path)
 
 
 def saved_results(run_dir: Path) -> dict[str, dict[str, Any]]:
-    """results.json by split; empty before the first evaluation."""
-    return read_json(run_dir / "results.json")
+    """results.json by split; empty before the first evaluation.
+
+    Raises:
+      ValueError: it is damaged; names the file.
+    """
+    path = run_dir / "results.json"
+    found = read_json(path)
+    for split, metrics in found.items():
+        if not isinstance(metrics, dict) or "step" not in metrics:
+            raise ValueError(f"{path} is damaged at {split!r}; remove it, and `bmjax eval RUN` writes it again")
+    return found
 
 
 def save_results(run_dir: Path, split: str, metrics: dict[str, Any]) -> None:

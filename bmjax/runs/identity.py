@@ -198,6 +198,10 @@ def as_recorded(config: Config, run_dir: Path) -> Config:
             copies[name] = f"{now}:{attribute}" if attribute else str(now)
             continue
         copy = run_dir / entry["copy"]
+        if not copy.resolve().is_relative_to((run_dir / "code").resolve()):
+            raise ValueError(
+                f"{run_dir / 'environment.json'}: the copy of {name} is {entry['copy']!r}; expected in code/"
+            )
         if not copy.is_file() or checksum(copy, "sha256") != entry["sha256"]:
             raise ValueError(f"{copy} is not as the run recorded it, and {entry['file']} has changed; expected either")
         why = "is not there any more" if not now.is_file() else "has changed since the run was trained"

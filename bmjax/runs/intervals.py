@@ -16,6 +16,7 @@ _CENTRES, _TRENDS, _CONCENTRATIONS = np.linspace(-4, 6, 41), np.linspace(-1.2, 1
 _TREND_SPREAD, _CENTRE_POWER = 0.5, 0.5
 _RARITIES = np.array([0.02, 0.05, 0.1, 0.2, 0.35, 0.6, 1.0, 2.0, 5.0])
 _SEEN = 0.75  # share of the observed in where errors are taken to go, beside the classes' frequencies
+_UNSEEN = 1.0  # errors taken to have gone into each class beside those seen; fewer make F1 of the rarest too high
 _FEW = 10  # images of a class below which no interval of its figures can hold 95 %
 
 
@@ -89,7 +90,7 @@ def class_draws(counts: np.ndarray, *, seed: int = 0, resamples: int = 2000) -> 
     a, b = _recall_priors(n, hits, rng, resamples)
     recall = rng.beta(hits + a, n - hits + b)
     errors = counts - np.diag(hits)
-    seen = errors.sum(0) + 0.5
+    seen = errors.sum(0) + _UNSEEN
     target = (1 - _SEEN) * frequency + _SEEN * seen / seen.sum()
     wrong = np.zeros((resamples, k))  # share of all images that are taken for a class wrongly
     for c in range(k):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,7 +25,7 @@ from bmjax.layers.dispatch import fits_loop, inside_loop
 from bmjax.model.classifier import at_last, pools_first
 from bmjax.model.create import create
 from bmjax.model.parameters import Tree
-from bmjax.runs.folder import image_dtype
+from bmjax.runs.folder import image_dtype, run_folder
 from bmjax.runs.metrics import classification_metrics, load_metrics
 from bmjax.runs.state import TrainState, create_state
 from bmjax.training.features import FeatureMaps
@@ -34,7 +34,9 @@ from bmjax.training.predict import SplitName, softmax
 from bmjax.training.progress import Recorder
 from bmjax.training.signals import Signals
 from bmjax.training.stages import StagePlan, Stretch, plan_stages, stage_step
+from bmjax.training.statistics import statistics_step
 from bmjax.training.steps import at_precision
+from bmjax.training.watch import Clock, Profile
 
 _OFF = AugmentConfig(flip=False, right_angles=False)
 _VIEW = 0x76696577  # folded into a step's key for the draw of views, apart from the keys that every step draws
@@ -70,7 +72,10 @@ def check(config: Config) -> None:
             f"config field 'features.views' is {config.features.views}; expected 0, for nothing is augmented"
         )
     if jax.process_count() > 1:
-        raise ValueError(f"{jax.process_count()} processes; cached features are trained on by one")
+        raise ValueError(
+            f"config field 'features.cached' is True; expected False with {jax.process_count()} processes, for cached "
+            "features are trained on by one (compare: --end-to-end)"
+        )
 
 
 class Programs:
@@ -93,6 +98,7 @@ class Programs:
         self.init = jax.jit(self._init)
         self.logits = jax.jit(at_precision(self._logits, config.train.precision))
         self._epochs: dict[int, Callable[..., tuple[TrainState, dict[str, jax.Array]]]] = {}
+        self._statistics: dict[int, Callable[[Tree, dict[str, jax.Array]], Tree]] = {}
         self.scans: dict[int, bool] = {}
         self._first = threading.Lock()
 
@@ -118,6 +124,11 @@ class Programs:
         if stage not in self._epochs:
             self._epochs[stage] = self._make_epoch(stage)
         return self._epochs[stage]
+
+    def statistics(self, stage: int) -> Callable[[Tree, dict[str, jax.Array]], Tree]:
+        """The compiled statistics step of a stage, see bmjax.training.statistics."""
+        step = jax.jit(statistics_step(self._config, self.model, self.plans[stage]))
+        return self._statistics.setdefault(stage, step)
 
     def _make_epoch(self, stage: int) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
         step = stage_step(self._config, self.model, self.plans[stage], self._loss)
@@ -189,7 +200,9 @@ class MapEngine:
         self.predictor = MapPredictor(config, programs, features)
         self._config, self._programs, self._features = config, programs, features
         (self._dataset, self._splits), self._signals = data, signals
+        self.validates = len(self._splits.val) > 0
         self._maps = features.views_on_device(self._splits.train, programs.pooled)
+        self._clock, self._profile = Clock(), Profile(config.train.profile, run_folder(config) / "profile")
         self._labels = jnp.asarray(self._dataset.labels[self._splits.train])
 
     def start(self) -> TrainState:
@@ -205,21 +218,34 @@ class MapEngine:
         return jax.tree.map(np.asarray, placed)
 
     def run(
-        self, placed: TrainState, stretch: Stretch, rates: np.ndarray, recorder: Recorder
+        self,
+        placed: TrainState,
+        stretch: Stretch,
+        rates: np.ndarray,
+        recorder: Recorder,
+        pause: Callable[[], bool] = lambda: False,
     ) -> tuple[TrainState, int]:
-        """A stretch is one program, so a signal stops it before it begins."""
+        """A stretch is one program, so a signal stops it before it begins, and nothing within it."""
+        del pause
         if stretch.start == stretch.end or self._signals.stop is not None:
             return placed, stretch.start
         began, places = time.perf_counter(), self._draw(stretch.start, stretch.end)
-        placed, metrics = self._programs.epoch(stretch.stage)(placed, self._maps, self._labels, places)
-        if stretch.end < self.plans[-1].end:
-            self._draw(stretch.end, stretch.end + self.per_epoch)  # kept there, while the device is busy with this one
-        on_host = {name: np.asarray(values) for name, values in metrics.items()}
+        self._profile.before(stretch.start, stretch.end)
+        with self._clock.on("compute"):
+            placed, metrics = self._programs.epoch(stretch.stage)(placed, self._maps, self._labels, places)
+            if stretch.end < self.plans[-1].end:
+                self._draw(stretch.end, stretch.end + self.per_epoch)  # kept, while the device is busy with this one
+            on_host = {name: np.asarray(values) for name, values in metrics.items()}
+        self._profile.after(stretch.end, placed, last=stretch.end == self.plans[-1].end)
         rows, speed = self._splits.train[places], places.size / (time.perf_counter() - began)
-        for i, lr in enumerate(rates.tolist()):
-            values = {name: column[i].item() for name, column in on_host.items()}
-            recorder.step(stretch.start + i + 1, values, rows[i], lr, speed)
+        with self._clock.on("logging"):
+            for i, lr in enumerate(rates.tolist()):
+                values = {name: column[i].item() for name, column in on_host.items()}
+                recorder.step(stretch.start + i + 1, values, rows[i], lr, speed)
         return placed, stretch.end
+
+    def under_way(self, recorder: Recorder) -> None:
+        """A stretch is short, and its steps have no states of their own."""
 
     def _draw(self, start: int, end: int) -> np.ndarray:
         """Places among the training rows of the batches [start, end)."""
@@ -227,12 +253,18 @@ class MapEngine:
         of = self._dataset.labels[self._splits.train]
         return batch_places(of, train.batch_size, self._config.seed, start, end - start, train.sampling)
 
+    def statistics(self, variables: Tree, stage: int) -> Iterator[Tree]:
+        maps = self._features.on_device(self._splits.train, self._programs.pooled)
+        for places in self._draw(0, self.per_epoch):
+            measured = self._programs.statistics(stage)(variables, {"feature_map": maps[places]})
+            yield jax.tree.map(np.asarray, measured)
+
     def evaluate(self, placed: TrainState, split: SplitName) -> dict[str, Any]:
         probs, done = self.predictor(placed.variables(), self._dataset, getattr(self._splits, split))
         return self.predictor.metrics(self._dataset.labels[done], probs)
 
-    def input_wait(self) -> None:
-        return None
+    def figures(self) -> dict[str, float]:
+        return self._clock.figures()
 
     def whole(self, state: TrainState) -> TrainState:
         """With the backbone, so that a checkpoint is that of any run."""

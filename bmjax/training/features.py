@@ -2,7 +2,8 @@
 
 A file holds the maps of some rows of a dataset in one view, under the fingerprint of all that decides them: data,
 image size, rows, the backbone's every number, preprocessing, types and the view's augmentation. It is written under
-another name and renamed when complete, so a kill never leaves half a file that is read; runs share the files.
+another name and renamed when complete, so a kill never leaves half a file that is read; runs share the files. Each
+block has a digest that is checked when the file is opened.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from bmjax.data.augment.augment import augment
 from bmjax.data.batches import eval_batches
 from bmjax.data.dataset import Dataset
 from bmjax.data.progress import Meter
-from bmjax.environment import cache_folder
-from bmjax.files import mapped, temporary_folder
+from bmjax.environment import cache_folder, check_own_cache, why_foreign
+from bmjax.files import mapped, seal, temporary_folder
 from bmjax.layers.ops import at_least_float32
 from bmjax.model.create import create, resolve
 from bmjax.model.parameters import Tree
@@ -88,15 +89,25 @@ class FeatureMaps:
         return tree_digest(self.backbone)
 
     def maps(self, rows: np.ndarray, view: int | None = None) -> np.ndarray:
-        """Maps [n, h, w, c] of rows [n], memory-mapped: from the disk, or computed and written there.
+        """Maps [n, h, w, c] of rows [n], memory-mapped: from the disk, or computed and written there. In a
+        cross-validation those of all images are, once for all folds.
 
         Raises:
           OSError: the disk is full.
+          PermissionError: the cache is not this user's alone.
         """
+        check_own_cache(self._folder)
         path = self._folder / f"{self.fingerprint(rows, view)[:32]}.npy"
         shape = (len(rows), *self.shape)
         found = _read(path, shape, self.dtype)
+        if found is None and self.config.data.folds and len(rows) < len(self.dataset):
+            return self.maps(np.arange(len(self.dataset)), view)[rows]
         return self._write(path, rows, view, shape) if found is None else found
+
+    def forget(self) -> None:
+        """Lets go of the maps on the device; a run that trains on them keeps its own until it ends."""
+        with self._lock:
+            self._on_device.clear()
 
     def on_device(self, rows: np.ndarray, pooled: bool = False) -> jax.Array:
         """The maps of rows [n] as they are, on the device: [n, h, w, c]; or their means over places, [n, 1, 1, c]."""
@@ -122,6 +133,7 @@ class FeatureMaps:
             out = np.lib.format.open_memmap(temporary / path.name, mode="w+", dtype=self.dtype, shape=shape)
             self._fill(out, rows, view)
             out.flush()
+            seal(temporary / path.name)
             os.replace(temporary / path.name, path)
         found = _read(path, shape, self.dtype)
         if found is None:
@@ -163,7 +175,9 @@ def pooled_maps(maps: np.ndarray) -> np.ndarray:
 def _read(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray | None:
     """The maps in a file; None where there is none or it is damaged."""
     try:
-        maps = mapped(path)
+        if why := why_foreign(path):
+            raise ValueError(f"it {why}")
+        maps = mapped(path, sealed=True)
     except FileNotFoundError:
         return None
     except (ValueError, OSError) as e:

@@ -7,41 +7,34 @@ An engine runs a stretch: on images step by step (`ImageEngine`), on a frozen ba
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
-import math
 import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
-import jax
 import numpy as np
 
 from bmjax.config.base import Config
-from bmjax.data.batches import TrainBatches
+from bmjax.data.batches import TrainBatches, read_ahead
 from bmjax.data.dataset import Dataset
 from bmjax.data.splits import Splits
 from bmjax.model.classifier import Classifier
 from bmjax.model.parameters import Tree
 from bmjax.registry import label_of
-from bmjax.runs.checkpoint import Checkpoints
+from bmjax.runs.folder import run_folder
 from bmjax.runs.state import Progress, TrainState
-from bmjax.training import optim
+from bmjax.training import hosts, optim, statistics
+from bmjax.training.keeper import Keeper, Safe
 from bmjax.training.losses import Loss
 from bmjax.training.parallel import Parallel
 from bmjax.training.predict import Predictor, SplitName
-from bmjax.training.progress import Batch, Recorder, StepLog, announced
+from bmjax.training.progress import Batch, Recorder, StepLog
 from bmjax.training.signals import Interrupted, Signals
 from bmjax.training.stages import StagePlan, Stretch, compile_stage, stretches
+from bmjax.training.statistics import statistics_step
+from bmjax.training.watch import Profile, WatchedStep, memory, peak_flops
 
 log = logging.getLogger(__name__)
-_MOMENTUM = 0.99
-"""Of the batch-norms' running statistics."""
-_LEAST_KEPT = 0.05
-"""Share of the first statistics that does no harm any more."""
-_GAP = 0.15
-"""Accuracy that evaluation may fall behind training without a word."""
 
 
 class Engine(Protocol):
@@ -50,15 +43,30 @@ class Engine(Protocol):
     plans: Sequence[StagePlan]
     per_epoch: int
     predictor: Any
+    validates: bool
+    """Whether there is a validation split."""
 
     def place(self, state: TrainState) -> Any: ...
     def fetch(self, placed: Any) -> TrainState: ...
-    def run(self, placed: Any, stretch: Stretch, rates: np.ndarray, recorder: Recorder) -> tuple[Any, int]:
-        """Runs a stretch, or up to where a signal stopped it: (the state, the step reached)."""
+    def run(
+        self, placed: Any, stretch: Stretch, rates: np.ndarray, recorder: Recorder, pause: Callable[[], bool]
+    ) -> tuple[Any, int]:
+        """Runs a stretch, or up to where a signal or `pause` stopped it: (the state, the step reached)."""
+        ...
+
+    def under_way(self, recorder: Recorder) -> Any | None:
+        """After an error within `run`: the state that agrees with what is recorded; None where there is none."""
+        ...
+
+    def statistics(self, variables: Tree, stage: int) -> Iterable[Tree]:
+        """The statistics of each batch of an epoch, on the host; see bmjax.training.statistics."""
         ...
 
     def evaluate(self, placed: Any, split: SplitName) -> dict[str, Any]: ...
-    def input_wait(self) -> float | None: ...
+    def figures(self) -> dict[str, float]:
+        """What the steps since the last call cost, for an epoch's record; see bmjax/training/watch.py."""
+        ...
+
     def whole(self, state: TrainState) -> TrainState:
         """A fetched state with every parameter of the network, as a checkpoint holds it."""
         ...
@@ -68,68 +76,19 @@ class Engine(Protocol):
         ...
 
 
-class Keeper:
-    """The checkpoints of a run: `best`, and `last`, before which the best so far is on disk."""
-
-    def __init__(self, run_dir: Path, engine: Engine, *, least_seconds: float = 0.0, one_at_a_time: bool = False):
-        self._best = Checkpoints(run_dir / "checkpoints/best", keep=1, one_at_a_time=one_at_a_time)
-        self._last = Checkpoints(run_dir / "checkpoints/last", one_at_a_time=one_at_a_time)
-        self._engine, self._least = engine, least_seconds
-        self._pending: tuple[TrainState, dict[str, Any]] | None = None
-        self._saved = time.monotonic()
-
-    def progress(self, step: int) -> Progress:
-        """Where the run stood at that checkpoint."""
-        return Progress(**self._last.meta(step))
-
-    def restore(self, step: int, template: TrainState) -> TrainState:
-        """The state of that checkpoint; `template` gives structure, shapes and types."""
-        return self._engine.own(self._last.restore(step, self._engine.whole(template)))
-
-    def best(self, state: TrainState, progress: Progress) -> None:
-        """Keeps a fetched state as the best so far; it is written before the next `last`."""
-        self._pending = (state, dataclasses.asdict(progress))
-
-    def is_due(self) -> bool:
-        """Whether the last checkpoint is old enough for another."""
-        return time.monotonic() - self._saved >= self._least
-
-    def last(self, state: TrainState, progress: Progress) -> None:
-        """Writes the best so far and a fetched state, in the background."""
-        if self._pending is not None:
-            best, at = self._pending
-            self._best.save(self._engine.whole(best), at)
-            self._pending = None
-        self._last.save(self._engine.whole(state), dataclasses.asdict(progress))
-        self._saved = time.monotonic()
-
-    def best_variables(self, step: int, template: dict[str, Tree], ema: bool) -> dict[str, Tree]:
-        """What evaluation uses of the best checkpoint."""
-        self._best.wait()
-        return self._best.restore_variables(step, template, ema)
-
-    def wait(self) -> None:
-        """Returns when all is on disk."""
-        self._best.wait()
-        self._last.wait()
-
-    def close(self) -> None:
-        self._best.close()
-        self._last.close()
-
-
 def fit(
     config: Config, engine: Engine, state: TrainState, recorder: Recorder, keeper: Keeper, signals: Signals
 ) -> tuple[int, bool]:
     """Trains from `state` to the end of the last stage, an early stop or a signal: (the step reached, whether whole).
 
-    Whatever ends it, the last checkpoint holds the state it ended with.
+    Whatever ends it, the last checkpoint holds the state it ended with; after an error that of the last step recorded.
     """
     progress, plans = recorder.progress, engine.plans
     placed, step, fetched = engine.place(state), int(state.step), None
     total, every = plans[-1].end, config.train.checkpoint_steps
     recorder.event("start", step, {}, lambda: state.variables())
-    with contextlib.suppress(Interrupted):  # the resume evaluates the epoch first
+    safe = Safe(engine, keeper, recorder)
+    with contextlib.suppress(Interrupted), safe:  # the resume evaluates the epoch first
         for stretch in stretches(plans, engine.per_epoch, step, progress.epochs_evaluated, every):
             if progress.stopped_early or signals.stop is not None:
                 break
@@ -140,14 +99,15 @@ def fit(
             plan = plans[stretch.stage]
             rates = learning_rates(plan, engine, placed, stretch)
             fetched = None
-            placed, step = engine.run(placed, stretch, rates, recorder)
+            placed, step = safe.run(placed, stretch, rates, signals)
             if step < stretch.end:
                 break
             is_best = False
             if stretch.ends_epoch:
                 placed, is_best = end_epoch(config, engine, placed, step, recorder, plan)
             due = not stretch.ends_epoch or progress.epochs_evaluated % config.train.checkpoint_epochs == 0
-            due = due and keeper.is_due()
+            # Clocks of several hosts differ, and all save at the same step.
+            due = hosts.told((due and keeper.is_due()) or keeper.is_late())
             if is_best or due:
                 fetched = engine.fetch(placed)
                 if is_best:
@@ -171,27 +131,43 @@ def learning_rates(plan: StagePlan, engine: Engine, placed: Any, stretch: Stretc
 def end_epoch(
     config: Config, engine: Engine, placed: Any, step: int, recorder: Recorder, plan: StagePlan
 ) -> tuple[Any, bool]:
-    """Evaluates, records and decides: (the state with the plateau's verdict, whether it is the best so far).
-
-    `input_wait` is recorded: the share of the epoch's time that was spent waiting for batches.
-    """
-    progress, wait = recorder.progress, engine.input_wait()
+    """Evaluates, records and decides: (the state with the plateau's verdict, whether it is the best so far)."""
+    progress, costs, began = recorder.progress, engine.figures(), time.perf_counter()
+    placed = recompute(config, engine, placed, progress.stage)
     epoch, every = progress.epochs_evaluated + 1, config.train.train_eval_epochs
-    val = engine.evaluate(placed, "val")
     # "Training success" is ambiguous: the running figure has dropout and augmentation, the other has neither.
     record = {"epoch": epoch, "train/loss": progress.loss_sum / max(progress.count, 1)}
     record["train/accuracy_running"] = progress.correct / max(progress.count, 1)
-    if step == engine.plans[-1].end or (every and epoch % every == 0):
+    val = engine.evaluate(placed, "val") if engine.validates else None
+    if val is not None and (step == engine.plans[-1].end or (every and epoch % every == 0)):
         record["train/accuracy_eval_mode"] = engine.evaluate(placed, "train")["accuracy"]
+    record |= costs | {"seconds/evaluation": time.perf_counter() - began} | memory()
+    if val is None:  # nothing to choose by: the last epoch is the best
+        is_best, progress.best_step = True, step
+    else:
+        is_best = _select(config, progress, step, val, record)
+        if plan.optimizer.schedule.kind == "plateau":
+            fetched = engine.fetch(placed)
+            fetched = fetched.replace(opt_state=optim.update_plateau(plan.optimizer, fetched.opt_state, val["loss"]))
+            placed = engine.place(fetched)
+    patience = config.train.early_stop_epochs
+    progress.stopped_early = patience is not None and progress.epochs_since_best >= patience
+    progress.epochs_evaluated, progress.loss_sum, progress.correct, progress.count = epoch, 0.0, 0, 0
+    recorder.epoch(step, record, lambda: engine.fetch(placed).variables())
+    progress.stopped_early = progress.stopped_early or recorder.stop
+    recomputed = statistics.recomputes(config.train, engine.plans, placed.batch_stats)
+    if val is not None and not recomputed and (progress.stopped_early or step == engine.plans[-1].end):
+        running, evaluated = record["train/accuracy_running"], record.get("train/accuracy_eval_mode", val["accuracy"])
+        if (lag := statistics.statistics_lag(engine.plans, step, running, evaluated)) is not None:
+            log.warning("%s", lag)
+    return placed, is_best
+
+
+def _select(config: Config, progress: Progress, step: int, val: dict[str, Any], record: dict[str, Any]) -> bool:
+    """Whether the validation figures are the best so far; adds them to the record."""
     name = config.train.monitor.removeprefix("-")
     shown = ("loss", "accuracy", "macro_f1", "balanced_accuracy", "n", *map(label_of, config.train.metrics), name)
     record |= {f"val/{figure}": val[figure] for figure in shown}
-    if wait is not None:
-        record["input_wait"] = wait
-    if plan.optimizer.schedule.kind == "plateau":
-        fetched = engine.fetch(placed)
-        fetched = fetched.replace(opt_state=optim.update_plateau(plan.optimizer, fetched.opt_state, val["loss"]))
-        placed = engine.place(fetched)
     falls = config.train.monitor_falls
     score = -val[name] if falls else val[name]
     is_best = progress.best is None or score > progress.best
@@ -201,37 +177,17 @@ def end_epoch(
         progress.epochs_since_best += 1
     assert progress.best is not None
     record[f"val/best_{name}"] = -progress.best if falls else progress.best
-    patience = config.train.early_stop_epochs
-    progress.stopped_early = patience is not None and progress.epochs_since_best >= patience
-    progress.epochs_evaluated, progress.loss_sum, progress.correct, progress.count = epoch, 0.0, 0, 0
-    recorder.epoch(step, record, lambda: engine.fetch(placed).variables())
-    progress.stopped_early = progress.stopped_early or recorder.stop
-    if progress.stopped_early or step == engine.plans[-1].end:
-        evaluated = record.get("train/accuracy_eval_mode", record["val/accuracy"])
-        if (lag := statistics_lag(engine.plans, step, record["train/accuracy_running"], evaluated)) is not None:
-            log.warning("%s", lag)
-    return placed, is_best
+    return is_best
 
 
-def statistics_lag(plans: Sequence[StagePlan], step: int, running: float, evaluated: float) -> str | None:
-    """What to say where batch-norm's running statistics have seen too few steps, and evaluation suffers; else None.
-
-    `running` is the accuracy in training, where norms go by the batch; `evaluated` that in evaluation mode. After n
-    steps the statistics still hold 0.99^n of what they began with.
-    """
-    by_batch = [plan for plan in plans if "train" in dataclasses.astuple(plan.batch_norm)]
-    steps = sum(max(0, min(plan.end, step) - plan.start) for plan in by_batch)
-    kept = _MOMENTUM**steps
-    if not steps or kept < _LEAST_KEPT or running - evaluated < _GAP:
-        return None
-    enough = math.ceil(math.log(_LEAST_KEPT) / math.log(_MOMENTUM))
-    return (
-        f"accuracy is {running:.2f} in training and {evaluated:.2f} in evaluation: after {steps} steps batch-norm's "
-        f"running statistics still hold {100 * kept:.0f} % of what they began with, so that the classifier is worse in "
-        f"evaluation than it has learned to be. Train for {enough} steps or more (stages.epochs larger, or "
-        "train.batch_size smaller), or leave the statistics of a pretrained backbone as they are "
-        "(stages.batch_norm.backbone stats_frozen)"
-    )
+def recompute(config: Config, engine: Engine, placed: Any, stage: int) -> Any:
+    """The state with batch-norm's statistics recomputed, where the run does so and the stage lets them move."""
+    batch_norm, batch_stats = engine.plans[stage].batch_norm, placed.batch_stats
+    runs = statistics.recomputes(config.train, engine.plans, batch_stats)
+    if not runs or not statistics.moves(batch_norm, batch_stats):
+        return placed
+    state = engine.fetch(placed)
+    return engine.place(statistics.with_statistics(state, batch_norm, lambda v: engine.statistics(v, stage)))
 
 
 class ImageEngine:
@@ -252,16 +208,24 @@ class ImageEngine:
         self.plans, self.per_epoch = plans, per_epoch
         self._config, self._model, self._loss, self._parallel = config, model, loss, parallel
         (self._dataset, self._splits), self._signals = data, signals
-        shard: dict[str, Any] = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        self.validates = len(self._splits.val) > 0
+        part, parts = parallel.rows
+        shard: dict[str, Any] = {"process_index": part, "process_count": parts}
         shard |= {"workers": config.train.workers, "sampling": config.train.sampling}
         size = config.train.batch_size
         self._batches = TrainBatches(self._dataset, self._splits.train, size, config.seed, **shard)
         same = parallel if parallel.size == Parallel.count(config.train.devices) else None
         self.predictor = Predictor(config, model, signals, same)
         self._shares_devices = same is not None
-        self._step: tuple[int, Any] | None = None
+        self._step: tuple[int, WatchedStep] | None = None
+        self._measure: tuple[int, Any] | None = None
+        self._done = 0
+        self._profile = Profile(config.train.profile, run_folder(config) / "profile")
+        peak = peak_flops(parallel.devices[0].device_kind, config.train.dtype, config.train.precision)
+        self._peak = None if peak is None else peak * parallel.size
         self._reading: tuple[int, Iterator[Batch]] | None = None
         self._log: StepLog | None = None
+        self._under_way: tuple[Any, int] | None = None
 
     def place(self, state: TrainState) -> Any:
         return self._parallel.to_devices(state)
@@ -275,25 +239,45 @@ class ImageEngine:
     def own(self, state: TrainState) -> TrainState:
         return state
 
-    def run(self, placed: Any, stretch: Stretch, rates: np.ndarray, recorder: Recorder) -> tuple[Any, int]:
+    def run(
+        self,
+        placed: Any,
+        stretch: Stretch,
+        rates: np.ndarray,
+        recorder: Recorder,
+        pause: Callable[[], bool] = lambda: False,
+    ) -> tuple[Any, int]:
+        self._under_way = None
         if stretch.start == stretch.end:
             return placed, stretch.end
         log = self._log = self._log or StepLog(recorder, self._parallel)
         train_step, step = self._step_of(stretch.stage), stretch.start
         for batch, lr in zip(self._batches_from(step, stretch.end, log), rates.tolist(), strict=True):
-            moved = self._parallel.put_batch({name: batch[name] for name in ("image", "label", "position")})
-            placed, metrics = train_step(placed, moved)
+            self._profile.before(step, step + 1)
+            with log.clock.on("compute"):
+                moved = self._parallel.put_batch({name: batch[name] for name in ("image", "label", "position")})
+                placed, metrics = train_step(placed, moved)
             step += 1
+            self._done += 1
+            self._profile.after(step, placed, last=step == self.plans[-1].end or self._signals.stop is not None)
+            self._under_way = placed, step
             log(step, metrics, batch["index"], lr)
-            if self._signals.stop is not None:
+            if self._signals.stop is not None or pause():
                 break
         log.flush()
         return placed, step
 
+    def under_way(self, recorder: Recorder) -> Any | None:
+        if self._under_way is None or self._log is None:
+            return None
+        placed, step = self._under_way
+        self._log.flush()
+        return placed if recorder.recorded == step else None
+
     def _step_of(self, stage: int) -> Any:
         if self._step is None or self._step[0] != stage:
             compiled = compile_stage(self._config, self._model, self.plans[stage], self._parallel, self._loss)
-            self._step = (stage, announced(compiled, stage))
+            self._step = (stage, WatchedStep(compiled, stage, counts=self._peak is not None))
         return self._step[1]
 
     def _batches_from(self, start: int, end: int, log: StepLog) -> Iterator[Batch]:
@@ -306,6 +290,16 @@ class ImageEngine:
             self._reading = (step + 1, reader)
             yield batch
 
+    def statistics(self, variables: Tree, stage: int) -> Iterator[Tree]:
+        if self._measure is None or self._measure[0] != stage:
+            measure = statistics_step(self._config, self._model, self.plans[stage])
+            self._measure = (stage, self._parallel.compile_step(measure, donate=False))
+        placed = self._parallel.to_devices(variables)
+        # The batches of the first epoch, after any epoch: the same images as in training, and nothing to remember.
+        for batch in read_ahead(self._batches.batch(k) for k in range(self.per_epoch)):
+            self._signals.check()
+            yield self._parallel.to_host(self._measure[1](placed, self._parallel.put_batch({"image": batch["image"]})))
+
     def evaluate(self, placed: Any, split: SplitName) -> dict[str, Any]:
         rows = getattr(self._splits, split)
         predict = self.predictor.on_devices if self._shares_devices else self.predictor
@@ -313,5 +307,13 @@ class ImageEngine:
         probs, done = predict(variables, self._dataset, rows)
         return self.predictor.metrics(self._dataset.labels[done], probs)
 
-    def input_wait(self) -> float | None:
-        return self._log.input_wait() if self._log is not None else None
+    def figures(self) -> dict[str, float]:
+        """With `mfu`, the share of the devices' peak in the time of the steps, where it is known, and `compiled_again`
+        where a step was."""
+        found = self._log.clock.figures() if self._log is not None else {}
+        done, self._done = self._done, 0
+        step = self._step[1] if self._step is not None else None
+        seconds = sum(spent for name, spent in found.items() if name.startswith("seconds/"))
+        if step is not None and step.flops and self._peak and seconds:
+            found["mfu"] = done * step.flops / (seconds * self._peak)
+        return found | ({"compiled_again": step.again} if step is not None and step.again else {})

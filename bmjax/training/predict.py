@@ -33,6 +33,7 @@ from bmjax.runs.folder import (
 from bmjax.runs.metrics import classification_metrics, load_metrics
 from bmjax.runs.records import read_predictions
 from bmjax.runs.tracking import Tracker
+from bmjax.training import hosts
 from bmjax.training.parallel import Parallel
 from bmjax.training.signals import Signals
 from bmjax.training.steps import at_precision, make_eval_step
@@ -56,13 +57,22 @@ class Predictor:
     """
 
     def __init__(
-        self, config: Config, model: Classifier, signals: Signals | None = None, parallel: Parallel | None = None
+        self,
+        config: Config,
+        model: Classifier,
+        signals: Signals | None = None,
+        parallel: Parallel | None = None,
+        *,
+        features: bool = False,
     ):
-        self._parallel = parallel or Parallel.create(config.train.parallel, config.train.devices)
-        self.batch_size = math.ceil(config.train.eval_batch_size / self._parallel.size) * self._parallel.size
+        kind = config.train.parallel if jax.process_count() == 1 else "jit"
+        self._parallel = parallel or Parallel.create(kind, config.train.devices)
+        self.batch_size = math.ceil(config.train.eval_batch_size / self._parallel.divides) * self._parallel.divides
         self._signals = signals
         self._metrics = load_metrics(config.train.metrics)
-        step = at_precision(make_eval_step(model, image_dtype=image_dtype(config)), config.train.precision)
+        step = at_precision(
+            make_eval_step(model, image_dtype=image_dtype(config), features=features), config.train.precision
+        )
         self._step = self._parallel.compile_step(step, donate=False)
 
     def __call__(self, variables: Tree, dataset: Dataset, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -71,20 +81,29 @@ class Predictor:
         Raises:
           Interrupted: a signal came between two batches.
         """
-        return self.on_devices(self._parallel.to_devices(variables), dataset, rows)
+        return self.on_devices(self.to_devices(variables), dataset, rows)
+
+    def to_devices(self, variables: Tree) -> Tree:
+        """Variables for `on_devices` and `outputs`."""
+        return self._parallel.to_devices(variables)
 
     def on_devices(self, variables: Tree, dataset: Dataset, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """As a call, of variables that are on the devices already."""
-        probs, done = [], []
+        outputs, done = self.outputs(variables, dataset, rows)
+        return softmax(outputs["logits"]), done
+
+    def outputs(self, variables: Tree, dataset: Dataset, rows: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """As `on_devices`, with logits [n, k] in place of probabilities, and features [n, c] if they are asked for."""
+        landed, done = [], []
         flying: deque[tuple[Any, dict[str, np.ndarray]]] = deque()
 
         def land() -> None:
             outputs, batch = flying.popleft()
             real = batch["weight"] > 0
-            probs.append(softmax(self._parallel.batch_to_host(outputs)["logits"][real]))
+            landed.append({name: x[real] for name, x in self._parallel.batch_to_host(outputs).items()})
             done.append(batch["index"][real])
 
-        for batch in read_ahead(eval_batches(dataset, rows, self.bucket(len(rows)))):
+        for batch in read_ahead(eval_batches(dataset, rows, self.bucket(len(rows)), self._parallel.rows)):
             if self._signals is not None:
                 self._signals.check()
             flying.append((self._step(variables, self._parallel.put_batch({"image": batch["image"]})), batch))
@@ -92,14 +111,14 @@ class Predictor:
                 land()
         while flying:
             land()
-        return np.concatenate(probs), np.concatenate(done)
+        return {name: np.concatenate([one[name] for one in landed]) for name in landed[0]}, np.concatenate(done)
 
     def bucket(self, n: int) -> int:
         """Images in a batch where n are asked for. Where whole batches would be padding for the most part, it is the
         power of two (times devices) that holds n."""
         if 4 * n > self.batch_size:
             return self.batch_size
-        return self._parallel.size * 2 ** (math.ceil(n / self._parallel.size) - 1).bit_length()
+        return self._parallel.divides * 2 ** (math.ceil(n / self._parallel.divides) - 1).bit_length()
 
     def metrics(self, labels: np.ndarray, probs: np.ndarray, *, intervals: bool = False) -> dict[str, Any]:
         """The figures of labels int [n] and probabilities [n, k], those of the configuration's own included."""
@@ -153,15 +172,16 @@ def evaluate_run(
     """As `evaluate`, of a run that is read already; one predictor serves several splits."""
     if not len(getattr(splits, split)):
         raise ValueError(f"split is {split!r}, which holds no image; expected one that does")
-    if split == "test" and jax.process_index() == 0 and (openings := record_opening(run.run_dir, run.step)) > 1:
+    if split == "test" and hosts.leads() and (openings := record_opening(run.run_dir, run.step)) > 1:
         log.warning(
             "%s: the test split is opened for time %d; a choice made on it is no longer a test", run.run_dir, openings
         )
     probs, done = predictor(run.variables, dataset, getattr(splits, split))
     metrics = predictor.metrics(dataset.labels[done], probs, intervals=True) | {"step": run.step, "checkpoint": which}
-    if jax.process_index() == 0:
-        save_predictions(run.run_dir, split, dataset, probs, done)
-        save_results(run.run_dir, split, metrics)
+    with hosts.together("the predictions were written"):
+        if hosts.leads():
+            save_predictions(run.run_dir, split, dataset, probs, done)
+            save_results(run.run_dir, split, metrics)
     return metrics
 
 
@@ -180,9 +200,16 @@ def predict_probs(run: Run, images: np.ndarray, predictor: Predictor | None = No
     n = len(images)
     if not n:
         return np.zeros((0, len(run.classes)), np.float32)
-    unlabelled = Dataset(
+    predictor = predictor or Predictor(run.config, run.model)
+    return predictor(run.variables, unlabelled(images, run.classes), np.arange(n))[0]
+
+
+def unlabelled(images: np.ndarray, classes: tuple[str, ...]) -> Dataset:
+    """Images uint8 [n, s, s, 3] of which nothing is known, as a dataset; all labels are 0."""
+    n = len(images)
+    return Dataset(
         name="images",
-        classes=run.classes,
+        classes=classes,
         images=images,
         labels=np.zeros(n, np.int32),
         ids=tuple(map(str, range(n))),
@@ -190,8 +217,6 @@ def predict_probs(run: Run, images: np.ndarray, predictor: Predictor | None = No
         fingerprint="",
         skipped=(),
     )
-    predictor = predictor or Predictor(run.config, run.model)
-    return predictor(run.variables, unlabelled, np.arange(n))[0]
 
 
 def track_results(run_dir: Path, tracker: Tracker, dataset: Dataset, results: dict[str, dict[str, Any]]) -> None:

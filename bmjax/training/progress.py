@@ -18,6 +18,7 @@ from bmjax.model.parameters import Tree
 from bmjax.runs.state import Progress
 from bmjax.runs.tracking import Tracker
 from bmjax.training.parallel import Parallel
+from bmjax.training.watch import Clock
 
 log = logging.getLogger(__name__)
 Batch = dict[str, np.ndarray]
@@ -64,6 +65,8 @@ class Recorder:
         self._meter = Meter("training", total, "step", quiet=quiet)
         self.stop = False
         """Whether a callback asked for the end."""
+        self.recorded = 0
+        """The last step that is in the epoch's sums and the record."""
 
     def event(
         self, kind: Any, step: int, figures: dict[str, Any], variables: Callable[[], Any] = variables_refused
@@ -92,6 +95,7 @@ class Recorder:
         record = {"loss": values["loss"], "accuracy": values["correct"] / count, "grad_norm": values["grad_norm"]}
         record |= {"lr": lr, "images_per_second": speed}
         self._tracker.log(step, record, kind="train")
+        self.recorded = step
         self.event("step", step, record)
         self._meter.to(step, f"loss {values['loss']:.3f}, {speed:.0f} images/s")
 
@@ -105,65 +109,39 @@ class Recorder:
         self._meter.close()
 
 
-def announced(step: Callable[..., Any], stage: int) -> Callable[..., Any]:
-    """A stage's step; logs the seconds of its first call, which compiles it or reads the program from the cache."""
-    called = False
-
-    def first_announced(*args: Any) -> Any:
-        nonlocal called
-        began = time.perf_counter()
-        result = step(*args)
-        if not called:
-            called = True
-            log.info(
-                "stage %d: its step compiled, or was read from the cache, in %.1f s", stage, time.perf_counter() - began
-            )
-        return result
-
-    return first_announced
-
-
 class StepLog:
     """Records one step behind the device, so that reading a loss never makes it wait."""
 
     def __init__(self, recorder: Recorder, parallel: Parallel):
-        self._recorder, self._parallel = recorder, parallel
-        self._began: float | None = None
-        self._waited = 0.0
+        self._recorder, self._parallel, self.clock = recorder, parallel, Clock()
         self._pending: tuple[int, dict[str, jax.Array], np.ndarray, float] | None = None
         self._last = time.perf_counter()
 
     def __call__(self, step: int, metrics: dict[str, jax.Array], rows: np.ndarray, lr: float) -> None:
-        self.flush()
-        self._pending = (step, metrics, rows, lr)
+        before, self._pending = self._pending, (step, metrics, rows, lr)
+        self._record(before)
 
     def flush(self) -> None:
         """Records what is outstanding; before anything is saved, so that a checkpoint is never ahead of the record."""
-        if self._pending is None:
+        before, self._pending = self._pending, None
+        self._record(before)
+
+    def _record(self, outstanding: tuple[int, dict[str, jax.Array], np.ndarray, float] | None) -> None:
+        if outstanding is None:
             return
-        step, metrics, rows, lr = self._pending
-        self._pending = None
-        values = {name: value.item() for name, value in self._parallel.to_host(metrics).items()}
+        step, metrics, rows, lr = outstanding
+        with self.clock.on("compute"):
+            values = {name: value.item() for name, value in self._parallel.to_host(metrics).items()}
         now = time.perf_counter()
         speed, self._last = values["count"] / (now - self._last), now
-        self._recorder.step(step, values, rows, lr, speed)
+        with self.clock.on("logging"):
+            self._recorder.step(step, values, rows, lr, speed)
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches, with the time that passes until each is there."""
         while True:
-            self._began = self._began or time.perf_counter()
-            asked = time.perf_counter()
-            batch = next(batches, None)
+            with self.clock.on("waiting"):
+                batch = next(batches, None)
             if batch is None:
                 return
-            self._waited += time.perf_counter() - asked
             yield batch
-
-    def input_wait(self) -> float | None:
-        """The share 0..1 of the time since the last call that was spent waiting for batches; None where none was asked
-        for. The device may have been busy meanwhile, so this is the most that faster input could gain."""
-        if self._began is None:
-            return None
-        share = self._waited / (time.perf_counter() - self._began)
-        self._began, self._waited = None, 0.0
-        return share

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,12 @@ from bmjax.runs.folder import Run
 from bmjax.runs.metrics import load_metrics, try_metrics
 from bmjax.runs.state import Progress, TrainState, create_state
 from bmjax.runs.tracking import make_tracker, new_run_id
+from bmjax.training import hosts
 from bmjax.training.cached import MapEngine, Programs
 from bmjax.training.cached import check as check_cached
 from bmjax.training.features import FeatureMaps
-from bmjax.training.loop import Engine, ImageEngine, Keeper, fit
+from bmjax.training.keeper import Keeper
+from bmjax.training.loop import Engine, ImageEngine, fit
 from bmjax.training.losses import Loss, make_loss
 from bmjax.training.parallel import Parallel
 from bmjax.training.predict import SplitName, evaluate_run, track_results
@@ -63,6 +66,8 @@ class Prepared:
     splits: Splits
     features: FeatureMaps
     programs: Programs
+    fold: int = 0
+    """That of the splits."""
 
 
 def train(
@@ -112,27 +117,31 @@ def train_run(
     """As `train`. `prepared` and `signals` are those of a caller that trains several runs; `files` are further ones of
     the user's to record, as the experiment's."""
     if not config.run_dir and not resume:
-        free = folder.free_name(config)
+        free = dataclasses.replace(config, name=hosts.told(folder.free_name(config).name))
         if free.name != config.name:
             log.warning("%s holds a run already; this one is named %r", folder.run_folder(config), free.name)
         config = free
-    config = complete(config, data)
-    run_dir = folder.run_folder(config)
-    folder.check_folder(run_dir, config, resume)
-    with contextlib.nullcontext(signals) if signals else Signals() as watched:
+    with contextlib.nullcontext(signals) if signals else hosts.signals() as watched, contextlib.ExitStack() as lock:
         try:
-            plan = _plan(config, run_dir, data, prepared, watched)
+            with hosts.together("the run was checked"):
+                config = complete(config, data)
+                run_dir = folder.run_folder(config)
+                folder.check_folder(run_dir, config, resume)
+            plan = hosts.first_alone(lambda: _plan(config, run_dir, data, prepared, watched))
             watched.check()
-        except Interrupted:
-            assert watched.stop is not None
-            log.warning("%s: stopped by %s before the first step; nothing is written", run_dir, watched.stop.name)
-            return Result(run_dir, {}, 0, None, interrupted=watched.stop.name)
-        if resume and (found := _finished(config, run_dir)) is not None:
+        except Interrupted as e:
+            stop = e.args[0]
+            run_dir = folder.run_folder(config)
+            log.warning("%s: stopped by %s before the first step; nothing is written", run_dir, stop.name)
+            return Result(run_dir, {}, 0, None, interrupted=stop.name)
+        if resume and (found := hosts.told(_finished(config, run_dir, plan.splits))) is not None:
             return Result(run_dir, found, next(iter(found.values()))["step"], (plan.dataset, plan.splits))
         with watched.gently():
-            one = _One(resume, callbacks, watched, files, quiet=signals is not None)
-            with folder.owned(run_dir) if jax.process_index() == 0 else contextlib.nullcontext():
-                return _train(config, run_dir, plan, one)
+            one = _One(resume, callbacks, watched, files, quiet=signals is not None or not hosts.leads())
+            with hosts.together("the run's folder was opened"):
+                if hosts.leads():
+                    lock.enter_context(folder.owned(run_dir))
+            return _train(config, run_dir, plan, one)
 
 
 def complete(config: Config, data: Dataset | None = None) -> Config:
@@ -156,11 +165,12 @@ def complete(config: Config, data: Dataset | None = None) -> Config:
 
 def _check_statistics(config: Config) -> None:
     """A batch-norm by the statistics of one image learns nothing; refuses it by name."""
-    size = config.train.batch_size // config.train.accumulate
+    size = config.train.batch_size // (config.train.logical_shards or config.train.accumulate)
     modes = {dataclasses.astuple(stage.resolved_batch_norm()) for stage in config.stages}
     if size == 1 and any("train" in by_part for by_part in modes):
+        field = "logical_shards" if config.train.logical_shards else "accumulate"
         raise ValueError(
-            f"config field 'train.accumulate' is {config.train.accumulate} and 'train.batch_size' is "
+            f"config field 'train.{field}' is {getattr(config.train, field)} and 'train.batch_size' is "
             f"{config.train.batch_size}: a batch-norm would see one image at a time and learn nothing; expected at "
             "least 2 images to a micro-batch, or stages.batch_norm with no part in mode 'train'"
         )
@@ -189,6 +199,7 @@ def _plan(config: Config, run_dir: Path, data: Dataset | None, prepared: Prepare
             )
     else:
         dataset, splits = folder.load_data(run_dir, config, data)
+    _check_splits(config, splits)
     try_metrics(config.train.metrics, len(dataset.classes))
     _try_augmentations(config)
     per_epoch = steps_per_epoch(len(splits.train), config.train.batch_size)
@@ -199,7 +210,7 @@ def _plan(config: Config, run_dir: Path, data: Dataset | None, prepared: Prepare
     loss = loss_of(config, dataset, splits)
     model = create(config.model, len(dataset.classes), config.train.dtype)
     size = config.train.batch_size // config.train.accumulate
-    parallel = Parallel.create(config.train.parallel, config.train.devices, size)
+    parallel = Parallel.of(config.train, size)
     shapes = jax.eval_shape(lambda: folder.new_variables(config, model, pretrained=False))
     plans = plan_stages(config, per_epoch, model, shapes["batch_stats"])
     shared: dict[str, Any] = {"loss": loss, "per_epoch": per_epoch, "parallel": parallel, "signals": signals}
@@ -236,7 +247,8 @@ def prepare(config: Config, data: tuple[Dataset, Splits] | None = None, shared: 
         features = FeatureMaps(config, dataset)
     per_epoch = steps_per_epoch(len(splits.train), config.train.batch_size)
     loss = loss_of(config, dataset, splits)
-    return Prepared(dataset, splits, features, Programs(config, len(dataset.classes), features.shape, per_epoch, loss))
+    programs = Programs(config, len(dataset.classes), features.shape, per_epoch, loss)
+    return Prepared(dataset, splits, features, programs, config.data.fold)
 
 
 def _new_data(config: Config) -> tuple[Dataset, Splits]:
@@ -244,15 +256,32 @@ def _new_data(config: Config) -> tuple[Dataset, Splits]:
     return dataset, split_dataset(dataset, config.data)
 
 
-def _wanted(config: Config) -> tuple[SplitName, ...]:
-    return ("train", "val", "test") if config.train.final_test else ("train", "val")
+def _wanted(config: Config, splits: Splits) -> tuple[SplitName, ...]:
+    """The splits to report on. Training images beside others only: alone they would pass for a result."""
+    measured: tuple[SplitName, ...] = ("train", "val") if len(splits.val) else ()
+    return (*measured, "test") if config.train.final_test else measured
 
 
-def _finished(config: Config, run_dir: Path) -> dict[str, dict[str, Any]] | None:
+def _check_splits(config: Config, splits: Splits) -> None:
+    """Refuses what needs a split that holds no image; names the field."""
+    if config.train.final_test and not len(splits.test):
+        raise ValueError("config field 'train.final_test' is True, and the test split holds no image; expected False")
+    if len(splits.val):
+        return
+    plateau, patience = config.optim.schedule.kind == "plateau", config.train.early_stop_epochs
+    if plateau or patience is not None:
+        field, value = ("optim.schedule.kind", "plateau") if plateau else ("train.early_stop_epochs", patience)
+        raise ValueError(
+            f"config field {field!r} is {value!r}, which goes by the validation split, and that holds no image"
+        )
+    log.info("no validation split: the last epoch is kept, and nothing is reported on the images trained on")
+
+
+def _finished(config: Config, run_dir: Path, splits: Splits) -> dict[str, dict[str, Any]] | None:
     """The results of a run that is finished; None of any other."""
-    found = folder.saved_results(run_dir)
-    wanted = {split: found[split] for split in _wanted(config) if found.get(split, {}).get("checkpoint") == "best"}
-    whole = len(wanted) == len(_wanted(config)) and len({m["step"] for m in wanted.values()}) == 1
+    found, names = folder.saved_results(run_dir), _wanted(config, splits)
+    wanted = {split: found[split] for split in names if found.get(split, {}).get("checkpoint") == "best"}
+    whole = len(wanted) == len(names) and len({m["step"] for m in wanted.values()}) == 1
     return wanted if whole and (run_dir / "checkpoints" / "best").is_dir() else None
 
 
@@ -269,50 +298,57 @@ class _One:
 
 def _train(config: Config, run_dir: Path, plan: _Plan, one: _One) -> Result:
     engine, dataset, splits, signals = plan.engine, plan.dataset, plan.splits, one.signals
-    newest = _newest(run_dir) if one.resume else None
+    resumes = one.resume and hosts.told(Checkpoints(run_dir / "checkpoints/last").latest() is not None)
     # A checkpoint holds every array, so a resume needs the weights' file no longer.
-    state = plan.start(newest is None)
-    run_id = _record(config, run_dir, dataset, splits, one.files)
-    cached = config.features.cached
-    keeper = Keeper(run_dir, engine, least_seconds=_MAPS_CHECKPOINT_SECONDS if cached else 0.0, one_at_a_time=cached)
+    state = plan.start(not resumes)
+    with hosts.together("the run was recorded"):
+        run_id = _record(config, run_dir, dataset, splits, one.files) if hosts.leads() else ""
+    cached, several = config.features.cached, jax.process_count() > 1
+    minutes = config.train.checkpoint_minutes
+    keeper = Keeper(
+        run_dir,
+        engine,
+        least_seconds=_MAPS_CHECKPOINT_SECONDS if cached else 0.0,
+        # Clocks of several hosts differ, and all must save at the same step.
+        most_seconds=math.inf if minutes is None or several else 60 * minutes,
+        # Orbax's processes meet by the number of a save, which two saves at a time would confuse.
+        one_at_a_time=cached or several,
+    )
     progress = Progress(run_id=run_id)
-    if newest is not None:
-        progress = keeper.progress(newest)
-        template = state.replace(opt_state=engine.plans[progress.stage].opt_state(state.params))
-        state = keeper.restore(newest, template)
-        log.info("%s: resumed at step %d", run_dir, newest)
+    if resumes:
+        first = state
+        progress, state = keeper.newest(
+            lambda p: first.replace(opt_state=engine.plans[p.stage].opt_state(first.params))
+        )
+        log.info("%s: resumed at step %d", run_dir, int(state.step))
     total = engine.plans[-1].end
     log.info("%d images to train on, %d steps an epoch, %d steps", len(splits.train), engine.per_epoch, total)
-    tracker = make_tracker(config.tracking, run_dir, progress.run_id, dataclasses.asdict(config), jax.process_index())
+    tracker = make_tracker(
+        *(config.tracking, run_dir, progress.run_id, dataclasses.asdict(config), jax.process_index()),
+        resumed_at=int(state.step),
+    )
     recorder = Recorder(progress, tracker, dataset, one.callbacks, total=total, quiet=one.quiet)
-    with contextlib.closing(tracker), contextlib.closing(keeper), contextlib.closing(recorder):
+    with contextlib.closing(tracker), hosts.closing(keeper), contextlib.closing(recorder):
         step, whole = fit(config, engine, state, recorder, keeper, signals)
         results: dict[str, dict[str, Any]] = {}
         with contextlib.suppress(Interrupted):
             if whole:
                 results = _results(config, run_dir, plan, keeper, progress, state)
-        if len(results) < len(_wanted(config)):
+        if not whole or len(results) < len(_wanted(config, splits)):
             assert signals.stop is not None
             level = logging.DEBUG if signals.stop is Pause.PAUSE else logging.WARNING
             log.log(level, "%s: stopped by %s at step %d; resume with --resume", run_dir, signals.stop.name, step)
             return Result(run_dir, {}, step, (dataset, splits), interrupted=signals.stop.name)
-        track_results(run_dir, tracker, dataset, results)
+        if results and hosts.leads():
+            track_results(run_dir, tracker, dataset, results)
     return Result(run_dir, results, step, (dataset, splits))
-
-
-def _newest(run_dir: Path) -> int | None:
-    last = run_dir / "checkpoints/last"
-    if not last.is_dir():
-        return None
-    with contextlib.closing(Checkpoints(last)) as checkpoints:
-        return checkpoints.latest()
 
 
 def _record(config: Config, run_dir: Path, dataset: Dataset, splits: Splits, files: Sequence[Path]) -> str:
     """Writes what the run is, now that all is checked; returns its id."""
     folder.write_config(run_dir, config)
     folder.record_split(run_dir, dataset, splits)
-    return identity.record(run_dir, new_run_id(), config, files) if jax.process_index() == 0 else new_run_id()
+    return identity.record(run_dir, new_run_id(), config, files)
 
 
 def _results(
@@ -324,12 +360,12 @@ def _results(
     """
     whole = plan.engine.whole(state)
     template = {"params": whole.params, "batch_stats": whole.batch_stats}
-    variables = keeper.best_variables(progress.best_step, template, config.train.ema_decay is not None)
-    trained = Run(run_dir, config, plan.model, variables, plan.dataset.classes, progress.best_step)
+    step, variables = keeper.best_variables(progress.best_step, template, config.train.ema_decay is not None)
+    trained = Run(run_dir, config, plan.model, variables, plan.dataset.classes, step)
     results = {}
-    for split in _wanted(config):
-        known = folder.saved_results(run_dir).get("test") if split == "test" else None
-        if known is None or known["step"] != progress.best_step:
+    for split in _wanted(config, plan.splits):
+        known = hosts.told(folder.saved_results(run_dir).get("test") if split == "test" else None)
+        if known is None or known["step"] != step:
             known = evaluate_run(trained, split, "best", plan.engine.predictor, plan.dataset, plan.splits)
         results[split] = known
     return results

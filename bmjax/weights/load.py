@@ -9,11 +9,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from bmjax.backbones import create_backbone, family_of
+from bmjax.backbones import create_backbone
 from bmjax.files import checksum, reading
 from bmjax.registry import unknown
-from bmjax.weights import catalog, download, fine_tuned, keras_files, keras_match, safetensors_files, timm
+from bmjax.weights import catalog, download, fine_tuned, keras_files, keras_match, safetensors_files, timm, torch_files
 from bmjax.weights.fine_tuned import Head
 from bmjax.weights.merge import merge
 from bmjax.weights.network import Tree, classes_of, network, network_shapes, top_layers
@@ -60,7 +61,7 @@ def read(
     """A file's record and the {"params", "batch_stats"} of the record's network, on the host, every leaf matched.
 
     Without `record` it is the file's own where it is a ported one, the catalog's where the bytes are those, or else
-    what the rule of the family and the source says. Of a fine-tuned Keras model the base is taken, and `head` says what
+    what the rule of the family and the source says. Of a fine-tuned model the base is taken, and `head` says what
     becomes of the rest.
 
     Raises:
@@ -69,13 +70,19 @@ def read(
     """
     with path.open("rb") as file:
         start = file.read(9)
+    if start.startswith(b"PK\x03\x04") and torch_files.is_zip_format(path):
+        return _read_timm(path, backbone, record, torch_files.read(path), head)
     if start.startswith((b"\x89HDF", b"PK\x03\x04")):
         with reading(path, "Keras weight file"):
             return _read_keras(path, backbone, record, head)
     if start.endswith(b"{") and len(start) == 9:  # eight bytes of length, then JSON
         with reading(path, "safetensors file"):
-            return _read_safetensors(path, backbone, record)
-    raise ValueError(f"{path}: no weight file; expected HDF5 or a .keras archive of Keras, or safetensors")
+            return _read_safetensors(path, backbone, record, head)
+    if start[:1] == b"\x80" and start[1:2] in (b"\2", b"\3", b"\4", b"\5"):
+        raise ValueError(f"{path}: {torch_files.OLD_FORMAT}")
+    raise ValueError(
+        f"{path}: no weight file; expected HDF5 or a .keras archive of Keras, safetensors, or a state dict of torch"
+    )
 
 
 def _read_keras(
@@ -108,26 +115,30 @@ def _read_keras(
         raise
 
 
-def _read_safetensors(path: Path, backbone: str, record: WeightRecord | None) -> tuple[WeightRecord, dict[str, Tree]]:
+def _read_safetensors(
+    path: Path, backbone: str, record: WeightRecord | None, head: Head
+) -> tuple[WeightRecord, dict[str, Tree]]:
     tensors, own = safetensors_files.read(path)
     if own is not None:
         _suitable(own, backbone, str(path))
         source = safetensors_files.to_variables(path, tensors, own)
         shapes, _ = network_shapes(network(own, classes_of(source)))
         return own, merge(shapes, source, str(path))
+    return _read_timm(path, backbone, record, tensors, head)
+
+
+def _read_timm(
+    path: Path, backbone: str, record: WeightRecord | None, tensors: dict[str, np.ndarray], head: Head
+) -> tuple[WeightRecord, dict[str, Tree]]:
     unused = catalog.rule(backbone, "timm")["unused"]
     tensors = {key: array for key, array in tensors.items() if key.rsplit(".", 1)[-1] not in unused}
+    whole = network(record or catalog.unpublished(backbone, "timm", path.name, top=True))
+    tensors = timm.base_of(path, tensors, backbone, whole, network_shapes(whole)[1], head)
     classes = next((array.shape[0] for array in tensors.values() if array.ndim == 2), None)
     if record is None:
         record = catalog.unpublished(backbone, "timm", path.name, top=classes is not None)
     model = network(record, classes or 1000)
-    shapes, order = network_shapes(model)
-    first = f"{family_of(backbone).timm_name(model, order[0])}.weight"
-    if first not in tensors:
-        raise ValueError(
-            f"{path}: neither ported by bmjax nor in timm's naming for {backbone}, where the first layer is {first!r}; "
-            f"the file begins with {next(iter(tensors), 'nothing')!r}"
-        )
+    shapes, _ = network_shapes(model)
     return _counted(record, shapes), merge(shapes, timm.to_variables(tensors, backbone, model, shapes), str(path))
 
 

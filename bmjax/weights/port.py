@@ -35,8 +35,8 @@ def port(
 ) -> WeightRecord:
     """Writes a file's weights as safetensors that carry their record, which is returned.
 
-    `preprocess` takes the place of the record's mode. `head` of a fine-tuned Keras model: "drop" leaves it out, "keep"
-    makes a single Dense the network's top.
+    `preprocess` takes the place of the record's mode. `head` of a fine-tuned model: "drop" leaves it out, "keep" makes
+    a single dense layer the network's top.
 
     Raises:
       ValueError: as `read` and `check_leaves`, or the mode isn't known.

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from bmjax.analysis.compare import compare as comparing
-from bmjax.analysis.compare.compare import configurations
+from bmjax.analysis.compare.compare import Cost, configurations
 from bmjax.cli.main import main
 from bmjax.config import AugmentConfig, BatchNormConfig, FeaturesConfig, StageConfig, from_json, to_json
 from bmjax.training.cached import check
@@ -57,12 +57,15 @@ def test_a_killed_comparison_goes_on_where_it_was(experiment, tmp_path, monkeypa
     runs = [folder / variant / f"seed{seed}" for variant in ("se", "none") for seed in (0, 1)]
     assert trained == [str(run) for run in runs[:3]]
     assert not (folder / "comparison.md").exists()
-    before = {run: (run / "results.json").read_bytes() for run in runs[:3]}
+    before = {run: (run / "metrics.jsonl").read_bytes() for run in runs[:3]}
+    assert not any((run / "openings.jsonl").exists() for run in runs[:3]), (
+        "the test split is opened at the end, for all"
+    )
     monkeypatch.setattr(comparing, "train_run", train_run)
     capsys.readouterr()
     assert main(["compare", str(experiment), *FLAGS]) == 0
     for run, results in before.items():
-        assert (run / "results.json").read_bytes() == results, "a finished run stays as it is"
+        assert (run / "metrics.jsonl").read_bytes() == results, "a finished run stays as it is"
     out = capsys.readouterr()
     assert "4 of 4: " in out.err
     table = (folder / "comparison.md").read_text()
@@ -78,6 +81,9 @@ def test_a_killed_comparison_goes_on_where_it_was(experiment, tmp_path, monkeypa
     assert "se: no verdict with 2 seeds; at least 3 are needed" in table
     assert all(row["shown"] is None for row in saved["rows"])
     assert "on cached features of the images as they are" in table
+    for opened in (folder, *runs):
+        assert len((opened / "openings.jsonl").read_text().splitlines()) == 1 == saved["openings"]
+    assert "The test split was opened once" in " ".join(table.split())
     # One seed's table is another comparison of the same runs; nothing is trained for it.
     monkeypatch.setattr("bmjax.training.loop.end_epoch", None)
     assert main(["compare", str(experiment), *FLAGS[:-1], "1"]) == 0
@@ -163,6 +169,105 @@ def test_a_signal_stops_both(experiment, tmp_path, trainer, monkeypatch, capsys)
     assert not (tmp_path / "lab/comparison.md").exists()
 
 
+@pytest.fixture
+def trainer_of_luck(monkeypatch):
+    """Trains nothing: a run's validation is best at a rate of 0.003, its test predictions are drawn, `se` better by 12
+    points. Gives the runs in order, and how many each opening tested."""
+    trained, opened = [], []
+
+    def train_run(config, **options):
+        folder = Path(config.run_dir)
+        if folder not in [run for run, _ in trained]:
+            trained.append((folder, config))
+        folder.mkdir(parents=True, exist_ok=True)
+        assert not config.train.final_test
+        value = 1 - abs(np.log10((config.optim.lr or 1e-3) / 3e-3))
+        (folder / "results.json").write_text(json.dumps({"val": {"accuracy": value, "step": 1}}))
+        (folder / "dataset.json").write_text(json.dumps({"name": "drawn", "n": 1200}))
+        return SimpleNamespace(metrics={"val": {"accuracy": value}}, interrupted=None)
+
+    def open_test(folder, configs, prepare, signals):
+        waiting = [run for runs in configs.values() for run in runs if Path(run.run_dir) not in opened]
+        opened.extend(Path(run.run_dir) for run in waiting)
+        for run in waiting:
+            fold = run.data.fold
+            rng, luck = np.random.default_rng(fold), np.random.default_rng([run.seed, fold, len(run.run_dir)])
+            right = rng.random(400) + 0.01 * luck.standard_normal() < (0.8 if run.model.attention == "se" else 0.68)
+            probs = np.eye(2, dtype=np.float32)[1 - right.astype(int)]
+            ids = np.array([f"{fold} {i}" for i in range(400)])
+            np.savez(Path(run.run_dir) / "predictions_test.npz", probs=probs, labels=np.zeros(400, int),
+                     index=np.arange(400), ids=ids, classes=np.array(["a", "b"]))  # fmt: skip
+        return 1
+
+    monkeypatch.setattr(comparing, "train_run", train_run)
+    monkeypatch.setattr(comparing, "open_test", open_test)
+    monkeypatch.setattr(comparing, "costs", lambda configs, classes: dict.fromkeys(configs, Cost(1, 2e6, 3.0)))
+    monkeypatch.setattr(comparing.Shared, "prepared", lambda self, run: None)
+    return SimpleNamespace(trained=trained, opened=opened)
+
+
+def table_of(folder):
+    return json.loads((folder / "comparison.json").read_text()), (folder / "comparison.md").read_text()
+
+
+def test_each_variant_has_its_own_rate_of_equally_many(experiment, tmp_path, trainer_of_luck):
+    assert (
+        main(["compare", str(experiment), "--variants", "se", "eca", "--seeds", "3", "--tune", "3", "--folds", "3"])
+        == 0
+    )
+    saved, table = table_of(tmp_path / "lab")
+    trials = [config for folder, config in trainer_of_luck.trained if "trials" in folder.parts]
+    tried = {(c.model.attention, c.data.fold): [] for c in trials}
+    for c in trials:
+        tried[c.model.attention, c.data.fold].append(c.optim.lr)
+    assert len(tried) == 9
+    assert all(rates == [3.16e-4, 1e-3, 3.16e-3] for rates in tried.values())
+    assert {c.seed for c in trials} == {1000}, "apart from the seeds that are compared"
+    assert not set(trainer_of_luck.opened) & {Path(c.run_dir) for c in trials}, "a trial never sees the test split"
+    runs = [config for folder, config in trainer_of_luck.trained if "trials" not in folder.parts]
+    assert len(runs) == 27
+    assert {c.optim.lr for c in runs} == {3.16e-3}
+    assert saved["rates"] == dict.fromkeys(("none", "se", "eca"), [3.16e-3] * 3)
+    assert "| learning rate |" in table
+    assert "the best of 3 on validation in each fold" in table
+    assert saved["n"] == 1200
+    assert saved["folds"] == 3
+    assert [row["shown"] for row in saved["rows"]] == [None, True, False]
+    assert "3 seeds (0, 1, 2) in each of 3 folds" in table
+    assert "se: better than none by" in table
+
+
+def test_seeds_are_added_until_all_is_decided(experiment, tmp_path, trainer_of_luck):
+    assert main(["compare", str(experiment), "--variants", "se", "eca", "--until-shown", "3", "--max-seeds", "9"]) == 0
+    saved, table = table_of(tmp_path / "lab")
+    assert saved["decided"]["se"] == 3
+    assert len(saved["seeds"]) in (3, 4, 5, 7, 9)
+    assert len(trainer_of_luck.trained) == 3 * len(saved["seeds"])
+    assert "known after 3 seeds" in table
+    assert "whose looks together err in at most 5 %" in " ".join(table.split())
+    # Called again it decides the same and trains nothing.
+    before = len(trainer_of_luck.trained)
+    assert main(["compare", str(experiment), "--variants", "se", "eca", "--until-shown", "3", "--max-seeds", "9"]) == 0
+    assert len(trainer_of_luck.trained) == before
+    assert table_of(tmp_path / "lab")[1] == table
+
+
+def test_places_of_attention_are_rows(experiment, tmp_path, trainer_of_luck):
+    flags = ["--variants", "se", "eca", "--seeds", "3", "--attach", "last", "conv2,last", "--end-to-end"]
+    assert main(["compare", str(experiment), *flags]) == 0
+    saved, _ = table_of(tmp_path / "lab")
+    assert [row["variant"] for row in saved["rows"]] == [
+        "none",
+        "se@last",
+        "se@conv2,last",
+        "eca@last",
+        "eca@conv2,last",
+    ]
+    attached = {c.run_dir.split("/")[-2]: c.model.attach for _, c in trainer_of_luck.trained}
+    assert attached["se@conv2,last"] == ("conv2", "last")
+    assert attached["none"] == ("last",)
+
+
 def test_end_to_end_comparison(experiment, tmp_path, capsys):
     flags = [
         "--variants",
@@ -217,6 +322,18 @@ def test_runs_differ_in_attention_and_seed_alone(experiment):
         (["--variants", "se", "--seeds", "0"], "--seeds is 0; expected at least 1"),
         (["--variants", "se", "--at-once", "0"], "--at-once is 0; expected at least 1"),
         (["--variants", "se", "--end-to-end", "--at-once", "2"], "--at-once is 2; expected 1 end to end"),
+        (["--variants", "se", "--tune", "1"], "--tune is 1; expected 0, or 2 to 9 learning rates"),
+        (["--variants", "se", "--folds", "2"], "--folds is 2; expected 0 or at least 3"),
+        (["--variants", "se", "--until-shown", "0"], "--until-shown is 0; expected points, more than 0"),
+        (["--variants", "se", "--until-shown", "2", "--folds", "3"], "goes with one split; expected no --folds, not 3"),
+        (["--variants", "se", "--until-shown", "2", "--max-seeds", "2"], "looks from 3 to 2 seeds"),
+        (["--variants", "se", "--until-shown", "2", "--seeds", "5"], "--seeds is 5; expected none with --until-shown"),
+        (["--variants", "se", "--attach", "last", "conv2"], "expected 'last' for cached features"),
+        (["--variants", "se", "--attach", "last", "conv9", "--end-to-end"], "'conv9'"),
+        (
+            ["--variants", "se", "eca", "--attach", "last", "conv2", "--baseline", "se"],
+            "expected one of the rows: se@last",
+        ),
         (["--variants", "se", "--stages.0.train", "backbone", "head"], "cached features need it frozen"),
     ],
 )

@@ -5,7 +5,15 @@ import pytest
 from scipy import optimize, stats
 
 from bmjax.analysis.compare import statistics as comparison
-from bmjax.analysis.compare.statistics import compare, corrected_resampled_t, largest_of_family, moderated, verdict
+from bmjax.analysis.compare.planning import detectable
+from bmjax.analysis.compare.statistics import (
+    compare,
+    corrected_resampled_t,
+    largest_of_family,
+    moderated,
+    told_apart,
+    verdict,
+)
 from tests.helpers.verdicts import draw
 
 
@@ -197,3 +205,33 @@ def test_corrected_resampled_t_by_hand():
     assert corrected_resampled_t(np.zeros(5), 0.25) == 1.0
     with pytest.raises(ValueError, match="at least two folds"):
         corrected_resampled_t(np.zeros(1), 0.25)
+
+
+def draw_folds(rng, v, s, k, n, luck):
+    """Hits of equal variants, and the fold of each image; folds have a luck of their own that their seeds share."""
+    fold = rng.permutation(np.arange(n) % k)
+    run = luck / 23.5 * (rng.standard_normal((v, 1, k)) + rng.standard_normal((v, s, k)))
+    x = rng.normal(0.55, 1.5, n) + 0.25 * rng.standard_normal((v, 1, n)) + run[:, :, fold]
+    return {str(i): h for i, h in enumerate(x + 0.35 * rng.standard_normal((v, s, n)) > 0)}, fold
+
+
+@pytest.mark.parametrize(("v", "s"), [(2, 1), (6, 2)])
+def test_over_folds_equal_variants_differ_in_at_most_one_table_in_twenty(v, s):
+    rng, repeats, wrong = np.random.default_rng(v), 200, 0
+    for _ in range(repeats):
+        hits, fold = draw_folds(rng, v, s, 5, 400, 2.0)
+        wrong += any(row.shown for row in compare(hits, "0", folds=fold))
+    assert wrong / repeats < 0.05 + 3 * np.sqrt(0.05 * 0.95 / repeats)
+
+
+def test_over_folds_one_seed_is_enough_and_a_large_difference_is_shown():
+    hits, fold = draw_folds(np.random.default_rng(3), 3, 1, 5, 2000, 0.5)
+    hits["2"] &= np.random.default_rng(4).random((1, 2000)) > 0.3
+    rows = compare(hits, "0", folds=fold)
+    assert [row.shown for row in rows] == [None, False, True]
+    assert rows[2].difference_high < 0
+    assert detectable(rows[2].spread, 1, 2000) < abs(rows[2].difference)
+    assert compare(hits, "0")[2].shown is None, "as one split one seed gives no verdict"
+    assert compare(hits, "0", folds=fold % 2)[2].shown is None, "two folds give none"
+    assert told_apart(hits, fold) == (("0", "2"), ("1", "2"))
+    assert told_apart(hits) is None

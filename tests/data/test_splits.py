@@ -357,3 +357,20 @@ def test_summary_is_json_and_adds_up():
     assert summary["skipped"] == [["a/x.png", "the file is empty"]]
     assert summary["copies"] == 0
     assert summary["image_size"] == 16
+
+
+@pytest.mark.parametrize("shares", [(0.9, 0.1, 0.0), (1.0, 0.0, 0.0), (0.8, 0.0, 0.2)])
+@pytest.mark.parametrize("stratify", [False, True])
+def test_shares_of_zero_get_no_image(shares, stratify):
+    config, dataset = DataConfig(split=shares, stratify=stratify), numbered(280, 7)
+    splits = split_dataset(dataset, config)
+    counts = [len(splits.train), len(splits.val), len(splits.test)]
+    assert sum(counts) == len(dataset)
+    for count, share in zip(counts, shares, strict=True):
+        assert (count > 0) == (share > 0)
+    if not stratify:
+        rest = (1 - shares[0]) / 2
+        usual = [side_of(digest, 0, (shares[0], rest, rest)) == 0 for digest in dataset.hashes]
+        np.testing.assert_array_equal(splits.train, np.flatnonzero(usual), "the side is drawn as ever")
+    with pytest.raises(ValueError, match=r"data\.split"):
+        DataConfig(split=(0.0, 0.5, 0.5))

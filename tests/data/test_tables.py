@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -308,17 +308,24 @@ def test_labels_that_look_alike_are_said(folder, caplog):
     assert "labels 'BLA' and 'bla' are taken for two classes" in caplog.text
 
 
+_WORD = st.text(st.characters(codec="utf-8", exclude_characters="\0/\\", exclude_categories=["Cc", "Zs", "Zl", "Zp"]))
+# How the labels are written -> (a label, its class, what classes are sorted by).
+_LABELS = {
+    "words": (_WORD.map(lambda s: f"c{s}").filter(lambda s: s == s.strip()), str, str),
+    "integers": (st.integers(-99, 10**12).map(str), str, int),
+    "floats": (st.integers(0, 999).map(lambda i: f"{i}.0"), lambda s: s[:-2], int),
+    "decimals": (st.integers(0, 999).map(lambda i: f"{i}.25"), str, float),
+    "booleans": (st.sampled_from(["true", "FALSE", "False", "TRUE"]), str.capitalize, str),
+}
+
+
 @given(st.data())
-@settings(max_examples=200, deadline=None, suppress_health_check=[*HealthCheck])
 def test_any_table_is_read_right_or_refused(data):
     """Rows as drawn come back in any separator, encoding and order of columns; a spoiled one is refused by its row."""
-    word = st.text(
-        st.characters(codec="utf-8", exclude_characters="\0/\\", exclude_categories=["Cc", "Zs", "Zl", "Zp"])
-    )
-    labels = word.map(lambda s: f"c{s}").filter(lambda s: s == s.strip())
+    label, class_of, key = data.draw(st.sampled_from(list(_LABELS.values())))
     with tempfile.TemporaryDirectory() as name:
         n = data.draw(st.integers(2, 6))
-        names = data.draw(st.lists(labels, min_size=n, max_size=n).filter(lambda found: len(set(found)) > 1))
+        names = data.draw(st.lists(label, min_size=n, max_size=n).filter(lambda s: len(set(map(class_of, s))) > 1))
         paths = [f"{i}.png" for i in range(n)]
         for path in paths:
             Path(name, path).touch()
@@ -327,20 +334,40 @@ def test_any_table_is_read_right_or_refused(data):
             "path": paths,
             "Label ": names,
             "": list(map(str, range(n))),
-            "note": data.draw(st.lists(word, min_size=n, max_size=n)),
+            "note": data.draw(st.lists(_WORD, min_size=n, max_size=n)),
         }
         rows = [[cells[column][i] for column in header] for i in range(n)]
         spoiled = data.draw(st.none() | st.integers(0, n - 1))
+        how = data.draw(st.sampled_from(["short", "long", "missing", "absent", "again"]))
         if spoiled is not None:
-            rows[spoiled] = data.draw(st.sampled_from([rows[spoiled][:-1], [*rows[spoiled], "more"]]))
+            rows[spoiled], message = spoil(rows[spoiled], header, how, rows[spoiled - 1], spoiled + 1)
         text = io.StringIO(newline="")
-        csv.writer(text, delimiter=data.draw(st.sampled_from(",;\t|"))).writerows([header, *rows])
+        text.write(data.draw(st.sampled_from(["", "# one, two;three\n", "\n\n#\n"])))
+        ends = data.draw(st.sampled_from(["\n", "\r\n"]))
+        csv.writer(text, delimiter=data.draw(st.sampled_from(",;\t|")), lineterminator=ends).writerows([header, *rows])
         table = Path(name, "t.csv")
-        table.write_bytes(text.getvalue().encode(data.draw(st.sampled_from(["utf-8", "utf-8-sig", "utf-16"]))))
+        table.write_bytes(
+            text.getvalue().encode(data.draw(st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-32"])))
+        )
         if spoiled is not None:
-            with pytest.raises(ValueError, match=rf"row {spoiled + 1} has \d values; expected 4"):
+            with pytest.raises((ValueError, FileNotFoundError), match=message):
                 list_table(table)
             return
         listing = list_table(table)
         assert listing.ids == tuple(paths)
-        assert [listing.classes[i] for i in listing.labels] == names
+        assert [listing.classes[i] for i in listing.labels] == list(map(class_of, names))
+        assert listing.classes == tuple(sorted(set(map(class_of, names)), key=key))
+
+
+def spoil(row, header, how, other, number):
+    """A row that is wrong in one way, and what its error says."""
+    path, label = header.index("path"), header.index("Label ")
+    if how == "short":
+        return row[:-1], rf"row {number} has 3 values; expected 4"
+    if how == "long":
+        return [*row, "more"], rf"row {number} has 5 values; expected 4"
+    if how == "missing":
+        return [("NaN" if i == label else v) for i, v in enumerate(row)], rf"row {number}, column label: 'NaN'"
+    if how == "absent":
+        return [("no.png" if i == path else v) for i, v in enumerate(row)], rf"the first 'no.png' in row {number}"
+    return [(f"./{other[i]}" if i == path else v) for i, v in enumerate(row)], "stands in 2 rows"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -258,7 +258,6 @@ def expected(root):
 
 
 @given(_TREE, _TREE, _TREE)
-@settings(max_examples=200, deadline=None, suppress_health_check=[*HealthCheck])
 def test_sums_agree_with_trees_made_at_random(first, second, outside):
     base = os.path.realpath(tempfile.mkdtemp()).encode()
     try:

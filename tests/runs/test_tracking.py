@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import pathlib
 import socket
 import subprocess
 import sys
@@ -157,6 +158,7 @@ def test_wandb_goes_offline_by_itself_and_logs_each_step_once(no_key, tmp_path, 
         tracker.log(3, {"epoch": 1, "val/accuracy": 0.5}, kind="epoch")
         tracker.close()
         first = set((run_dir / "wandb").glob("offline-run-*"))
+        time.sleep(1)  # W&B names folders by the second
         tracker = make_tracker(config, run_dir, run_id, {"name": "r"})
         for step in (2, 3, 4):
             tracker.log(step, {"loss": 1 / step}, kind="train")
@@ -214,8 +216,6 @@ def test_wandb_with_a_key_the_server_refuses_goes_offline(no_key, tmp_path, monk
         make_tracker(TrackingConfig(wandb="auto"), tmp_path, new_run_id(), {}).close()
     assert starts == ["online", "offline"]
     assert "401 Unauthorized, so the run is logged offline" in caplog.text
-    with pytest.raises(wandb.Error, match="401"):
-        make_tracker(TrackingConfig(wandb="online"), tmp_path, new_run_id(), {})
 
 
 def test_importing_the_module_does_not_import_wandb():
@@ -256,17 +256,30 @@ def test_the_users_environment_decides_and_nothing_goes_out(no_key, server, tmp_
     assert server == []
 
 
-def test_a_server_that_never_answers_costs_seconds_and_not_the_run(no_key, server, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(tracking, "INIT_SECONDS", 3.0)
-    began = time.monotonic()
-    with caplog.at_level(logging.WARNING):
-        tracker = make_tracker(TrackingConfig(wandb="auto"), tmp_path, new_run_id(), {"name": "r"})
-    tracker.log(1, {"loss": 1.0}, kind="train")
+def test_what_the_record_lacks_is_said(path, caplog):
+    write(path, [1, 2, 5])
+    JsonlTracker(path, resumed_at=6).close()
+    assert f"{path} lacks 3 of the 6 steps trained so far, the first of them step 3" in caplog.text
+    path.unlink()
+    JsonlTracker(path, resumed_at=2).close()
+    assert "lacks 2 of the 2 steps trained so far, the first of them step 1" in caplog.text
+    caplog.clear()
+    write(path, [1, 2])
+    JsonlTracker(path, resumed_at=2).close()
+    assert caplog.text == ""
+    path.write_text(path.read_text() + '{"kind": "tr')
+    JsonlTracker(path, resumed_at=2).close()
+    assert "the last line is not whole, and is cut off" in caplog.text
+
+
+@pytest.mark.skipif(not pathlib.Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_names_the_record(path):
+    tracker = JsonlTracker(path)
+    tracker._file.close()
+    tracker._file = open("/dev/full", "w")  # noqa: SIM115
+    with pytest.raises(OSError, match=r"No space left on device; free some space and go on with --resume: '.*jsonl'"):
+        tracker.log(1, {}, kind="train")
     tracker.close()
-    assert time.monotonic() - began < 30
-    assert "so the run is logged offline" in caplog.text
-    assert lines(tmp_path / "metrics.jsonl")[0]["loss"] == 1.0
-    assert list((tmp_path / "wandb").glob("offline-run-*"))
 
 
 def test_a_run_of_an_agent_has_the_agents_id(monkeypatch):

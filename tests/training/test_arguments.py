@@ -1,11 +1,13 @@
 """Public functions hold their arguments to their contract: a wrong one is named, with what was expected."""
 
 import dataclasses
+import tempfile
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -100,7 +102,6 @@ def test_wrong_images_are_refused_with_the_remedy(run, kind):
     assert str(e.value).startswith("images ")
 
 
-@settings(max_examples=200, deadline=None)
 @given(
     shape=st.lists(st.integers(0, 5), max_size=5).map(tuple),
     dtype=st.sampled_from(["u1", "i1", "u2", "i8", "f2", "f4", "f8", "?", "c8", "O", "U3", "S2", "M8[s]"]),
@@ -113,6 +114,19 @@ def test_arrays_of_any_kind_are_taken_or_refused_in_words(shape, dtype):
     else:
         with pytest.raises((TypeError, ValueError), match="expected"):
             check_images(array)
+
+
+@given(st.data())
+def test_arrays_of_any_size_are_read_as_their_files_are(data):
+    n, h, w, size = (data.draw(st.integers(1, most)) for most in (3, 40, 40, 24))
+    images = np.frombuffer(data.draw(st.binary(min_size=64, max_size=64)), np.uint8)
+    images = np.resize(images, (n, h, w, 3))
+    config = DataConfig(source="arrays", image_size=size + 7)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder, f"{i}.png") for i in range(n)]
+        for path, image in zip(paths, images, strict=True):
+            Image.fromarray(image).save(path, compress_level=0)
+        np.testing.assert_array_equal(read_arrays(images, config), np.stack(list(read_files(paths, config))))
 
 
 def data(**changes):

@@ -111,14 +111,15 @@ def bmjax_train(args: argparse.Namespace, at_once: int | None) -> tuple[float, S
     config, prepared = bmjax_setting(args)
     from bmjax.analysis.compare import compare
 
-    def prepare(runs: Any, variant: str, run: Any) -> Any:
-        with runs._lock:
-            if variant not in runs._prepared:
+    def prepare(shared: Any, run: Any) -> Any:
+        with shared._lock:
+            key = run.model.attention
+            if key not in shared._programs:
                 programs = programs_of(run, prepared.dataset, prepared.splits, prepared.features.shape)
-                runs._prepared[variant] = dataclasses.replace(prepared, programs=programs)
-            return runs._prepared[variant]
+                shared._programs[key] = dataclasses.replace(prepared, programs=programs)
+            return shared._programs[key]
 
-    compare._Runs._prepare = prepare  # type: ignore[assignment]
+    compare.Shared.prepared = prepare  # type: ignore[method-assign]
     taken: Seconds = {variant: [] for variant in args.variants}
     train = compare.train_run
 

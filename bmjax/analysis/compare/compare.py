@@ -1,7 +1,7 @@
 """Trains attention variants on equal terms, paired over seeds, and sets them side by side.
 
-runs/<name>/<variant>/seed<k> is the run of each; runs/<name>/comparison.json and comparison.md hold the table. Called
-again it goes on where it was: finished runs stay as they are, the others are trained.
+runs/<name>/<row>/seed<k> is the run of each (<row>/fold<f>/seed<k> over folds); runs/<name>/comparison.json, .md and
+.html hold the table. Called again it goes on where it was: finished runs stay as they are, the others are trained.
 """
 
 from __future__ import annotations
@@ -10,138 +10,151 @@ import dataclasses
 import itertools
 import json
 import logging
+import shutil
 import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import jax
 import numpy as np
 
 from bmjax.analysis.compare import planning, statistics
+from bmjax.analysis.compare.cost import Cost, costs
+from bmjax.analysis.compare.design import Configs, Design, by_row, configurations, trials, tuned
+from bmjax.analysis.compare.opening import open_test
+from bmjax.analysis.compare.page import track, write_page
+from bmjax.analysis.compare.table import Comparison, about, markdown
 from bmjax.analysis.several import Crew, Shared, width
 from bmjax.config.base import Config
-from bmjax.files import read_json, write_text
-from bmjax.model.classifier import at_last
-from bmjax.model.create import create, resolve
-from bmjax.model.parameters import count_parameters, part_of, split_params
+from bmjax.data.progress import saying
+from bmjax.files import write_text
 from bmjax.runs.folder import run_folder
-from bmjax.runs.records import read_predictions, read_records
+from bmjax.runs.records import read_predictions
+from bmjax.training import hosts
 from bmjax.training.run import train_run
 
 log = logging.getLogger(__name__)
-_NOTE = """Accuracy is the mean over seeds, of each run's best epoch on validation. Images and runs are both taken as
-samples: another test set and another training would have given other figures. Intervals of differences hold together
-for all variants at 95 %, and a difference counts as shown exactly where its interval leaves out zero: of tables of
-equal variants at most one in twenty claims any difference. The corrected p says the same. The smallest difference is
-the true one that so many seeds and images show four times in five. The intervals of accuracies are each one's own.
-Images are taken as independent: where several come from one slide, the intervals are too narrow. Parameters are those
-of the attention, FLOPs those of the forward pass beyond the backbone, images/s those of one run in training, others
-beside it where several train at once. Each run opened the test split once: a variant chosen by this table needs other
-data for its final figure. The method: docs/statistics.md."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """What a variant costs: its parameters, FLOPs of an image's forward pass beyond the backbone, and images/s in
-    training, the median over steps."""
-
-    parameters: int
-    flops: float
-    images_per_second: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """The table: a row of statistics and the cost of each variant, accuracies [variant][seed], and what it is about."""
-
-    name: str
-    baseline: str
-    seeds: tuple[int, ...]
-    n: int
-    about: str
-    rows: tuple[statistics.Row, ...]
-    costs: dict[str, Cost]
-    accuracies: dict[str, tuple[float, ...]]
-
-
-def configurations(config: Config, variants: Sequence[str], seeds: int) -> dict[str, list[Config]]:
-    """The runs of each variant, alike in all but attention and seed: the same split, schedule and budget.
-
-    Options of attention are those of the experiment for the experiment's own variant, and the defaults for the others.
-
-    Raises:
-      ValueError: a variant is given twice or unknown, or there is no seed.
-    """
-    if seeds < 1:
-        raise ValueError(f"--seeds is {seeds}; expected at least 1")
-    folders = [v.replace("/", "_").replace(":", "_") for v in variants]
-    if len(set(folders)) < len(folders):
-        raise ValueError(f"--variants is {' '.join(variants)}; expected each once")
-    base = run_folder(config)
-    tracking = dataclasses.replace(config.tracking, group=config.tracking.group or config.name)
-    train = dataclasses.replace(config.train, final_test=True)
-    configs: dict[str, list[Config]] = {}
-    for variant, folder in zip(variants, folders, strict=True):
-        options = config.model.attention_options if variant == config.model.attention else {}
-        model = resolve(dataclasses.replace(config.model, attention=variant, attention_options=options))
-        create(model, 2, config.train.dtype)  # an unknown name fails here, before anything is trained
-        configs[variant] = [
-            dataclasses.replace(
-                config,
-                name=f"{config.name}-{folder}-{seed}",
-                seed=seed,
-                run_dir=str(base / folder / f"seed{seed}"),
-                model=model,
-                tracking=tracking,
-                train=train,
-            )
-            for seed in range(config.seed, config.seed + seeds)
-        ]
-    return configs
+__all__ = ["Comparison", "Cost", "Design", "compare", "configurations", "markdown"]
 
 
 def compare(
-    config: Config, variants: Sequence[str], seeds: int = 5, baseline: str = "none", at_once: int | None = None
+    config: Config,
+    variants: Sequence[str],
+    seeds: int = 5,
+    baseline: str = "none",
+    at_once: int | None = None,
+    design: Design | None = None,
 ) -> Comparison:
-    """Trains what is not trained yet and compares on the test split.
+    """Trains what is not trained yet and compares on the test split, which is opened once, when all are trained.
 
     On cached features where `features.cached` is set, and then `at_once` runs at a time: by default one a device, on
     CPUs two, since one leaves cores idle while it evaluates and writes. The baseline is trained too where `variants`
-    lack it.
+    lack it. `design` says what else is varied; where it adds seeds, the test split is opened at each planned look,
+    and the design's error allows for that.
 
     Raises:
       Interrupted: a signal stopped it; called again, it goes on.
       ValueError: as `configurations`; `at_once` is not positive, or more than one end to end; or a run's folder holds
         one of another configuration.
     """
-    variants = list(variants) if baseline in variants else [baseline, *variants]
-    configs = configurations(config, variants, seeds)
+    design = design or Design()
+    looks = planning.looks(design.max_seeds) if design.wanted is not None else (seeds,)
+    configs = configurations(config, variants, looks[0], baseline, design)
     at_once = width(at_once, config.features.cached)
-    began = time.perf_counter()
-    _Runs(configs).train(at_once)
+    shared, tried = Shared(), trials(configs, design) if design.tune else {}
+    log.info("%s", _announced(configs, tried, design, at_once))
+    began, rates = time.perf_counter(), dict[str, tuple[float, ...]]()
+    if tried:
+        _Runs(tried, shared, "trial").train(at_once)
+    for look in looks:
+        configs = configurations(config, variants, look, baseline, design)
+        if tried:
+            configs, rates = tuned(configs, tried)
+        _Runs(configs, shared).train(at_once)
+        with hosts.signals() as signals:
+            openings = open_test(run_folder(config), configs, shared.prepared, signals)
+        found = collect(config, configs, baseline, design, looks)
+        if design.wanted is None or len(found.decided) == len(found.rows) - 1:
+            break
+        log.info("after %d seeds: %d of %d differences are decided", look, len(found.decided), len(found.rows) - 1)
     log.info("%d runs in %.1f min", sum(map(len, configs.values())), (time.perf_counter() - began) / 60)
-    found = collect(config, configs, baseline)
+    found = dataclasses.replace(found, openings=openings, rates=rates, costs=costs(configs, found.classes))
     folder = run_folder(config)
-    write_text(folder / "comparison.json", json.dumps(dataclasses.asdict(found), indent=2))
-    write_text(folder / "comparison.md", markdown(found))
+    if hosts.leads():
+        write_text(folder / "comparison.json", json.dumps(dataclasses.asdict(found), indent=2))
+        write_text(folder / "comparison.md", markdown(found))
+        log.info("the page: %s", write_page(folder, found))
+        if config.tracking.wandb != "off":
+            track(folder, found, config.tracking)
     return found
 
 
-class _Runs:
-    """The runs of a comparison, trained by one thread or more."""
+def collect(config: Config, configs: Configs, baseline: str, design: Design, looks: Sequence[int] = ()) -> Comparison:
+    """The comparison of finished and tested runs, from their folders, without costs.
 
-    def __init__(self, configs: dict[str, list[Config]]):
-        self._waiting = [(variant, run) for variant, runs in configs.items() for run in runs]
-        self._count, self._done = len(self._waiting), 0
-        self._lock, self._crew, self._shared = threading.Lock(), Crew(), Shared()
+    Raises:
+      ValueError: two runs were tested on other images.
+    """
+    hits, folds, classes = read_hits(configs)
+    decided: dict[str, int] = {}
+    if design.wanted is None:
+        rows = tuple(statistics.compare(hits, baseline, folds=folds))
+    else:
+        progress = planning.until_shown(hits, baseline, design.wanted, looks)
+        rows, decided = progress.rows, progress.shown | progress.excluded
+    return Comparison(
+        name=config.name,
+        baseline=baseline,
+        seeds=tuple(by_row(configs)[baseline]),
+        n=next(iter(hits.values())).shape[1],
+        about=about(configs[baseline][0], design),
+        rows=rows,
+        costs={},
+        accuracies={row: tuple(h.mean(1).tolist()) for row, h in hits.items()},
+        classes=classes,
+        apart=statistics.told_apart(hits, folds) if design.wanted is None else None,
+        folds=design.folds,
+        wanted=design.wanted,
+        decided=decided,
+    )
+
+
+def _announced(configs: Configs, tried: Configs, design: Design, at_once: int) -> str:
+    """What is about to be done, in a line."""
+    runs = next(iter(configs.values()))
+    text = f"{len(configs)} variants, {len({run.seed for run in runs})} seeds"
+    text += f", {design.folds} folds" if design.folds else ""
+    text += f", up to {design.max_seeds} seeds until shown" if design.wanted is not None else ""
+    text += f": {sum(map(len, configs.values()))} runs"
+    text += f" after {sum(map(len, tried.values()))} trials of learning rates" if tried else ""
+    return f"{text}; {at_once} at a time, " + ("on cached features" if runs[0].features.cached else "end to end")
+
+
+class _Runs:
+    """Runs by name of their group, trained by one thread or more."""
+
+    def __init__(self, configs: Configs, shared: Shared | None = None, word: str = "run"):
+        runs = [(variant, run) for variant, runs in configs.items() for run in runs]
+        self._waiting = sorted(runs, key=lambda pair: pair[1].data.fold)  # a fold's maps fill the memory
+        self._count, self._done, self._word = len(self._waiting), 0, word
+        self._now: dict[str, str] = {}
+        self._lock, self._crew, self._shared = threading.Lock(), Crew(), shared or Shared()
 
     def train(self, at_once: int) -> None:
         """Trains all, so many at a time. Raises what a run raised, once others that were under way have ended."""
+        self._began = time.monotonic()
         if at_once > 1:
             self._waiting = _interleaved(self._waiting, at_once)  # so that they don't wait for the same to be compiled
-        self._crew.work(self._next, at_once)
+        with saying(self._state):
+            self._crew.work(self._next, at_once)
+
+    def _state(self) -> str:
+        """How far it is, for a line now and then."""
+        with self._lock:
+            done, now = self._done, ", ".join(self._now.values())
+        left = (time.monotonic() - self._began) / done * (self._count - done) / 60 if done else None
+        forecast = "" if left is None else f"; about {left:.0f} min to go at this pace"
+        return f"{done} of {self._count} {self._word}s done, under way: {now}{forecast}" if now else ""
 
     def _next(self) -> bool:
         """Trains the next run; False where there is none left."""
@@ -149,156 +162,63 @@ class _Runs:
             if not self._waiting:
                 return False
             variant, run = self._waiting.pop(0)
+            what = f"{variant}, seed {run.seed}" + (f", fold {run.data.fold}" if run.data.folds else "")
+            what += f", rate {run.optim.lr:g}" if self._word == "trial" else ""
+            self._now[run.run_dir] = what
         start = time.perf_counter()
         prepared = self._shared.prepared(run) if run.features.cached else None
         result = train_run(run, resume=True, prepared=prepared, signals=self._crew.signals)
         self._crew.signals.check()
-        accuracy, took = result.metrics["test"]["accuracy"], time.perf_counter() - start
+        # There are hundreds, each checkpoint with the whole network.
+        if (run.data.folds or self._word == "trial") and hosts.leads():
+            shutil.rmtree(Path(run.run_dir) / "checkpoints" / "last", ignore_errors=True)
+        figure = run.train.monitor.removeprefix("-")
+        value, took = result.metrics["val"][figure], time.perf_counter() - start
         with self._lock:
             self._done += 1
-            log.info(
-                "%d of %d: %s, seed %d: %.3f on test, %.1f s",
-                self._done,
-                self._count,
-                variant,
-                run.seed,
-                accuracy,
-                took,
-            )
+            del self._now[run.run_dir]
+            log.info("%d of %d: %s: %s %.3f on validation, %.1f s", self._done, self._count, what, figure, value, took)
         return True
 
 
 def _interleaved(runs: list[tuple[str, Config]], width: int) -> list[tuple[str, Config]]:
-    """The runs, `width` variants at a time in turns."""
-    variants = list(dict.fromkeys(variant for variant, _ in runs))
-    groups = [variants[i : i + width] for i in range(0, len(variants), width)]
-    of_group = [[[run for run in runs if run[0] == variant] for variant in group] for group in groups]
-    return [run for group in of_group for turn in itertools.zip_longest(*group) for run in turn if run]
-
-
-def collect(config: Config, configs: dict[str, list[Config]], baseline: str) -> Comparison:
-    """The comparison of finished runs, from their folders.
-
-    Raises:
-      ValueError: two runs were tested on other images.
-    """
-    hits: dict[str, np.ndarray] = {}
-    first = None
-    for variant, runs in configs.items():
-        rows = []
-        for run in runs:
-            predictions = read_predictions(run.run_dir, "test")
-            if predictions is None:
-                raise ValueError(f"{run.run_dir} has no predictions of the test split; expected a finished run")
-            first = first or predictions
-            if list(predictions.ids) != list(first.ids):
-                raise ValueError(f"{run.run_dir}: tested on other images than {next(iter(configs))}; expected the same")
-            rows.append(predictions.predicted == predictions.labels)
-        hits[variant] = np.stack(rows)
-    assert first is not None  # the baseline is there
-    seeds = tuple(run.seed for run in configs[baseline])
-    return Comparison(
-        name=config.name,
-        baseline=baseline,
-        seeds=seeds,
-        n=len(first.labels),
-        about=_about(configs[baseline][0]),
-        rows=tuple(statistics.compare(hits, baseline)),
-        costs=_costs(configs, len(first.classes)),
-        accuracies={variant: tuple(h.mean(1).tolist()) for variant, h in hits.items()},
-    )
-
-
-def _about(config: Config) -> str:
-    data = read_json(Path(config.run_dir) / "dataset.json")
-    weights = f"weights {Path(config.model.weights).name}" if config.model.weights else "random weights"
-    text = (
-        f"{data['name']}, {data['n']} images at {config.data.image_size} pixels; {config.model.backbone}, {weights}, "
-    )
-    if config.features.cached:
-        views = config.features.views
-        seen = f"{views} augmented views of each training image" if views else "the images as they are"
-        text += f"frozen, on cached features of {seen}; "
-    else:
-        text += "end to end; "
-    epochs = " + ".join(str(stage.epochs) for stage in config.stages)
-    return text + f"{epochs} epochs of {config.optim.name}, batch {config.train.batch_size}"
-
-
-def _costs(configs: dict[str, list[Config]], classes: int) -> dict[str, Cost]:
-    found = {}
-    shape: Any = None
-    for variant, runs in configs.items():
-        config, size = runs[0], runs[0].data.image_size
-        model = create(config.model, classes, config.train.dtype)
-        image = jax.ShapeDtypeStruct((1, size, size, 3), np.float32)
-        if at_last(model):
-            shape = shape or _map_shape(model, image)
-            parameters, flops = _forward(model, shape, start="feature_map")
-        else:
-            plain = create(dataclasses.replace(config.model, attention="none", attention_options={}), classes)
-            parameters, flops = _forward(model, image)
-            flops -= _forward(plain, image, output="feature_map")[1]
-        speeds = [r["images_per_second"] for run in runs for r in read_records(run.run_dir, "train")]
-        found[variant] = Cost(parameters, flops, float(np.median(speeds)))
+    """The runs, fold by fold, `width` variants at a time in turns."""
+    found = []
+    for _, of_fold in itertools.groupby(runs, key=lambda pair: pair[1].data.fold):
+        by_variant: dict[str, list[tuple[str, Config]]] = {}
+        for run in of_fold:
+            by_variant.setdefault(run[0], []).append(run)
+        groups = list(by_variant.values())
+        for i in range(0, len(groups), width):
+            found += [run for turn in itertools.zip_longest(*groups[i : i + width]) for run in turn if run]
     return found
 
 
-def _map_shape(model: Any, image: jax.ShapeDtypeStruct) -> Any:
-    def feature_map(x: jax.Array) -> Any:
-        return model.init_with_output(jax.random.key(0), x, output="feature_map")[0]
+def read_hits(configs: Configs) -> tuple[dict[str, np.ndarray], np.ndarray | None, int]:
+    """(of each row bool [s, n], whether each seed's runs were right about each image; int [n], the fold that tested
+    it, None without folds; the number of classes).
 
-    return jax.eval_shape(feature_map, image)
-
-
-def _forward(model: Any, x: jax.ShapeDtypeStruct, **options: Any) -> tuple[int, float]:
-    """(parameters of attention, FLOPs of the forward pass as XLA counts them before it optimises)."""
-    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, **options), x)
-    cost = jax.jit(lambda v, x: model.apply(v, x, **options)).lower(variables, x).cost_analysis()
-    own, _ = split_params(variables["params"], lambda path: part_of(path) == "attention")
-    return count_parameters(own), float(cost["flops"]) if cost else float("nan")
-
-
-def _against(row: statistics.Row, seeds: int, n: int) -> list[str]:
-    """The cells of a row that set it against the baseline."""
-    if row.difference is None:
-        return [""] * 4
-    text = f"{100 * row.difference:+.1f}"
-    if row.difference_low is None or row.difference_high is None or row.spread is None:
-        return [text, "", "", ""]
-    bounds = f"{100 * row.difference_low:+.1f} to {100 * row.difference_high:+.1f}"
-    smallest = f"{100 * planning.detectable(row.spread, seeds, n):.1f}"
-    return [f"{text} ({bounds})", f"{row.p:.3g}", f"{row.p_corrected:.3g}", smallest]
-
-
-def markdown(comparison: Comparison) -> str:
-    """The comparison as Markdown: the table, what it is about, and a verdict on each variant."""
-    c, many = comparison, len(comparison.seeds)
-    seeds = f"{many} seed{'s' * (many > 1)} ({', '.join(map(str, c.seeds))})"
-    header = (
-        "variant",
-        "accuracy, % (95 % interval)",
-        f"difference to {c.baseline}, points (95 % interval for all at once)",
-        "p, alone",
-        "p, corrected",
-        "smallest difference shown, points",
-        "parameters",
-        "MFLOP an image",
-        "images/s",
-    )
-    lines = [f"## {c.name}: attention variants on equal terms", "", f"{c.about}. Test: {c.n} images, {seeds}.", ""]
-    lines += [f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
-    for row in c.rows:
-        cost = c.costs[row.variant]
-        cells = [
-            row.variant,
-            f"{100 * row.accuracy:.1f} ({100 * row.low:.1f} to {100 * row.high:.1f})",
-            *_against(row, many, c.n),
-            f"{cost.parameters:,}",
-            f"{cost.flops / 1e6:.2f}",
-            f"{cost.images_per_second:.0f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", *(f"- {statistics.verdict(r, c.baseline, c.n, many)}" for r in c.rows if r.variant != c.baseline)]
-    lines += ["", _NOTE, ""]
-    return "\n".join(lines)
+    Raises:
+      ValueError: two rows or seeds were tested on other images.
+    """
+    hits: dict[str, np.ndarray] = {}
+    first, folds, classes = None, None, 0
+    for row, of_seed in by_row(configs).items():
+        found = []
+        for runs in of_seed.values():
+            parts = [read_predictions(run.run_dir, "test") for run in runs]
+            if None in parts:
+                missing = runs[parts.index(None)].run_dir
+                raise ValueError(f"{missing} has no predictions of the test split; expected a finished run")
+            whole = [part for part in parts if part is not None]
+            ids = [name for part in whole for name in part.ids]
+            first = first or ids
+            if ids != first:
+                raise ValueError(f"{runs[0].run_dir}: tested on other images than {next(iter(hits), row)}; expected "
+                                 "the same")  # fmt: skip
+            found.append(np.concatenate([part.predicted == part.labels for part in whole]))
+            classes = len(whole[0].classes)
+            if runs[0].data.folds:
+                folds = np.repeat(np.arange(len(whole)), [len(part.ids) for part in whole])
+        hits[row] = np.stack(found)
+    return hits, folds, classes

@@ -16,7 +16,7 @@ from bmjax.analysis.compare.statistics import FEWEST_SEEDS, LEVEL, Row, Spread, 
 
 POWER = 0.8
 _MOST = 10_000_000
-_SPENT = 0.8  # of each look's error
+_SPENT = 0.7  # of each look's error
 
 
 def standard_error(spread: Spread, seeds: float, n: float) -> float:
@@ -38,7 +38,7 @@ def detectable(spread: Spread, seeds: int, n: int, *, measured: int | None = Non
     runs = (luck + spread.rest / n) / seeds
     images = (spread.images + spread.rest / seeds) / n
     variance = spread.images / n + luck / seeds + spread.rest / (seeds * n)
-    runs_df = max(spread.runs_df * (seeds - 1) / max(measured - 1, 1), 1.0)
+    runs_df = max(spread.runs_df * max(seeds - 1, 1) / max(measured - 1, 1), 1.0)
     df = max(variance**2 / max(runs**2 / runs_df + images**2 / max(n - 1, 1), 1e-300), 1.0)
     beyond = float(student.isf(spread.alpha / 2, df))
     away = nctdtrinc(df, 1 - power, beyond)  # in standard errors, by the non-central t distribution
@@ -106,7 +106,7 @@ def looks(max_seeds: int, first: int = FEWEST_SEEDS) -> tuple[int, ...]:
 def look_level(at: tuple[int, ...], comparisons: int, level: float = LEVEL) -> float:
     """The level each look's simultaneous intervals need, for all intervals of all looks to hold together at `level`.
 
-    Equal at each look (Pocock 1977), and 0.8 of that error: the first looks' few degrees of freedom are an
+    Equal at each look (Pocock 1977), and 0.7 of that error: the first looks' few degrees of freedom are an
     approximation, which matters more the smaller the error (by simulation 6 instead of 5 % of two variants). The
     looks' statistics are taken to be normal and correlated as those of a mean over seeds, sqrt(s_1 / s_2); the images
     they share correlate them further, which errs on the safe side. The variants are taken to be correlated by the

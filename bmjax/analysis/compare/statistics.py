@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 LEVEL = 0.95
 FEWEST_SEEDS = 3  # below, the spread between runs is not known well enough for any verdict
+FEWEST_FOLDS = 3
 # Variance of the logarithm of the variants' luck that is assumed at least, however alike they look: with few seeds
 # they look alike by chance. 0.5 says that luck of 2 points and of 1.2 points in one table is nothing unusual.
 _LEAST_SPREAD = 0.5
@@ -209,12 +210,60 @@ def _against(hits: np.ndarray, luck: _Luck, place: int, level: float) -> dict[in
     return found
 
 
-def compare(hits: Mapping[str, np.ndarray], baseline: str, *, level: float = LEVEL) -> list[Row]:
+def _against_in_folds(hits: np.ndarray, folds: np.ndarray, place: int, level: float) -> dict[int, dict[str, object]]:
+    """As `_against`, of images [n] each tested in one fold, by the spread between folds alone.
+
+    Folds share training images, so a mean over them is less certain than their spread says: its variance is that of
+    the corrected resampled t (Nadeau and Bengio 2003). Each variant's own spread is what is left of its accuracies by
+    fold when the variant's and the fold's mean are taken away; it is drawn toward the mean of all, as luck is.
+    """
+    from scipy.stats import t as student
+
+    v, s, n = hits.shape
+    each = np.unique(folds)
+    k = len(each)
+    of_fold = np.stack([hits[:, :, folds == fold].mean((1, 2)) for fold in each], 1)
+    left = of_fold - of_fold.mean(0)
+    own = ((left - left.mean(1, keepdims=True)) ** 2).sum(1) / (k - 1) * v / (v - 1)
+    all_df = float((v - 1) * (k - 1))
+    own, df = moderated(own, k - 1)
+    factor = 1 / k + 1 / (k - 1)  # test images for each training image
+    others = np.array([i for i in range(v) if i != place])
+    means = hits.mean((1, 2))
+    difference = means[others] - means[place]
+    both = own[others] + own[place]
+    both = np.where(both > 0, both, 1 / n**2)
+    dfs = np.minimum(both**2 / np.maximum(own[others] ** 2 + own[place] ** 2, 1e-300) * min(df, all_df), all_df)
+    error = np.sqrt(both * factor)
+    correlation = np.clip(own[place] / np.sqrt(np.outer(both, both)), 0, 0.99)
+    np.fill_diagonal(correlation, 1.0)
+    found: dict[int, dict[str, object]] = {}
+    p = 2 * student.sf(np.abs(difference) / error, dfs)
+    corrected, alpha = _corrected(p, correlation, 1 - level)
+    half = student.isf(alpha / 2, dfs) * error
+    for j, i in enumerate(others):
+        low, high = float(difference[j] - half[j]), float(difference[j] + half[j])
+        # All of it counts as luck of the runs, so that `detectable` of as many seeds gives this design's.
+        spread = Spread(images=0.0, runs=float(s * error[j] ** 2), rest=0.0, runs_df=float(dfs[j]), alpha=alpha)
+        found[int(i)] = {
+            "difference_low": low, "difference_high": high, "p": float(p[j]), "p_corrected": float(corrected[j]),
+            "shown": low > 0 or high < 0, "spread": spread,
+        }  # fmt: skip
+    return found
+
+
+def compare(
+    hits: Mapping[str, np.ndarray], baseline: str, *, level: float = LEVEL, folds: np.ndarray | None = None
+) -> list[Row]:
     """A row for each variant, in order, of hits bool [s, n] with the same seeds and images in the same order.
 
     The intervals of all differences hold together at `level`, and a difference is shown exactly where its own leaves
     out zero: in a table of equal variants any difference is claimed in at most 1 - level of cases. With fewer than
     `FEWEST_SEEDS` seeds there is no interval of a difference and no verdict.
+
+    `folds` int [n]: the fold in which each image was tested, where a seed is a run for each fold. Verdicts then rest
+    on the spread between folds, at least three, and one seed is enough; images of one group are in one fold, so that
+    they need not be independent.
 
     Raises:
       ValueError: the baseline is not among the variants, the shapes differ, or there is no image; names them.
@@ -231,7 +280,11 @@ def compare(hits: Mapping[str, np.ndarray], baseline: str, *, level: float = LEV
     place = list(hits).index(baseline)
     known = s > 1 and n > 1
     luck = _luck(stacked) if known else _Luck(np.zeros(v), np.zeros(v), 1.0, 1.0)
-    against = _against(stacked, luck, place, level) if s >= FEWEST_SEEDS and n > 1 and v > 1 else {}
+    if folds is not None:
+        enough = v > 1 and len(np.unique(folds)) >= FEWEST_FOLDS
+        against = _against_in_folds(stacked, folds, place, level) if enough else {}
+    else:
+        against = _against(stacked, luck, place, level) if s >= FEWEST_SEEDS and n > 1 and v > 1 else {}
     means = stacked.mean((1, 2))
     rows = []
     for i, name in enumerate(hits):
@@ -239,6 +292,21 @@ def compare(hits: Mapping[str, np.ndarray], baseline: str, *, level: float = LEV
         row = Row(name, float(means[i]), low, high, None if i == place else float(means[i] - means[place]))
         rows.append(dataclasses.replace(row, **against.get(i, {})))  # type: ignore[arg-type]
     return rows
+
+
+def told_apart(hits: Mapping[str, np.ndarray], folds: np.ndarray | None = None) -> tuple[tuple[str, str], ...] | None:
+    """Pairs of variants whose difference can be shown, all pairs together held to 1 - `LEVEL`; None where there are
+    too few seeds or folds for any verdict.
+
+    Each variant in turn is the baseline of those after it, with its share of the error (Bonferroni over baselines).
+    """
+    names, found = list(hits), []
+    for i, first in enumerate(names[:-1]):
+        rows = compare(hits, first, level=1 - (1 - LEVEL) / (len(names) - 1), folds=folds)
+        if rows[i + 1].shown is None:
+            return None
+        found += [(first, row.variant) for row in rows[i + 1 :] if row.shown]
+    return tuple(found)
 
 
 def corrected_resampled_t(differences: np.ndarray, test_share: float) -> float:
@@ -262,9 +330,25 @@ def corrected_resampled_t(differences: np.ndarray, test_share: float) -> float:
     return float(2 * student.sf(abs(mean) / error, f - 1))
 
 
-def verdict(row: Row, baseline: str, n: int, seeds: int) -> str:
+def corrected_resampled_interval(
+    values: Sequence[float], test_share: float, level: float = LEVEL
+) -> tuple[float, float]:
+    """Interval of the mean of a figure over folds, values [f], by the variance of `corrected_resampled_t`.
+
+    It is about training sets of a fold's size. Raises a ValueError for fewer than two values.
+    """
+    from scipy.stats import t as student
+
+    f = len(values)
+    if f < 2:
+        raise ValueError(f"{f} values; expected at least two folds")
+    half = student.isf((1 - level) / 2, f - 1) * np.sqrt(np.var(values, ddof=1) * (1 / f + test_share))
+    return float(np.mean(values) - half), float(np.mean(values) + half)
+
+
+def verdict(row: Row, baseline: str, n: int, seeds: int, folds: int = 0) -> str:
     """What a row says, in words."""
-    many = f"{seeds} seed" + "s" * (seeds != 1)
+    many = f"{seeds} seed" + "s" * (seeds != 1) + (f" in each of {folds} folds" if folds else "")
     if row.difference is None or row.shown is None:
         if n < 2 <= FEWEST_SEEDS <= seeds:
             return f"{row.variant}: no verdict on one image"

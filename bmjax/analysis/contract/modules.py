@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -199,17 +200,20 @@ def devices_differ(s: Subject, step: Any, per_image: str, shared: str, tolerance
     if len(four) < BATCH:
         raise NotRun(f"needs {BATCH} CPU devices, {len(four)} here; set JAX_PLATFORMS to include cpu and XLA_FLAGS to "
                      f"--xla_force_host_platform_device_count={BATCH}")  # fmt: skip
-    results = []
     with jax.enable_x64(True):
         given = as_dtype(s.variables, "float64")
         x = np.asarray(s.features(dtype="float64", seed=2))
-        kinds: tuple[tuple[Literal["jit", "pmap"], int], ...] = (("jit", 1), ("jit", BATCH), ("pmap", BATCH))
-        for kind, count in kinds:
-            parallel = Parallel(kind, four[:count])
-            same, y = parallel.compile_step(step, donate=False)(
-                parallel.to_devices(given), parallel.put_batch({"x": x})
-            )
-            results.append({per_image: parallel.batch_to_host(y), shared: parallel.to_host(same)})
+    kinds: tuple[tuple[Literal["jit", "pmap"], int], ...] = (("jit", 1), ("jit", BATCH), ("pmap", BATCH))
+
+    def on(kind: tuple[Literal["jit", "pmap"], int]) -> dict[str, Any]:
+        with jax.enable_x64(True), jax.default_matmul_precision("highest"):  # of this thread
+            parallel = Parallel(kind[0], four[: kind[1]])
+            compiled = parallel.compile_step(step, donate=False)
+            same, y = compiled(parallel.to_devices(given), parallel.put_batch({"x": x}))
+            return {per_image: parallel.batch_to_host(y), shared: parallel.to_host(same)}
+
+    with concurrent.futures.ThreadPoolExecutor(len(kinds)) as pool:  # XLA compiles outside Python's lock
+        results = list(pool.map(on, kinds))
     for (kind, _), result in zip(kinds[1:], results[1:], strict=True):
         if differs := unequal(result, results[0], tolerance):
             hint = (

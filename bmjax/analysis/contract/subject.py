@@ -5,7 +5,10 @@ One program that holds both modes and their gradients is compiled for each kind 
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -97,14 +100,14 @@ class Subject:
         return jax.eval_shape(functools.partial(self.apply, train=train), variables, x)
 
     @functools.cached_property
-    def program(self) -> Callable[[Tree, jax.Array], dict[str, Any]]:
+    def program(self) -> Programs:
         """(variables, x) -> {mode: {"y", "maps", "stats", "gradients", "input gradient"}}; compiles for each type."""
 
         def both(variables: Tree, x: jax.Array) -> dict[str, Any]:
             self.traces += 1
             return {mode: self.with_gradients(variables, x, train) for mode, train in MODES.items()}
 
-        return jax.jit(both)
+        return Programs(both)
 
     def with_gradients(self, variables: Tree, x: jax.Array, train: bool) -> dict[str, Any]:
         """What `apply` gives, and the gradients of a sum of it without symmetry, by params and x."""
@@ -122,13 +125,37 @@ class Subject:
 
     @functools.cached_property
     def usual(self) -> dict[str, Any]:
-        """The program's results for random float32 input."""
+        """The program's results for random float32 input. What further checks will ask of it is compiled meanwhile."""
+        for size, dtype in self.finite_at():
+            with contextlib.suppress(Exception):  # the check that is about it says so
+                self.program.begin(self.variables, self.features(size, dtype))
         return self.program(self.variables, self.features())
 
     @functools.cached_property
     def eager(self) -> dict[str, Any]:
         """Results by mode without jit."""
         return {mode: self.apply(self.variables, self.features(), train) for mode, train in MODES.items()}
+
+
+class Programs:
+    """A function of arrays, compiled for each kind of them as jit does it, but several at a time: tracing is done by
+    the caller's thread, compiling by others."""
+
+    def __init__(self, fn: Callable[..., Any]):
+        self._jitted = jax.jit(fn)
+        self._compiled: dict[Any, concurrent.futures.Future[Any]] = {}
+        self._pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+
+    def begin(self, *arguments: Tree) -> concurrent.futures.Future[Any]:
+        """Has the program for such arguments compiled, if it is not."""
+        leaves, structure = jax.tree.flatten(arguments)
+        key = structure, tuple(jax.typeof(leaf) for leaf in leaves)
+        if key not in self._compiled:
+            self._compiled[key] = self._pool.submit(self._jitted.lower(*arguments).compile)
+        return self._compiled[key]
+
+    def __call__(self, *arguments: Tree) -> Any:
+        return self.begin(*arguments).result()(*arguments)
 
 
 def init_keys() -> dict[str, jax.Array]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -66,9 +67,22 @@ def _name(check: Check) -> str:
     return getattr(check, "__name__", "check")
 
 
+@contextlib.contextmanager
+def compiled_quickly() -> Iterator[None]:
+    """Within it, programs for CPUs are compiled without most optimisations: a check runs its programs once or twice,
+    so that compiling them is what takes the time. Their results differ by rounding at most."""
+    flag = "jax_disable_most_optimizations"
+    before = jax.config.read(flag)
+    jax.config.update(flag, before or jax.default_backend() == "cpu")
+    try:
+        yield
+    finally:
+        jax.config.update(flag, before)
+
+
 def _verdict(check: Check, name: str, demand: str, subject: Any, part: Any) -> Verdict:
     try:
-        with jax.default_matmul_precision("highest"):  # GPUs and TPUs would compare roundings
+        with jax.default_matmul_precision("highest"), compiled_quickly():  # GPUs and TPUs would compare roundings
             message = check(subject)
         return Verdict(name, "FAIL" if message else "ok", message or demand)
     except NotRun as e:

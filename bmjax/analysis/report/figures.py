@@ -10,6 +10,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from bmjax.analysis.evaluate.refusal import risk_coverage
 from bmjax.files import printable
 from bmjax.runs.records import Predictions, interval_text, most_wrong, reliability
 
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 TRAIN, TRAIN_EVAL, VAL, RATE, RIGHT, WRONG = "#4477aa", "#66ccee", "#ee6677", "#777777", "#228833", "#cc3311"
 
 
-def blank(width: float, height: float) -> Figure:
-    """A figure of so many inches with nothing on it."""
+def new_figure(width: float, height: float) -> Figure:
+    """Without pyplot, its layout kept free of overlaps."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
@@ -48,7 +49,7 @@ def plain(axis: Axes) -> None:
 
 def curves(steps: list[dict[str, Any]], epochs: list[dict[str, Any]]) -> Figure:
     """Loss, accuracy and learning rate, of the records of metrics.jsonl; epochs on the axis where there are any."""
-    figure = blank(11, 3.4)
+    figure = new_figure(11, 3.4)
     loss, accuracy, rate = figure.subplots(1, 3)
     # Epoch e ends at step ends[e - 1]; every epoch has as many steps.
     per_epoch = epochs[0]["step"] / epochs[0]["epoch"] if epochs else 1.0
@@ -107,14 +108,14 @@ def draw_confusion(axis: Axes, counts: np.ndarray, classes: Sequence[str]) -> No
 def confusion(counts: np.ndarray, classes: Sequence[str]) -> Figure:
     """The confusion matrix, counts int [k, k], rows true."""
     side = max(4.2, 0.62 * len(classes) + 1.8)
-    figure = blank(side + 0.6, side)
+    figure = new_figure(side + 0.6, side)
     draw_confusion(figure.subplots(), counts, classes)
     return figure
 
 
 def calibration(predictions: Predictions, bins: int = 10) -> Figure:
     """Accuracy against confidence with 95 % intervals, and below it how many predictions there are."""
-    figure = blank(4.6, 4.8)
+    figure = new_figure(4.6, 4.8)
     above, below = figure.subplots(2, 1, height_ratios=(3, 1), sharex=True)
     found = reliability(predictions, bins)
     x, y = [b.confidence for b in found], [b.accuracy for b in found]
@@ -126,6 +127,17 @@ def calibration(predictions: Predictions, bins: int = 10) -> Figure:
     below.set(xlabel="confidence", ylabel="n")
     for axis in (above, below):
         plain(axis)
+    return figure
+
+
+def selective(predictions: Predictions) -> Figure:
+    """The share of wrong answers against the share answered, the surest first."""
+    covered, risk, _ = risk_coverage(predictions.confidence, predictions.predicted == predictions.labels)
+    figure = new_figure(4.6, 3.2)
+    axis = figure.subplots()
+    axis.step(covered, risk, where="post", color=TRAIN, lw=1.5)
+    axis.set(xlabel="share answered", ylabel="share of these wrong", xlim=(0, 1), ylim=(0, None))
+    plain(axis)
     return figure
 
 
@@ -143,7 +155,7 @@ def cells(shown: Sequence[tuple[np.ndarray, str, str]], columns: int = 8) -> Fig
     columns = min(columns, len(shown))
     rows = math.ceil(len(shown) / columns)
     lines = max(title.count("\n") for _, title, _ in shown) + 1
-    figure = blank(1.4 * columns, (1.4 + 0.2 * lines) * rows)
+    figure = new_figure(1.4 * columns, (1.4 + 0.2 * lines) * rows)
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat[len(shown) :]:
         axis.axis("off")
@@ -168,7 +180,7 @@ def result(predictions: Predictions, metrics: dict[str, Any], images: np.ndarray
     A class's cells are spread evenly over its confidences, so that they show it as it is, mistakes too.
     """
     classes = predictions.classes
-    figure = blank(6.2 + 0.95 * columns, 0.95 * len(classes) + 0.9)
+    figure = new_figure(6.2 + 0.95 * columns, 0.95 * len(classes) + 0.9)
     halves: Any = figure.subfigures(1, 2, width_ratios=(0.95 * columns, 6.2))
     left, right = halves
     axes = left.subplots(len(classes), columns, squeeze=False)
@@ -203,7 +215,7 @@ def explanations(
     """
     blocks = 1 if len(images) <= 6 else 2
     rows, columns = math.ceil(len(images) / blocks), 1 + len(maps)
-    figure = blank(1.55 * columns * blocks + 0.3 * blocks, 1.78 * rows + 0.75)
+    figure = new_figure(1.55 * columns * blocks + 0.3 * blocks, 1.78 * rows + 0.75)
     subfigures: Any = figure.subfigures(1, blocks, squeeze=False)[0]
     for block, part in enumerate(subfigures):
         axes = part.subplots(rows, columns, squeeze=False)

@@ -30,6 +30,9 @@ def _head(config: dict[str, Any], data: dict[str, Any]) -> str:
 
 
 def _numbers(run_dir: Path, results: dict[str, Any], split: str | None) -> str:
+    counts = read_json(run_dir / "dataset.json").get("counts", {})
+    if split is None and "val" in counts and not sum(counts["val"].values()):
+        return "<p>Trained without a validation split: nothing is reported on the images that were trained on.</p>"
     if split is None:
         return "<p>This run has no results yet: it did not finish, or is still running.</p>"
     m = results[split]
@@ -94,11 +97,13 @@ def _classes(metrics: dict[str, Any], predictions: Predictions) -> str:
     header = ("class", "n", "precision", "recall", "F1", "most often taken for")
     matrix = page.image(figures.confusion(np.array(metrics["confusion"]), predictions.classes), "Confusion matrix", 620)
     reliable = page.image(figures.calibration(predictions), "Accuracy against confidence", 440)
+    refusing = page.image(figures.selective(predictions), "Share of wrong answers against share answered", 440)
     return (
         f"<h2>Confusion, {split}</h2>{matrix}<h2>Classes, {split}</h2>{page.table(header, rows)}"
-        f"<h2>Calibration, {split}</h2>{reliable}"
+        f'<h2>Calibration, {split}</h2><div class="side">{reliable}{refusing}</div>'
         f'<p class="note">Expected calibration error {metrics["ece"]:.3f}. On the dashed line, of a hundred '
-        "predictions made with confidence 0.8 eighty are right.</p>"
+        "predictions made with confidence 0.8 eighty are right. On the right: "
+        "of the surest answers so large a share is wrong.</p>"
     )
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bmjax.analysis.report.figures import RATE, TRAIN, VAL, blank, literal, plain
+from bmjax.analysis.report.figures import RATE, TRAIN, VAL, literal, new_figure, plain
 from bmjax.analysis.study.records import PUBLISHED
 from bmjax.analysis.study.tables import RATES, Grid, ProtocolRow
 
@@ -22,7 +22,7 @@ def heatmaps(grids: Sequence[Grid]) -> Figure:
     """Validation accuracy by optimizer and batch size, one panel a kind of rate, on one scale; intervals in small."""
     means = [mean.accuracy for grid in grids for mean in grid.means.values()]
     columns = max(len(grid.batches) for grid in grids)
-    figure = blank(len(grids) * (1.5 + 1.15 * columns), 1.2 + 0.75 * max(len(grid.optimizers) for grid in grids))
+    figure = new_figure(len(grids) * (1.5 + 1.15 * columns), 1.2 + 0.75 * max(len(grid.optimizers) for grid in grids))
     axes = figure.subplots(1, len(grids), squeeze=False)[0]
     low, high = min(means), max(max(means), min(means) + 1e-6)
     for axis, grid in zip(axes, grids, strict=True):
@@ -47,7 +47,7 @@ def heatmaps(grids: Sequence[Grid]) -> Figure:
 
 def accuracies(runs: Sequence[tuple[str, list[dict[str, Any]]]]) -> Figure:
     """Accuracy by epoch of (name, epoch records): validation whole lines, training, running, dashed."""
-    figure = blank(7.5, 3.8)
+    figure = new_figure(7.5, 3.8)
     axis = figure.subplots()
     for (name, epochs), colour in zip(runs, _COLOURS * len(runs), strict=False):
         for field, style, label in (("val/accuracy", "-", literal(name)), ("train/accuracy_running", "--", None)):
@@ -65,7 +65,7 @@ def protocols(rows: Sequence[ProtocolRow]) -> Figure:
     """Accuracy of each protocol on the training images and on the test split with its interval, by kind of labels;
     beside them what the abstract says, and chance."""
     kinds = list(dict.fromkeys(row.labels for row in rows))
-    figure = blank(4.6 * len(kinds), 3.6)
+    figure = new_figure(4.6 * len(kinds), 3.6)
     for axis, kind in zip(figure.subplots(1, len(kinds), squeeze=False, sharey=True)[0], kinds, strict=True):
         mine = [row for row in rows if row.labels == kind]
         x, test = np.arange(len(mine)), [row.test for row in mine]

@@ -15,6 +15,7 @@ import numpy as np
 
 from bmjax.config.data import AugmentConfig
 from bmjax.data.augment.geometry import centred_grid, sample
+from bmjax.data.augment.optics import blur, jpeg
 from bmjax.data.augment.policies import randaugment, trivialaugment
 from bmjax.data.images.stain import hed_jitter
 from bmjax.layers.collectives import all_reversed
@@ -109,6 +110,7 @@ def in_box(h: int, w: int, first: jax.Array, last: jax.Array) -> jax.Array:
 
 def augment_one(image: jax.Array, key: jax.Array, config: AugmentConfig) -> jax.Array:
     """One image, floating [h, w, 3], 0..255 -> the same; what the config switches off isn't computed."""
+    config = config.resolved()
     keys = jax.random.split(key, 7)
     more = jax.random.split(jax.random.fold_in(key, 7), 4)
 
@@ -140,7 +142,20 @@ def augment_one(image: jax.Array, key: jax.Array, config: AugmentConfig) -> jax.
     elif config.flip or config.right_angles:
         image = turn(image, *turned)
     image = jnp.clip(image, 0, 255)
+    if config.blur or config.jpeg:
+        image = _optics(image, jax.random.fold_in(key, 9), config)
     return erase(image, more[2], config.erase) if config.erase else image
+
+
+def _optics(image: jax.Array, key: jax.Array, config: AugmentConfig) -> jax.Array:
+    """Defocus, then JPEG's loss, each with probability one half."""
+    blurs, sigma, loses, quality = jax.random.uniform(key, (4,), jnp.float32).astype(image.dtype)
+    if config.blur:
+        most = config.blur * image.shape[0]
+        image = jnp.where(blurs < 0.5, blur(image, sigma * most, most), image)
+    if config.jpeg:
+        image = jnp.where(loses < 0.5, jpeg(image, config.jpeg + quality * (100 - config.jpeg)), image)
+    return image
 
 
 def augment(images: jax.Array, keys: jax.Array, config: AugmentConfig) -> jax.Array:

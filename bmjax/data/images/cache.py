@@ -1,6 +1,7 @@
 """The cache of decoded images: a memory-mapped uint8 array, decoded once, keyed by what the data are.
 
-Written under another name and renamed when complete, so a kill never leaves half a cache that is read.
+Written under another name and renamed when complete, so a kill never leaves half a cache that is read. Each block has a
+digest that is checked when the cache is opened; a cache without them, or a damaged one, is decoded again.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from bmjax.data.images.decode import decode_images
 from bmjax.data.images.stain import METHODS, normalised
 from bmjax.data.progress import Meter
 from bmjax.data.sources.listing import Listing, read_each
-from bmjax.files import mapped, temporary_folder
+from bmjax.environment import check_own_cache, why_foreign
+from bmjax.files import mapped, seal, sealed_json, temporary_folder, unsealed_json
 
 log = logging.getLogger(__name__)
 VERSION = 2  # of decoding, resizing and the cache's layout; a change makes every cache anew
@@ -56,8 +58,9 @@ def listed_dataset(listing: Listing, config: DataConfig, cache_dir: Path, *, pro
     digests = hash_images(listing)
     entries = list(zip(listing.ids, digests, listing.labels.tolist(), strict=True))
     stain = () if config.stain == "none" else (config.stain, config.stain_reference or METHODS[config.stain].reference)
-    key = fingerprint(entries, config.image_size, stain)
-    source = stained(decode_images(listing.read, len(listing), config.image_size), config)
+    fields = _fields(listing, config)
+    key = fingerprint(entries, config.image_size, (*stain, *([] if fields is None else [["fields", fields]])))
+    source = stained(decode_images(listing.read, len(listing), config.image_size, fields), config)
     images, errors = cached(cache_dir, key, len(entries), config.image_size, source, progress)
     if errors:
         lines = "\n".join(f"  {os.path.join(listing.origin, listing.ids[i])}: {why}" for i, why in errors.items())
@@ -85,6 +88,24 @@ def listed_dataset(listing: Listing, config: DataConfig, cache_dir: Path, *, pro
     )
 
 
+def _fields(listing: Listing, config: DataConfig) -> list[float] | None:
+    """The field of each image in its pixels; None where images are taken whole."""
+    if not config.field_size:
+        if any(listing.pixel_sizes):
+            log.warning("%s gives pixel sizes; without data.field_size they are of no account", listing.origin)
+        return None
+    sizes = listing.pixel_sizes or [0.0] * len(listing)
+    found = []
+    for name, size in zip(listing.ids, sizes, strict=True):
+        try:
+            field = config.field_pixels(size)
+        except ValueError as e:
+            raise ValueError(f"{os.path.join(listing.origin, name)}: {e}") from e
+        assert field is not None
+        found.append(field)
+    return found
+
+
 def cached(
     cache_dir: Path, key: str, n: int, size: int, source: Iterable[np.ndarray | str], progress: bool = True
 ) -> tuple[np.ndarray, Errors]:
@@ -95,14 +116,17 @@ def cached(
 
     Raises:
       OSError: the disk is full.
+      PermissionError: the cache is not this user's alone.
     """
+    check_own_cache(cache_dir)
     folder = cache_dir / key[:32]
     found = _read(folder, n, size)
     if found is not None:
         return found
     with temporary_folder(cache_dir, key[:32], n * size * size * 3, "decoded images") as temporary:
         errors = _fill(temporary / "images.npy", n, size, source, progress)
-        (temporary / "skipped.json").write_text(json.dumps(list(errors.items())))
+        seal(temporary / "images.npy")
+        (temporary / "skipped.json").write_text(sealed_json(list(errors.items())))
         # Another run may have made the same meanwhile; what it made is as good and may be in use.
         if _read(folder, n, size) is None:
             shutil.rmtree(folder, ignore_errors=True)
@@ -137,13 +161,15 @@ def _fill(path: Path, n: int, size: int, source: Iterable[np.ndarray | str], pro
 def _read(folder: Path, n: int, size: int) -> tuple[np.ndarray, Errors] | None:
     """What the cache holds; None where it isn't there or is damaged."""
     try:
-        skipped = json.loads((folder / "skipped.json").read_text("utf-8"))
+        if why := why_foreign(folder):
+            raise ValueError(f"it {why}")
+        skipped = unsealed_json((folder / "skipped.json").read_text("utf-8"))
         errors = {i: str(reason) for i, reason in skipped}
         if len(errors) < len(skipped) or not all(type(i) is int and 0 <= i < n for i in errors):
             raise ValueError(f"skipped.json names images {list(errors)[:5]}; expected 0 to {n - 1}, each once")
         if n == len(errors):
             return np.zeros((0, size, size, 3), np.uint8), errors
-        images = mapped(folder / "images.npy")
+        images = mapped(folder / "images.npy", sealed=True)
         if images.shape == (n - len(errors), size, size, 3) and images.dtype == np.uint8:
             return images, errors
         reason = f"{images.dtype} {images.shape}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,8 @@ FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP")
 MAX_PIXELS = 50_000_000
 # The most that so many pixels fill without compression: four channels of 16 bits.
 MAX_BYTES = 8 * MAX_PIXELS
+MOST_MIRRORED = 8
+"""Times an image's side that a field may have."""
 
 
 def read_file(path: str | Path) -> bytes:
@@ -91,20 +94,33 @@ def open_rgb(source: str | Path | bytes) -> Image.Image:
         raise ValueError(reason or type(e).__name__) from e
 
 
-def decode_image(source: str | Path | bytes, size: int) -> np.ndarray:
+def decode_image(source: str | Path | bytes, size: int, field: float | None = None) -> np.ndarray:
     """A file, or its bytes -> uint8 RGB 0..255 [size, size, 3].
 
-    Squeezed to a square where it isn't one, by Pillow's bilinear filter, which averages when it shrinks.
+    Squeezed to a square where it isn't one, by Pillow's bilinear filter, which averages when it shrinks. With a
+    `field`, it is the square of so many of the file's pixels in its middle; beyond its border it is mirrored.
     `decode_images` keeps Pillow's warnings quiet.
 
     Raises:
-      ValueError: as `open_rgb`.
+      ValueError: as `open_rgb`; or the field is far larger than the image.
     """
-    return _resized(open_rgb(source), size)
+    return _resized(open_rgb(source), size, field)
 
 
-def _resized(image: Image.Image, size: int) -> np.ndarray:
-    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR), np.uint8)
+def _resized(image: Image.Image, size: int, field: float | None = None) -> np.ndarray:
+    box = None
+    if field is not None:
+        if field > MOST_MIRRORED * min(image.size):
+            raise ValueError(
+                f"the field is {field:.0f} pixels, the image {image.width}x{image.height}; expected at most "
+                f"{MOST_MIRRORED} times its side (data.pixel_size and data.field_size are in micrometres)"
+            )
+        wide, high = (max(0, math.ceil((field - side) / 2)) for side in image.size)
+        if wide or high:
+            image = Image.fromarray(np.pad(np.asarray(image), ((high, high), (wide, wide), (0, 0)), "symmetric"))
+        left, top = (max((side - field) / 2, 0.0) for side in image.size)
+        box = (left, top, min(left + field, image.width), min(top + field, image.height))
+    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box), np.uint8)
 
 
 @contextlib.contextmanager
@@ -117,15 +133,17 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def decode_images(read: Callable[[int], bytes], n: int, size: int) -> Iterator[np.ndarray | str]:
+def decode_images(
+    read: Callable[[int], bytes], n: int, size: int, fields: Sequence[float] | None = None
+) -> Iterator[np.ndarray | str]:
     """Images 0 to n - 1, each uint8 RGB [size, size, 3] or the reason why it can't be read; by threads, in order.
 
-    `read(i)` gives the bytes of file i, in any thread.
+    `read(i)` gives the bytes of file i, in any thread; `fields` as in `decode_image`, of each.
     """
 
     def one(i: int) -> np.ndarray | str:
         try:
-            return decode_image(read(i), size)
+            return decode_image(read(i), size, None if fields is None else fields[i])
         except (ValueError, OSError) as e:
             return str(e)
 
@@ -133,9 +151,9 @@ def decode_images(read: Callable[[int], bytes], n: int, size: int) -> Iterator[n
         yield from _by_threads(one, n)
 
 
-def resize_images(images: np.ndarray, size: int) -> Iterator[np.ndarray]:
+def resize_images(images: np.ndarray, size: int, field: float | None = None) -> Iterator[np.ndarray]:
     """Images uint8 RGB [n, h, w, 3] -> each uint8 [size, size, 3], as `decode_images` makes them of files."""
-    return _by_threads(lambda i: _resized(Image.fromarray(np.ascontiguousarray(images[i])), size), len(images))
+    return _by_threads(lambda i: _resized(Image.fromarray(np.ascontiguousarray(images[i])), size, field), len(images))
 
 
 def _by_threads(one: Callable[[int], Found], n: int) -> Iterator[Found]:
@@ -146,6 +164,7 @@ def _by_threads(one: Callable[[int], Found], n: int) -> Iterator[Found]:
             yield from pool.map(one, range(start, min(start + 256, n)))
 
 
-def decode_files(paths: Sequence[str | Path], size: int) -> Iterator[np.ndarray | str]:
-    """As `decode_images`, of files."""
-    return decode_images(lambda i: read_file(paths[i]), len(paths), size)
+def decode_files(paths: Sequence[str | Path], size: int, field: float | None = None) -> Iterator[np.ndarray | str]:
+    """As `decode_images`, of files, all with one field."""
+    fields = None if field is None else [field] * len(paths)
+    return decode_images(lambda i: read_file(paths[i]), len(paths), size, fields)

@@ -99,6 +99,8 @@ class Listing:
     """What the data set calls itself; empty: by the last part of `origin`."""
     seen: Seen | None = None
     """What was passed over, where the source knows."""
+    pixel_sizes: tuple[float, ...] = ()
+    """Micrometres to a pixel of each image, 0 where not known; empty where a source has none."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -144,9 +146,20 @@ def _listing_of_files(
     groups: Sequence[str] = (),
     sides: Sequence[str] = (),
     seen: Seen | None = None,
+    pixel_sizes: Sequence[float] = (),
 ) -> Listing:
     def read(i: int) -> bytes:
         return read_file(os.path.join(folder, ids[i]))
 
     labels_of = np.array(labels, np.int32)
-    return Listing(str(folder), classes, tuple(ids), labels_of, read, tuple(groups), tuple(sides), seen=seen)
+    return Listing(
+        str(folder),
+        classes,
+        tuple(ids),
+        labels_of,
+        read,
+        tuple(groups),
+        tuple(sides),
+        seen=seen,
+        pixel_sizes=tuple(pixel_sizes),
+    )

@@ -17,7 +17,8 @@ _MISSING = frozenset({"", "nan", "na", "n/a", "#n/a", "<na>", "null"})
 
 
 def list_table(path: str | Path) -> Listing:
-    """A CSV or parquet file with the columns path, label and, where known, split (train, val, test or "") and group.
+    """A CSV or parquet file with the columns path, label and, where known, split (train, val, test or ""), group and
+    pixel_size (micrometres).
 
     Paths count from the table's folder unless they are absolute; those of Windows are read too. The classes are the
     labels there are, sorted as numbers where all are numbers (2.0 is the class 2), else as text.
@@ -26,10 +27,11 @@ def list_table(path: str | Path) -> Listing:
       FileNotFoundError: the table, or an image that it names, is not there.
       ValueError: a column, a path, a label or a split is missing or wrong, or two rows name one file; names them.
     """
-    columns = read_columns(path, ("path", "label"), ("split", "group"))
+    columns = read_columns(path, ("path", "label"), ("split", "group", "pixel_size"))
     columns = {name: [value.strip() for value in values] for name, values in columns.items()}  # "a.png, BLA"
     groups, splits = ([_known(value) for value in columns[name]] for name in ("group", "split"))
     _check_rows(path, columns["path"], columns["label"], splits)
+    pixel_sizes = _pixel_sizes(path, columns["pixel_size"])
     folder = Path(path).parent
     ids = [_as_it_is_there(folder, image) for image in columns["path"]]
     _check_once(path, folder, ids, columns["label"])
@@ -45,7 +47,9 @@ def list_table(path: str | Path) -> Listing:
     number = {name: i for i, name in enumerate(classes)}
     labels = [number[name] for name in names]
     sides = [SIDES[split.lower()] for split in splits] if any(splits) else ()
-    return _listing_of_files(folder, classes, ids, labels, groups if any(groups) else (), sides)
+    return _listing_of_files(
+        folder, classes, ids, labels, groups if any(groups) else (), sides, pixel_sizes=pixel_sizes
+    )
 
 
 def _known(value: str) -> str:
@@ -65,6 +69,22 @@ def _check_rows(path: str | Path, ids: Sequence[str], names: Sequence[str], spli
             raise ValueError(f"{path}: row {row}, column path: {image!r} holds a byte of value 0; expected a path")
         if split.lower() not in SIDES:
             raise ValueError(f"{path}: row {row} has split {split!r}; expected one of {', '.join(filter(None, SIDES))}")
+
+
+def _pixel_sizes(path: str | Path, values: Sequence[str]) -> list[float]:
+    """Each row's pixel size, 0 where it has none; empty where no row has one."""
+    found = []
+    for row, value in enumerate(values, 1):
+        try:
+            size = float(_known(value) or 0)
+        except ValueError:
+            size = -1.0
+        if not 0 <= size < 1000 or (size == 0 and _known(value)):
+            raise ValueError(
+                f"{path}: row {row} has pixel_size {value!r}; expected micrometres, such as 0.1, or nothing"
+            )
+        found.append(size)
+    return found if any(found) else []
 
 
 def _as_it_is_there(folder: Path, image: str) -> str:

@@ -1,0 +1,261 @@
+"""One run or several as one classifier: what it says of a split or of other images, and whether it should answer."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+
+from bmjax.analysis.evaluate.calibration import Calibration, read_calibration
+from bmjax.analysis.evaluate.reader import Reader, Seen, adapted_priors, at_priors
+from bmjax.analysis.evaluate.reference import Reference, read_reference
+from bmjax.analysis.evaluate.refusal import Refusal, fit_refusal
+from bmjax.config.data import DataConfig
+from bmjax.data.dataset import Dataset
+from bmjax.data.load import load_dataset
+from bmjax.runs.folder import Run, record_opening, saved_results
+from bmjax.runs.records import Predictions, read_predictions
+from bmjax.training.predict import SplitName, data_of
+
+log = logging.getLogger(__name__)
+TO_ADAPT = 2048
+"""Images at most that norms are adapted to."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """The same n images for each run, as it reads them: `parts` of (dataset, rows [n]); their labels [n] and ids."""
+
+    parts: tuple[tuple[Dataset, np.ndarray], ...]
+    labels: np.ndarray
+    ids: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+def same_classes(runs: Sequence[Run]) -> tuple[str, ...]:
+    """The classes of several runs.
+
+    Raises:
+      ValueError: they differ; names the first run that has others.
+    """
+    for run in runs[1:]:
+        if run.classes != runs[0].classes:
+            raise ValueError(
+                f"{run.run_dir} has the classes {', '.join(run.classes)}; expected those of {runs[0].run_dir}: "
+                f"{', '.join(runs[0].classes)}"
+            )
+    return runs[0].classes
+
+
+def target_of_split(runs: Sequence[Run], split: SplitName, data_root: str | None = None) -> Target:
+    """A split of the runs' own data; an opening of the test split is recorded with each.
+
+    Raises:
+      ValueError: the split holds no image, or other images for one of the runs, which may have been trained on them.
+    """
+    parts = []
+    ids: tuple[str, ...] = ()
+    for run in runs:
+        dataset, splits = data_of(run, data_root)
+        rows = getattr(splits, split)
+        if not len(rows):
+            raise ValueError(f"split is {split!r}, which holds no image in {run.run_dir}; expected one that does")
+        found = tuple(dataset.ids[i] for i in rows)
+        if parts and found != ids:
+            raise ValueError(
+                f"{run.run_dir} has other images in its {split} split than {runs[0].run_dir}, and may have been "
+                "trained on some of them; expected runs of one split (folds: `bmjax folds`), or --on FOLDER"
+            )
+        ids = found
+        parts.append((dataset, rows))
+    if split == "test":
+        for run in runs:
+            if (openings := record_opening(run.run_dir, run.step)) > 1:
+                log.warning("%s: the test split is opened for time %d", run.run_dir, openings)
+    dataset, rows = parts[0]
+    return Target(tuple(parts), dataset.labels[rows], ids)
+
+
+def at_pixel_size(run: Run, pixel_size: float | None) -> Run:
+    """A run that reads files of another microscope, of so many micrometres to a pixel; None: as in training.
+
+    Raises:
+      ValueError: the run was trained without a scale.
+    """
+    if pixel_size is None:
+        return run
+    if not run.config.data.field_size:
+        raise ValueError(
+            f"--pixel-size is {pixel_size}, but {run.run_dir} was trained without data.field_size and knows no scale"
+        )
+    data = dataclasses.replace(run.config.data, pixel_size=pixel_size)
+    return dataclasses.replace(run, config=dataclasses.replace(run.config, data=data))
+
+
+def target_of_path(runs: Sequence[Run], path: str, source: str) -> tuple[Target, Target]:
+    """Labelled images from elsewhere: (those of the runs' classes, those of classes that the runs don't know).
+
+    Raises:
+      FileNotFoundError, ValueError: they are not there or not as expected, or none is of a class that the runs know.
+    """
+    classes, loaded = same_classes(runs), {}
+    parts = []
+    for run in runs:
+        config = dataclasses.replace(run.config.data, root=path, source=source)
+        key = elsewhere(config)
+        if key not in loaded:
+            loaded[key] = load_dataset(config)
+        parts.append(loaded[key])
+    first = parts[0]
+    place = {name: i for i, name in enumerate(classes)}
+    labels = np.array([place.get(first.classes[label], -1) for label in first.labels], np.int64)
+    known = np.flatnonzero(labels >= 0)
+    if not len(known):
+        there = ", ".join(first.classes)
+        raise ValueError(f"{path} has the classes {there}; expected some of the run's: {', '.join(classes)}")
+
+    def of(rows: np.ndarray) -> Target:
+        return Target(tuple((data, rows) for data in parts), labels[rows], tuple(first.ids[i] for i in rows))
+
+    return of(known), of(np.flatnonzero(labels < 0))
+
+
+def elsewhere(config: DataConfig) -> DataConfig:
+    """What of a data configuration decides how a file is read; configurations that read alike are equal in it."""
+    names = ("image_size", "stain", "stain_reference", "pixel_size", "field_size")
+    return DataConfig(**{name: getattr(config, name) for name in names})
+
+
+class Judge:
+    """One run, or several whose probabilities are averaged after each run's own calibration.
+
+    `batch_size`: images at once, before the first are read; None: as configured.
+    """
+
+    def __init__(self, runs: Sequence[Run], *, views: int = 1, calibrated: bool = False):
+        self.classes = same_classes(runs)
+        self.runs, self.views = tuple(runs), views
+        self.batch_size: int | None = None
+        self.calibrations: tuple[Calibration | None, ...] = tuple(
+            read_calibration(run.run_dir, len(run.classes), run.step) if calibrated else None for run in runs
+        )
+        self._priors: tuple[np.ndarray, np.ndarray] | None = None
+
+    @functools.cached_property
+    def readers(self) -> tuple[Reader, ...]:
+        """One a run."""
+        return tuple(Reader(run, self.views, self.batch_size) for run in self.runs)
+
+    def __call__(self, target: Target) -> Seen:
+        """Of the target's images; energy and features are the first run's."""
+        seen = [reader(*part) for reader, part in zip(self.readers, target.parts, strict=True)]
+        return dataclasses.replace(seen[0], probs=self._mean([one.probs for one in seen]))
+
+    def images(self, images: Sequence[np.ndarray]) -> Seen:
+        """Of images uint8 [n, s, s, 3], n >= 1, given for each run as it reads files."""
+        seen = [reader.images(part) for reader, part in zip(self.readers, images, strict=True)]
+        return dataclasses.replace(seen[0], probs=self._mean([one.probs for one in seen]))
+
+    def _mean(self, probs: Sequence[np.ndarray]) -> np.ndarray:
+        pairs = zip(probs, self.calibrations, strict=True)
+        each = [p if calibration is None else calibration(p) for p, calibration in pairs]
+        mean = each[0]
+        if len(each) > 1:
+            mean = np.asarray(np.mean(np.stack(each), axis=0, dtype=np.float64), np.float32)
+        return mean if self._priors is None else at_priors(mean, *self._priors)
+
+    def adapt(self, images: Sequence[np.ndarray]) -> None:
+        """Estimates each run's norms on images uint8 [n, s, s, 3], given for each run; of many, on some of them."""
+        for reader, part in zip(self.readers, images, strict=True):
+            reader.adapt(part[spread(len(part), TO_ADAPT)])
+
+    def adapt_priors(self, probs: np.ndarray) -> np.ndarray:
+        """From now on, probabilities at the class frequencies [k] estimated from probs [n, k] of the images.
+
+        Those that the network was trained at are the means of its probabilities on validation.
+
+        Raises:
+          ValueError: validation was not evaluated by these checkpoints.
+        """
+        source = self.validation().probs.mean(0, dtype=np.float64)
+        found = adapted_priors(probs, source)
+        self._priors = (source, found)
+        return found
+
+    def validation(self) -> Predictions:
+        """What the runs say of validation in these views, calibrated.
+
+        Raises:
+          ValueError: validation was not evaluated by these checkpoints and views, or differs between runs.
+        """
+        name = f"val{setting(self.views)}"
+        found = [_saved(run, name, self.views) for run in self.runs]
+        for run, one in zip(self.runs, found, strict=True):
+            if one.ids.tolist() != found[0].ids.tolist():
+                raise ValueError(
+                    f"{run.run_dir} has another validation split than {self.runs[0].run_dir}; expected one for all"
+                )
+        priors, self._priors = self._priors, None
+        mean = self._mean([one.probs for one in found])
+        self._priors = priors
+        return dataclasses.replace(found[0], probs=mean)
+
+    def reference(self) -> Reference | None:
+        """What the first run was trained on; None where that is not kept, or is of another checkpoint."""
+        found = read_reference(self.runs[0].run_dir)
+        if found is not None and found.has_features and found.step != self.runs[0].step:
+            return None
+        return found
+
+    def refusal(self, rate: float, unfamiliar: float = 0.0) -> Refusal:
+        """The threshold for a wanted error rate, by the validation images at least as familiar as a share.
+
+        Raises:
+          ValueError: as `validation`; or no features are kept.
+        """
+        val = self.validation()
+        keep = np.ones(len(val.labels), bool)
+        if unfamiliar:
+            reference = self.featured_reference()
+            at = {row: i for i, row in enumerate(reference.rows.tolist())}
+            familiar = reference.familiarity(reference.known)
+            keep = np.array([row in at and familiar[at[row]] > unfamiliar for row in val.index.tolist()])
+        return fit_refusal(val.labels[keep], val.probs[keep], rate)
+
+    def featured_reference(self) -> Reference:
+        """As `reference`, with features.
+
+        Raises:
+          ValueError: there is none; names the command that makes it.
+        """
+        found = self.reference()
+        if found is None or not found.has_features:
+            run_dir = self.runs[0].run_dir
+            raise ValueError(f"{run_dir} keeps no features of this checkpoint; `bmjax eval {run_dir} --reference` does")
+        return found
+
+
+def setting(views: int, *, adapt: bool = False, prior: bool = False, calibrated: bool = False) -> str:
+    """What files of figures that were read otherwise than plainly have in their names: "" or "-views8-adapted"."""
+    words = {f"views{views}": views > 1, "adapted": adapt, "prior": prior, "calibrated": calibrated}
+    return "".join(f"-{word}" for word, is_so in words.items() if is_so)
+
+
+def spread(n: int, most: int) -> np.ndarray:
+    """At most so many places of n, evenly spread."""
+    return np.arange(n) if n <= most else np.linspace(0, n - 1, most).round().astype(np.int64)
+
+
+def _saved(run: Run, name: str, views: int) -> Predictions:
+    """A run's predictions of its checkpoint."""
+    found = read_predictions(run.run_dir, name)
+    step = saved_results(run.run_dir).get(name, {}).get("step")
+    if found is None or step != run.step:
+        command = f"bmjax eval {run.run_dir} --split val" + (f" --views {views}" if views > 1 else "")
+        raise ValueError(f"{run.run_dir} has no predictions of validation by step {run.step}; `{command}` makes them")
+    return found

@@ -1,0 +1,147 @@
+"""What a run was trained on, kept with it in reference.npz, so that other images can be held against it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bmjax.analysis.evaluate.looks import LOOKS, looks
+from bmjax.analysis.evaluate.reader import Reader, Seen
+from bmjax.data.dataset import Dataset
+from bmjax.data.splits import Splits
+from bmjax.files import read_npz
+
+FILE = "reference.npz"
+_MOST = 2000
+"""Cells of each split that are kept."""
+_NEIGHBOURS = 10
+SCORES = ("probability", "energy", "mahalanobis", "neighbours")
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """`looks` float32 [m, 6] and `features` float32 [m, c] of training cells with their labels [m]; `known` float32
+    [v, 4]: the scores of validation cells, which training did not see, and their rows `rows` [v]; `step` of the
+    checkpoint. Without a network's pass there are looks alone: c, v and step are 0."""
+
+    looks: np.ndarray
+    features: np.ndarray
+    labels: np.ndarray
+    known: np.ndarray
+    rows: np.ndarray
+    step: int
+
+    @property
+    def has_features(self) -> bool:
+        return len(self.known) > 0
+
+    @functools.cached_property
+    def _unit(self) -> np.ndarray:
+        return _to_length_one(self.features)
+
+    @functools.cached_property
+    def _whitened(self) -> tuple[np.ndarray, np.ndarray]:
+        """(matrix [c, c] that makes the features' covariance within classes the identity, class means so [k, c])."""
+        from sklearn.covariance import ledoit_wolf
+
+        wide = self.features.astype(np.float64)
+        means = np.stack([wide[self.labels == c].mean(0) for c in np.unique(self.labels)])
+        of_row = means[np.searchsorted(np.unique(self.labels), self.labels)]
+        covariance, _ = ledoit_wolf(wide - of_row, assume_centered=True)
+        values, vectors = np.linalg.eigh(covariance)
+        matrix = vectors / np.sqrt(np.maximum(values, 1e-12 * max(float(values[-1]), 1e-300)))
+        return matrix, means @ matrix
+
+    def strangeness(self, seen: Seen) -> np.ndarray:
+        """Scores float [n, 4] in the order of `SCORES`, the stranger the higher: 1 - the largest probability; energy
+        (Liu et al. 2020, https://arxiv.org/abs/2010.03759); Mahalanobis's distance from the nearest class (Lee et al.
+        2018, https://arxiv.org/abs/1807.03888); distance from the 10th nearest training cell, features of length one
+        (Sun et al. 2022, https://arxiv.org/abs/2204.06507)."""
+        matrix, means = self._whitened
+        at = seen.features.astype(np.float64) @ matrix
+        squares = (at**2).sum(1)[:, None] - 2 * at @ means.T + (means**2).sum(1)
+        alike = np.sort(_to_length_one(seen.features) @ self._unit.T, axis=1)
+        nearest = alike[:, -min(_NEIGHBOURS, alike.shape[1])]
+        near = np.sqrt(np.maximum(2 - 2 * nearest, 0))
+        return np.stack([1 - seen.probs.max(1), seen.energy, squares.min(1), near], axis=1)
+
+    def familiarity(self, scores: np.ndarray, score: str = "neighbours") -> np.ndarray:
+        """Of scores [n, 4]: the share of validation cells at least as strange, [n], by one score: a conformal p-value,
+        at most p with probability p for cells as in training."""
+        known = np.sort(self.known[:, SCORES.index(score)])
+        # float32, as the known ones are kept, so that a cell is as strange as itself.
+        stranger = len(known) - np.searchsorted(known, scores[:, SCORES.index(score)].astype(np.float32), side="left")
+        return (1 + stranger) / (1 + len(known))
+
+
+def _to_length_one(x: np.ndarray) -> np.ndarray:
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+
+
+def _some(rows: np.ndarray) -> np.ndarray:
+    """At most `_MOST` rows, the same each time."""
+    if len(rows) <= _MOST:
+        return rows
+    return np.sort(np.random.default_rng(0).choice(rows, _MOST, replace=False))
+
+
+def make_reference(dataset: Dataset, splits: Splits, reader: Reader | None = None) -> Reference:
+    """The reference of a run's data; with a reader of the run, its features too, where there is a validation split."""
+    rows = _some(splits.train)
+    own = looks(dataset.images[rows])
+    if reader is None or not len(splits.val):
+        none = np.zeros((0, 0), np.float32)
+        return Reference(own, none, np.zeros(0, np.int64), none, np.zeros(0, np.int64), 0)
+    labels = dataset.labels[rows].astype(np.int64)
+    plain = Reference(own, reader(dataset, rows).features, labels, np.zeros((0, 0)), np.zeros(0, np.int64), 0)
+    known = _some(splits.val)
+    scores = plain.strangeness(reader(dataset, known)).astype(np.float32)
+    return dataclasses.replace(plain, known=scores, rows=known.astype(np.int64), step=reader.run.step)
+
+
+def write_reference(run_dir: Path, reference: Reference) -> None:
+    """Keeps a reference with its run."""
+    temporary = run_dir / f".{FILE}.{os.getpid()}.npz"
+    arrays: dict[str, Any] = {f.name: np.asarray(getattr(reference, f.name)) for f in dataclasses.fields(reference)}
+    np.savez_compressed(temporary, names=np.array(LOOKS), **arrays)
+    os.replace(temporary, run_dir / FILE)
+
+
+def keep_looks(run_dir: Path, dataset: Dataset, splits: Splits) -> None:
+    """Keeps what the training cells look like with a run that keeps no reference yet."""
+    if not (run_dir / FILE).is_file():
+        write_reference(run_dir, make_reference(dataset, splits))
+
+
+def read_reference(run_dir: str | Path) -> Reference | None:
+    """The run's reference; None where none is kept.
+
+    Raises:
+      ValueError: the file is damaged; names it and the remedy.
+    """
+    path = Path(run_dir) / FILE
+    if not path.is_file():
+        return None
+    remedy = "`bmjax eval RUN --reference` writes it again"
+    try:
+        arrays = read_npz(path, ("names", *(f.name for f in dataclasses.fields(Reference))))
+    except ValueError as e:
+        raise ValueError(f"{e}; {remedy}") from e
+    m, v = len(arrays["looks"]), len(arrays["rows"])
+    c = arrays["features"].shape[-1] if arrays["features"].ndim == 2 else -1
+    shapes = {"looks": (m, len(LOOKS)), "features": (m if v else 0, c), "labels": (m if v else 0,), "rows": (v,)}
+    shapes |= {"known": (v, 4) if v else (0, 0), "step": (), "names": (len(LOOKS),)}
+    odd = [name for name, shape in shapes.items() if arrays[name].shape != shape]
+    numbers = {"looks": "f", "features": "f", "known": "f", "labels": "i", "rows": "i", "step": "i", "names": "U"}
+    odd += [name for name, kind in numbers.items() if arrays[name].dtype.kind != kind]
+    odd += [name for name in ("looks", "features", "known") if name not in odd and not np.isfinite(arrays[name]).all()]
+    if odd or not m or tuple(arrays["names"].tolist()) != LOOKS:
+        raise ValueError(f"{path} is damaged: array {(odd or ['names'])[0]!r} is not as expected; {remedy}")
+    arrays.pop("names")
+    step = int(arrays.pop("step"))
+    return Reference(**arrays, step=step)

@@ -1,0 +1,210 @@
+"""Every score of a split's predictions, each with a 95 % interval, and as the text that `bmjax eval` prints."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from bmjax.analysis.evaluate.resampling import COUNTED, Ranking, counted, mean_over_classes, resamples
+from bmjax.files import printable
+from bmjax.registry import unknown
+from bmjax.runs.confusion import confusion_matrix
+from bmjax.runs.intervals import class_intervals, macro_intervals, proportion_intervals, wilson_interval
+
+WILSON, BAYES, BOOTSTRAP = "Wilson", "Bayesian bootstrap", "bootstrap"
+_SIGNED, _UNBOUNDED = ("kappa", "mcc"), ("nll", "brier")
+_LEAST, _Z = 1e-12, 1.959963984540054
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """A figure, its 95 % interval and what that is by; NaN where it can't be told."""
+
+    value: float
+    low: float
+    high: float
+    by: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+    """All scores of n predictions. `classes` has those of each class; `confusion` counts and `rates` shares of the true
+    class, [true][predicted]."""
+
+    n: int
+    scores: dict[str, Score]
+    classes: dict[str, dict[str, Score]]
+    confusion: list[list[int]]
+    rates: list[list[float]]
+
+    def to_json(self) -> dict[str, Any]:
+        """As nested dicts of numbers; what can't be told is None."""
+        return _without_nan(dataclasses.asdict(self))
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(one) for key, one in value.items()}
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def tolerance(pairs: Sequence[tuple[str, str]], classes: Sequence[str]) -> np.ndarray:
+    """Which class may be taken for which, bool [k, k]: itself, and each of the pairs either way.
+
+    Raises:
+      ValueError: a pair names no class.
+    """
+    allowed, place = np.eye(len(classes), dtype=bool), {name: i for i, name in enumerate(classes)}
+    for pair in pairs:
+        for name in pair:
+            if name not in place:
+                raise ValueError(f"tolerated pair {':'.join(pair)}: {unknown('class', name, list(classes))}")
+        a, b = (place[name] for name in pair)
+        allowed[a, b] = allowed[b, a] = True
+    return allowed
+
+
+def score(
+    labels: np.ndarray,
+    probs: np.ndarray,
+    classes: Sequence[str],
+    *,
+    tolerated: Sequence[tuple[str, str]] = (),
+    draws: int = 2000,
+    seed: int = 0,
+) -> Scores:
+    """Scores of labels int [n] (0..k-1) and probabilities [n, k].
+
+    Intervals are by a bootstrap over images (Efron 1979), `draws` resamples, but where one is known that holds its 95 %
+    with fewer images: Wilson's for proportions and a Bayesian bootstrap for balanced accuracy and macro F1
+    (bmjax.runs.intervals). `tolerated` pairs of classes count as right in `tolerant_accuracy`.
+
+    Raises:
+      ValueError: no image, shapes that don't fit, or a pair that names no class.
+    """
+    labels, probs = np.asarray(labels), np.asarray(probs)
+    if probs.ndim != 2 or probs.shape != (len(labels), len(classes)) or not len(labels):
+        expected = f"[n] and [n, {len(classes)}] with n >= 1"
+        raise ValueError(f"labels {labels.shape} and probabilities {probs.shape}; expected {expected}")
+    n, k = probs.shape
+    predicted = probs.argmax(-1)
+    counts = confusion_matrix(labels, predicted, k)
+    hits = {"accuracy": predicted == labels}
+    # Ties count against the classifier.
+    own = probs[np.arange(n), labels]
+    hits["top2_accuracy"] = hits["accuracy"] | ((probs >= own[:, None]).sum(1) <= 2)
+    if tolerated:
+        hits["tolerant_accuracy"] = tolerance(tolerated, classes)[labels, predicted]
+    wide = probs.astype(np.float64)
+    means = {
+        "nll": -np.log(np.maximum(wide[np.arange(n), labels], np.finfo(np.float32).tiny)),
+        "brier": ((wide - np.eye(k)[labels]) ** 2).sum(1),
+    }
+    rankings = [Ranking(labels == c, probs[:, c]) for c in range(k)]
+    value, areas = _at(np.ones((n, 1), np.float32), (labels, predicted), means, rankings)
+    blocks = [_at(w, (labels, predicted), means, rankings) for w in resamples(n, draws, seed)]
+    drawn = {name: np.concatenate([block[0][name] for block in blocks]) for name in value}
+    drawn_areas = np.concatenate([block[1] for block in blocks], axis=-1)
+    scores = {name: Score(float(hit.mean()), *wilson_interval(int(hit.sum()), n), WILSON) for name, hit in hits.items()}
+    for name, (low, high) in macro_intervals(counts).items():
+        scores[name] = Score(float(value[name][0]), low, high, BAYES)
+    for name in (*COUNTED, "roc_auc", "pr_auc", *means):
+        scores[name] = _bootstrap(name, value[name][0], drawn[name], n)
+    per_class = _of_classes(counts, classes, areas[..., 0], drawn_areas)
+    rates = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    return Scores(n, scores, per_class, counts.tolist(), rates.tolist())
+
+
+def _at(
+    weights: np.ndarray,
+    decided: tuple[np.ndarray, np.ndarray],
+    means: dict[str, np.ndarray],
+    rankings: Sequence[Ranking],
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """(scores [r] by name, areas of each class [2, k, r]) of images weighted by [n, r]."""
+    k, (labels, predicted) = len(rankings), decided
+    cells = np.zeros((len(labels), k * k), np.float32)
+    cells[np.arange(len(labels)), labels * k + predicted] = 1
+    counts = (weights.T @ cells).astype(np.float64).reshape(-1, k, k)
+    areas = np.stack([np.stack(ranking.areas(weights)) for ranking in rankings], axis=1)
+    found = counted(counts) | {"roc_auc": mean_over_classes(areas[0]), "pr_auc": mean_over_classes(areas[1])}
+    return found | {name: weights.T.astype(np.float64) @ each / len(labels) for name, each in means.items()}, areas
+
+
+def _bootstrap(name: str, value: float, drawn: np.ndarray, n: int) -> Score:
+    """The interval that is normal on a scale without bounds, logit or logarithm, with the bootstrap's deviation there.
+
+    Percentiles hold too little near a bound: docs/evaluation.md. Where no resample of n images differs from a perfect
+    score, nothing is known but that errors are rare: Wilson's interval of n in n.
+    """
+    known = drawn[np.isfinite(drawn)]
+    if not np.isfinite(value) or not len(known):
+        return Score(float("nan"), float("nan"), float("nan"), BOOTSTRAP)
+    if value == 1 and name not in _UNBOUNDED and (known == 1).all():
+        return Score(1.0, wilson_interval(n, n)[0], 1.0, BOOTSTRAP)
+    middle, deviation = float(_scale(name, np.array(value), n)), float(_scale(name, known, n).std())
+    low, high = (_back(name, middle + sign * _Z * deviation) for sign in (-1, 1))
+    return Score(float(value), min(low, float(value)), max(high, float(value)), BOOTSTRAP)
+
+
+def _scale(name: str, x: np.ndarray, n: int) -> np.ndarray:
+    if name in _UNBOUNDED:
+        return np.log(np.maximum(x, _LEAST))
+    least, edge = (-1.0 if name in _SIGNED else 0.0), 0.5 / n**2
+    share = np.clip((x - least) / (1 - least), edge, 1 - edge)
+    return np.log(share / (1 - share))
+
+
+def _back(name: str, z: float) -> float:
+    if name in _UNBOUNDED:
+        return float(np.exp(z))
+    least = -1.0 if name in _SIGNED else 0.0
+    return float(least + (1 - least) / (1 + np.exp(-z)))
+
+
+def _of_classes(
+    counts: np.ndarray, classes: Sequence[str], areas: np.ndarray, drawn: np.ndarray
+) -> dict[str, dict[str, Score]]:
+    """Sensitivity, specificity, precision, f1 and the areas, one against the rest, of each class."""
+    n, hits, true, predicted = counts.sum(), np.diag(counts), counts.sum(1), counts.sum(0)
+    negatives = n - true
+    right = negatives - (predicted - hits)
+    bounds = class_intervals(counts)
+    values = {
+        "sensitivity": (hits, true, bounds["recall"]),
+        "specificity": (right, negatives, proportion_intervals(right, negatives)),
+        "precision": (hits, predicted, bounds["precision"]),
+        "f1": (2 * hits, true + predicted, bounds["f1"]),
+    }
+    found = {}
+    for c, name in enumerate(classes):
+        own = {
+            what: Score(float(top[c] / below[c]) if below[c] else float("nan"), float(low[c]), float(high[c]), WILSON)
+            for what, (top, below, (low, high)) in values.items()
+        }
+        own |= {what: _bootstrap(what, areas[i, c], drawn[i, c], n) for i, what in enumerate(("roc_auc", "pr_auc"))}
+        found[name] = own
+    return found
+
+
+def text(scores: Scores) -> str:
+    """The scores as a table, those of each class, and the confusion matrix as shares of the true class."""
+    lines = [f"{'score':20}{'value':>8}  95 % interval"]
+    lines += [f"{name:20}{_numbers(s)}   {s.by}" for name, s in scores.scores.items()]
+    names = [printable(name) for name in scores.classes]
+    width = max(5, *(len(name) + 1 for name in names))
+    kinds = list(next(iter(scores.classes.values())))
+    lines += ["", "class".ljust(width) + "".join(kind.rjust(25) for kind in kinds)]
+    for name, own in zip(names, scores.classes.values(), strict=True):
+        lines.append(name.ljust(width) + "".join(_numbers(s).strip().rjust(25) for s in own.values()))
+    lines += ["", "".rjust(width) + "".join(name.rjust(width) for name in names) + "   (shares of the true class, %)"]
+    for name, row in zip(names, scores.rates, strict=True):
+        lines.append(name.rjust(width) + "".join(f"{100 * v:.1f}".rjust(width) for v in row))
+    return "\n".join(lines)
+
+
+def _numbers(s: Score) -> str:
+    return f"{s.value:8.3f}  ({s.low:.3f} to {s.high:.3f})" if np.isfinite(s.value) else f"{'-':>8}"

@@ -1,0 +1,97 @@
+"""What `bmjax predict` adds to probabilities: answers and sets at a wanted error rate, and a word on foreign images."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from bmjax.analysis.evaluate.judge import Judge
+    from bmjax.analysis.evaluate.reader import Seen
+
+log = logging.getLogger(__name__)
+
+
+def read_as_each(judge: Judge, paths: Sequence[str]) -> list[list[Any]]:
+    """The files as each run reads them: images uint8 [s, s, 3], or the reasons why one can't be read."""
+    from bmjax.analysis.evaluate.judge import elsewhere
+    from bmjax.data.load import read_files
+
+    read: dict[Any, list[Any]] = {}
+    for run in judge.runs:
+        key = elsewhere(run.config.data)
+        if key not in read:
+            read[key] = list(read_files(paths, run.config.data))
+    return [read[elsewhere(run.config.data)] for run in judge.runs]
+
+
+def adapt(judge: Judge, paths: Sequence[str], options: argparse.Namespace) -> None:
+    """Adapts the runs' norms, or the classes' frequencies, or both, to the files, or to 2,048 of them.
+
+    Raises:
+      ValueError: too few of them can be read.
+    """
+    import numpy as np
+
+    from bmjax.analysis.evaluate.judge import TO_ADAPT, spread
+
+    chosen = [str(paths[int(i)]) for i in spread(len(paths), TO_ADAPT)]
+    read = read_as_each(judge, chosen)
+    good = [i for i in range(len(chosen)) if not isinstance(read[0][i], str)]
+    if len(good) < 2:
+        raise ValueError(f"{len(good)} images can be read; expected at least 2 to adapt to")
+    images = [np.stack([part[i] for i in good]) for part in read]
+    if options.adapt:
+        judge.adapt(images)
+    if options.adapt_prior:
+        found = judge.adapt_priors(judge.images(images).probs)
+        shares = ", ".join(f"{name} {100 * p:.1f} %" for name, p in zip(judge.classes, found, strict=True))
+        print(f"frequencies estimated by {len(good)} images: {shares}")
+
+
+class Answers:
+    """The further columns of the table, where an error rate is asked for: `answer`, a class or "don't know"; `set`, the
+    classes that hold the true one in 1 - rate of cases, likeliest first; and with features `familiarity`, the share of
+    validation cells at least as strange."""
+
+    def __init__(self, judge: Judge, rate: float | None, unfamiliar: float):
+        self._judge, self._unfamiliar = judge, unfamiliar
+        self._refusal = None if rate is None else judge.refusal(rate, unfamiliar)
+        self._reference = judge.reference()
+        self._features = self._reference is not None and self._reference.has_features
+        self.columns: dict[str, type] = {} if rate is None else {"answer": str, "set": str}
+        if rate is not None and self._features:
+            self.columns["familiarity"] = float
+
+    def of(self, probs: np.ndarray, seen: Seen | None, rows: Sequence[int]) -> list[Sequence[Any]]:
+        """The columns' values of probs [n, k], NaN where there is an error; `seen` is of the others, `rows`."""
+        if self._refusal is None:
+            return []
+        from bmjax.analysis.evaluate.refusal import UNSURE, answers
+
+        named, sets = answers(probs, self._judge.classes, self._refusal)
+        if not self._features:
+            return [named, sets]
+        familiar: list[float | None] = [None] * len(probs)
+        if seen is not None:
+            assert self._reference is not None
+            found = self._reference.familiarity(self._reference.strangeness(seen))
+            for row, value in zip(rows, found.tolist(), strict=True):
+                familiar[row] = value
+                if value <= self._unfamiliar:
+                    named[row] = UNSURE
+        return [named, sets, familiar]
+
+    def warn_of_foreign(self, images: np.ndarray, seen: Seen) -> None:
+        """Says in what images uint8 [n, h, w, 3] are unlike those of training."""
+        if self._reference is None:
+            return
+        from bmjax.analysis.evaluate.foreign import REMEDY, foreign_words
+        from bmjax.analysis.evaluate.looks import looks
+
+        if words := foreign_words(self._reference, looks(images), seen):
+            log.warning("these images look unlike those of training:\n  %s\n%s", "\n  ".join(words), REMEDY)

@@ -1,0 +1,277 @@
+"""`bmjax eval`: every score of a run, or of several as one classifier, on its own splits or on labelled images."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bmjax.analysis.evaluate.judge import Judge, Target
+    from bmjax.analysis.evaluate.reader import Seen
+    from bmjax.analysis.evaluate.scores import Scores
+    from bmjax.runs.folder import Run
+    from bmjax.runs.records import Predictions
+
+from bmjax.cli.configured import add_hosts
+from bmjax.cli.output import add_trust, metrics_line, print_confusion
+
+
+def add_reading(p: argparse.ArgumentParser) -> None:
+    """The options on how images are read, which `eval` and `predict` share."""
+    p.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint")
+    p.add_argument(
+        "--views", type=int, choices=(1, 2, 4, 8), default=1, help="means over so many flips and right angles"
+    )
+    p.add_argument("--calibrated", action="store_true", help="by the calibration that `eval --calibrate` kept")
+    p.add_argument("--adapt", action="store_true", help="estimate the norms' statistics on these images")
+    p.add_argument("--adapt-prior", action="store_true", help="estimate the classes' frequencies on these images")
+    p.add_argument(
+        "--pixel-size", type=float, metavar="UM", help="micrometres to a pixel of these images, if not as in training"
+    )
+    p.add_argument("--error-rate", type=float, metavar="RATE", help="say don't know, so that so few answers are wrong")
+    p.add_argument(
+        "--unfamiliar",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="say don't know of images with features stranger than all but this share of validation's",
+    )
+    add_trust(p)
+
+
+def check_reading(options: argparse.Namespace) -> None:
+    """Refuses rates and sizes that are none, before anything is read."""
+    if options.pixel_size is not None and not 0 < options.pixel_size < 1000:
+        raise ValueError(f"--pixel-size is {options.pixel_size}; expected micrometres to a pixel, such as 0.1")
+    if options.error_rate is not None and not 0 < options.error_rate < 1:
+        raise ValueError(f"--error-rate is {options.error_rate}; expected a share between 0 and 1, such as 0.05")
+    if not 0 <= options.unfamiliar < 1:
+        raise ValueError(f"--unfamiliar is {options.unfamiliar}; expected a share from 0 to below 1, such as 0.02")
+    if options.unfamiliar and options.error_rate is None:
+        raise ValueError(f"--unfamiliar is {options.unfamiliar}; expected --error-rate beside it")
+
+
+def add_parser(verbs: Any) -> None:
+    """Adds `eval` to a parser's verbs."""
+    p = verbs.add_parser(
+        "eval",
+        help="evaluate a run, or several as one classifier",
+        description="Every score of a split with its 95 % interval. Several runs are one classifier, the mean of their "
+        "probabilities. What is read otherwise than plainly goes into files of its own.",
+    )
+    p.add_argument("run_dirs", metavar="run", nargs="+", help="folder of a run")
+    p.add_argument("--split", choices=("train", "val", "test"), default="val")
+    p.add_argument("--data.root", dest="data_root", metavar="FOLDER", help="where the run's data are now")
+    p.add_argument("--on", metavar="PATH", help="labelled images from elsewhere: a folder of classes, or a table")
+    p.add_argument("--unseen", metavar="FOLDER", help="images of kinds that the run never saw: are they told apart?")
+    p.add_argument("--tolerate", nargs="+", default=(), metavar="A:B", help="pairs of classes that may be confused")
+    p.add_argument("--calibrate", choices=("temperature", "vector"), help="fit on validation, and keep with the run")
+    p.add_argument("--reference", action="store_true", help="keep the training cells' features, to tell strange ones")
+    add_reading(p)
+    add_hosts(p)
+    p.set_defaults(run=evaluate)
+
+
+def evaluate(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    del rest
+    check_reading(options)
+    pairs = _pairs(options.tolerate)
+    from bmjax.analysis.evaluate.judge import at_pixel_size, setting, target_of_path, target_of_split
+    from bmjax.runs.folder import load_run
+    from bmjax.training import hosts
+
+    runs = [load_run(run_dir, options.which, trust=options.trust) for run_dir in options.run_dirs]
+    name = setting(options.views, adapt=options.adapt, prior=options.adapt_prior, calibrated=options.calibrated)
+    if options.pixel_size is not None and not (options.on or options.unseen):
+        raise ValueError(f"--pixel-size is {options.pixel_size}; expected it with --on or --unseen, for other images")
+    plain = len(runs) == 1 and not name and not options.on
+    if hosts.several() and (
+        not plain or options.calibrate or options.reference or options.error_rate or options.unseen
+    ):
+        raise ValueError("several processes evaluate one run on one of its splits, plainly; expected no other option")
+    if options.calibrate:
+        _calibrate(runs, options)
+    if options.reference:
+        _keep_reference(runs[0], options)
+    if plain:
+        predictions, seen, judge, unseen = _plainly(runs[0], options), None, None, None
+    else:
+        judge, unseen = _judge(runs, options), None
+        if options.on:
+            source = "folder" if Path(options.on).is_dir() else "table"
+            target, unseen = target_of_path(
+                [at_pixel_size(run, options.pixel_size) for run in runs], options.on, source
+            )
+        else:
+            target = target_of_split(runs, options.split, options.data_root)
+        seen = _seen(judge, target, options)
+        predictions = _as_predictions(options.split, target, seen, judge)
+        _keep(runs, f"{options.split}{name}", predictions, options)
+    scores = _print_scores(predictions, pairs)
+    if len(runs) == 1 and not options.on and hosts.leads():
+        path = runs[0].run_dir / f"evaluation_{options.split}{name}.json"
+        path.write_text(json.dumps(scores.to_json(), indent=1))
+    if options.error_rate is not None or options.unseen or (unseen is not None and len(unseen)):
+        judge = judge or _judge(runs, options)
+        if seen is None:
+            seen = judge(target_of_rows(runs[0], predictions, options))
+        _print_refusal(judge, predictions, seen, unseen, options)
+    return 0
+
+
+def _pairs(given: Sequence[str]) -> list[tuple[str, str]]:
+    pairs = [tuple(pair.split(":")) for pair in given]
+    for pair, text in zip(pairs, given, strict=True):
+        if len(pair) != 2:
+            raise ValueError(f"--tolerate is {text!r}; expected two classes with a colon, as in NGB:NGS")
+    return pairs  # type: ignore[return-value]
+
+
+def _plainly(run: Run, options: argparse.Namespace) -> Predictions:
+    """Evaluates a split as ever: predictions, results and report."""
+    from bmjax.analysis.report.report import write_report
+    from bmjax.runs.records import read_predictions
+    from bmjax.training import hosts
+    from bmjax.training.predict import Predictor, data_of, evaluate_run
+
+    dataset, splits = hosts.first_alone(lambda: data_of(run, options.data_root))
+    m = evaluate_run(run, options.split, options.which, Predictor(run.config, run.model), dataset, splits)
+    print(
+        f"{metrics_line(options.split, m)}, balanced accuracy {m['balanced_accuracy']:.3f}, loss {m['loss']:.3f}, "
+        f"ECE {m['ece']:.3f} ({options.which} checkpoint, step {m['step']})"
+    )
+    print_confusion(m["confusion"], dataset.classes)
+    if hosts.leads():
+        print(f"report: {write_report(run.run_dir, dataset.images)}")
+    found = read_predictions(run.run_dir, options.split)
+    assert found is not None, "just written"
+    return found
+
+
+def target_of_rows(run: Run, predictions: Predictions, options: argparse.Namespace) -> Target:
+    """The images of predictions, without another opening of their split."""
+    from bmjax.analysis.evaluate.judge import Target
+    from bmjax.training.predict import data_of
+
+    dataset, _ = data_of(run, options.data_root)
+    return Target(((dataset, predictions.index),), predictions.labels, tuple(predictions.ids.tolist()))
+
+
+def _judge(runs: Sequence[Run], options: argparse.Namespace) -> Judge:
+    from bmjax.analysis.evaluate.judge import Judge
+
+    return Judge(runs, views=options.views, calibrated=options.calibrated)
+
+
+def _seen(judge: Judge, target: Target, options: argparse.Namespace) -> Seen:
+    """What the runs say of the target, adapted to it as asked for."""
+    if options.adapt:
+        judge.adapt([dataset.images[rows] for dataset, rows in target.parts])
+    seen = judge(target)
+    if options.adapt_prior:
+        found = judge.adapt_priors(seen.probs)
+        shares = ", ".join(f"{name} {100 * p:.1f} %" for name, p in zip(judge.classes, found, strict=True))
+        print(f"frequencies estimated here: {shares}")
+        seen = judge(target)
+    return seen
+
+
+def _as_predictions(split: str, target: Target, seen: Seen, judge: Judge) -> Predictions:
+    import numpy as np
+
+    from bmjax.runs.records import Predictions
+
+    rows = target.parts[0][1]
+    return Predictions(split, seen.probs, target.labels, rows, np.array(target.ids), judge.classes)
+
+
+def _keep(runs: Sequence[Run], name: str, predictions: Predictions, options: argparse.Namespace) -> None:
+    """Writes the figures of one run's split, read otherwise than plainly, beside the plain ones."""
+    from bmjax.runs.folder import save_results
+    from bmjax.runs.metrics import classification_metrics
+
+    m = classification_metrics(predictions.labels, predictions.probs, intervals=True)
+    where = options.on or options.split
+    print(f"{metrics_line(where, m)}, ECE {m['ece']:.3f} ({len(runs)} run{'s' * (len(runs) > 1)}; {name})")
+    print_confusion(m["confusion"], predictions.classes)
+    if len(runs) == 1 and not options.on:
+        from bmjax.runs.folder import save_arrays
+
+        arrays = {f.name: getattr(predictions, f.name) for f in dataclasses.fields(predictions) if f.name != "split"}
+        save_arrays(runs[0].run_dir, name, **arrays)
+        save_results(runs[0].run_dir, name, m | {"step": runs[0].step, "checkpoint": options.which})
+
+
+def _print_scores(predictions: Predictions, pairs: Sequence[tuple[str, str]]) -> Scores:
+    from bmjax.analysis.evaluate.scores import score, text
+
+    scores = score(predictions.labels, predictions.probs, predictions.classes, tolerated=pairs)
+    print(f"\n{text(scores)}")
+    return scores
+
+
+def _calibrate(runs: Sequence[Run], options: argparse.Namespace) -> None:
+    """Fits each run's calibration on its validation split, and says what it is worth there."""
+    from bmjax.analysis.evaluate import calibration
+    from bmjax.analysis.evaluate.judge import Judge
+
+    for run in runs:
+        val = Judge([run], views=options.views).validation()
+        found = calibration.fit(val.labels, val.probs, options.calibrate, run.step)
+        path = calibration.write_calibration(run.run_dir, found)
+        before = calibration.figures(val.labels, val.probs)
+        after = calibration.figures(val.labels, calibration.cross_fitted(val.labels, val.probs, options.calibrate))
+        what = f"temperature {found.temperature:.3f}" if found.temperature else "vector"
+        changes = ", ".join(f"{n.upper()} {before[n]:.3f} to {after[n]:.3f}" for n in before)
+        print(f"{path}: {what}, by {found.n} validation images; there, by a fit on the others: {changes}")
+
+
+def _keep_reference(run: Run, options: argparse.Namespace) -> None:
+    from bmjax.analysis.evaluate.reader import Reader
+    from bmjax.analysis.evaluate.reference import FILE, make_reference, write_reference
+    from bmjax.training.predict import data_of
+
+    dataset, splits = data_of(run, options.data_root)
+    reference = make_reference(dataset, splits, Reader(run))
+    write_reference(run.run_dir, reference)
+    print(f"{run.run_dir / FILE}: looks and features of {len(reference.looks)} training cells")
+
+
+def _print_refusal(
+    judge: Judge, predictions: Predictions, seen: Seen, unseen: Target | None, options: argparse.Namespace
+) -> None:
+    """How many images are answered and how well, and how well images of unseen kinds are told from known ones."""
+    from bmjax.analysis.evaluate.strangers import familiarity_of, refusal_text, strangers_text
+
+    refusal = None if options.error_rate is None else judge.refusal(options.error_rate, options.unfamiliar)
+    strange = []
+    if unseen is not None and len(unseen):
+        strange.append((f"classes of {options.on} that the run does not know", judge(unseen)))
+    if options.unseen:
+        strange.append((options.unseen, judge.images(_images(judge, options))))
+    print()
+    if refusal is not None:
+        familiar = familiarity_of(judge, seen) if options.unfamiliar else None
+        print(refusal_text(refusal, predictions, familiar, options.unfamiliar))
+    for name, others in strange:
+        print(strangers_text(judge, seen, others, name, refusal, options.unfamiliar))
+
+
+def _images(judge: Judge, options: argparse.Namespace) -> list[Any]:
+    """The readable images of a folder, as each run reads them."""
+    import numpy as np
+
+    from bmjax.analysis.evaluate.judge import at_pixel_size
+    from bmjax.data.load import read_files
+    from bmjax.data.sources.folder import image_files
+
+    paths = image_files([options.unseen])
+    runs = [at_pixel_size(run, options.pixel_size) for run in judge.runs]
+    each = [[x for x in read_files(paths, run.config.data) if not isinstance(x, str)] for run in runs]
+    if not each[0]:
+        raise ValueError(f"--unseen is {options.unseen!r}, where no image can be read; expected a folder of images")
+    return [np.stack(images) for images in each]

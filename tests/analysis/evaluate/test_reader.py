@@ -1,0 +1,87 @@
+"""Views, adapted norms and priors against what they should be."""
+
+import jax
+import numpy as np
+import pytest
+
+import bmjax
+from bmjax.analysis.evaluate.reader import Reader, adapted, adapted_priors, at_priors, laid
+from bmjax.config import Config, DataConfig, ModelConfig, TrainConfig
+from bmjax.runs.folder import Run
+
+
+@pytest.fixture(scope="module")
+def run():
+    model = ModelConfig(backbone="densenet_tiny", weights=None, attention="se")
+    config = Config(data=DataConfig(image_size=32), model=model, train=TrainConfig(eval_batch_size=8, devices=1))
+    network = bmjax.create(config.model, 3)
+    return Run("nowhere", config, network, bmjax.init(network, jax.random.key(0), 32), ("a", "b", "c"), 0)
+
+
+def cells(n, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (n, 32, 32, 3), np.uint8)
+
+
+def test_eight_views_are_all_that_lay_a_square_on_itself():
+    image = cells(1)
+    every = {laid(image, view).tobytes() for view in range(8)}
+    assert every == {np.rot90(side, turn, (1, 2)).tobytes() for turn in range(4) for side in (image, image[:, :, ::-1])}
+    assert laid(image, 0) is image
+
+
+def test_views_are_averaged_and_one_view_is_the_run_itself(run):
+    images = cells(4)
+    one = Reader(run)
+    plain = one.images(images)
+    np.testing.assert_allclose(plain.probs, bmjax.predict_probs(run, images), atol=1e-6)
+    features = jax.jit(lambda v, x: run.model.apply(v, x, method="features"))(run.variables, images.astype(np.float32))
+    np.testing.assert_allclose(plain.features, features, atol=1e-4)
+    eight = Reader(run, views=8)
+    found = eight.images(images)
+    each = [one.images(laid(images, view)).probs for view in range(8)]
+    np.testing.assert_allclose(found.probs, np.mean(each, axis=0), atol=1e-6)
+    np.testing.assert_allclose(found.energy, plain.energy, atol=1e-5)
+    turned = eight.images(np.ascontiguousarray(laid(images, 5)))
+    np.testing.assert_allclose(turned.probs, found.probs, atol=1e-5)
+    assert np.abs(found.probs - plain.probs).max() > 1e-4
+    with pytest.raises(ValueError, match="views is 3; expected one of 1, 2, 4, 8"):
+        Reader(run, views=3)
+
+
+def test_norms_are_adapted_to_the_moments_of_the_images(run):
+    """The first norm's statistics are the convolution's own moments over the images; the head's stay."""
+    images = cells(24, seed=1)
+    found = adapted(run, images, batch=8, own=0)["batch_stats"]
+
+    @jax.jit
+    def convolved(variables, x):
+        _, kept = run.model.apply(
+            variables, x, capture_intermediates=lambda module, _: module.name == "conv1_conv", mutable=["intermediates"]
+        )
+        return kept["intermediates"]["backbone"]["conv1_conv"]["__call__"][0]
+
+    x = np.asarray(convolved(run.variables, images.astype(np.float32)))
+    first, old = found["backbone"]["conv1_bn"], run.variables["batch_stats"]["backbone"]["conv1_bn"]
+    np.testing.assert_allclose(first["mean"], x.mean((0, 1, 2)), rtol=1e-3, atol=1e-2)
+    np.testing.assert_allclose(first["var"], x.var((0, 1, 2)), rtol=1e-3, atol=1e-2)
+    for name, value in run.variables["batch_stats"]["head"]["batch_norm"].items():
+        np.testing.assert_array_equal(found["head"]["batch_norm"][name], value)
+    half = adapted(run, images, batch=8, own=24)["batch_stats"]["backbone"]["conv1_bn"]["mean"]
+    np.testing.assert_allclose(half, (old["mean"] + first["mean"]) / 2, atol=1e-4)
+    with pytest.raises(ValueError, match="1 images to adapt to"):
+        adapted(run, images[:1])
+
+
+def test_priors_are_found_without_labels():
+    """Of calibrated probabilities learned at even frequencies, the frequencies 70, 20 and 10 % are found."""
+    rng = np.random.default_rng(0)
+    target, even = np.array([0.7, 0.2, 0.1]), np.full(3, 1 / 3)
+    labels = rng.choice(3, 4000, p=target)
+    x = rng.normal(size=(4000, 3)) + 1.5 * np.eye(3)[labels]
+    likelihood = np.exp(1.5 * x)  # of N(1.5 e_c, 1), but for what is common to all classes
+    probs = likelihood / likelihood.sum(1, keepdims=True)
+    found = adapted_priors(probs, even)
+    np.testing.assert_allclose(found, target, atol=0.03)
+    better = at_priors(probs, even, found)
+    np.testing.assert_allclose(better.sum(1), 1, atol=1e-6)
+    assert (better.argmax(1) == labels).mean() > (probs.argmax(1) == labels).mean() + 0.02

@@ -1,0 +1,107 @@
+"""Strange images are told from known ones by features, and foreign ones by their looks."""
+
+import numpy as np
+import pytest
+from scipy.ndimage import gaussian_filter
+from sklearn.covariance import LedoitWolf
+from sklearn.metrics import roc_auc_score
+from sklearn.neighbors import NearestNeighbors
+
+from bmjax.analysis.evaluate.foreign import foreign_words
+from bmjax.analysis.evaluate.looks import LOOKS, compare_looks, looks
+from bmjax.analysis.evaluate.reader import Seen
+from bmjax.analysis.evaluate.reference import FILE, Reference, read_reference, write_reference
+from bmjax.analysis.evaluate.strangers import auroc
+from bmjax.data.sources.synthetic import CLASSES, render
+
+
+def seen(rng, n, middle=0.0, k=3, c=8):
+    labels = rng.integers(0, k, n)
+    features = rng.normal(size=(n, c)) + 4 * np.eye(k, c)[labels] + middle * np.eye(1, c, c - 1)
+    logits = features[:, :k]
+    probs = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    return labels, Seen(probs.astype(np.float32), -np.log(np.exp(logits).sum(1)), features.astype(np.float32))
+
+
+@pytest.fixture
+def reference():
+    rng = np.random.default_rng(0)
+    labels, train = seen(rng, 400)
+    plain = Reference(np.zeros((400, 6), np.float32), train.features, labels, np.zeros((0, 4)), np.zeros(0, int), 3)
+    _, val = seen(rng, 300)
+    known = plain.strangeness(val).astype(np.float32)
+    return Reference(plain.looks, plain.features, plain.labels, known, np.arange(300), 3)
+
+
+def test_scores_are_those_of_scikit_learn(reference):
+    _, new = seen(np.random.default_rng(1), 50)
+    found = reference.strangeness(new)
+    np.testing.assert_allclose(found[:, 0], 1 - new.probs.max(1), atol=1e-6)
+    np.testing.assert_allclose(found[:, 1], new.energy)
+    means = np.stack([reference.features[reference.labels == c].mean(0) for c in range(3)])
+    model = LedoitWolf(assume_centered=True).fit(reference.features - means[reference.labels])
+    expected = np.min([model.mahalanobis(new.features - mean) for mean in means], axis=0)
+    np.testing.assert_allclose(found[:, 2], expected, rtol=1e-3)
+    unit = reference.features / np.linalg.norm(reference.features, axis=1, keepdims=True)
+    at = new.features / np.linalg.norm(new.features, axis=1, keepdims=True)
+    distance, _ = NearestNeighbors(n_neighbors=10).fit(unit).kneighbors(at)
+    np.testing.assert_allclose(found[:, 3], distance[:, -1], atol=1e-3)
+
+
+def test_familiarity_is_a_p_value_and_low_for_strangers(reference):
+    rng = np.random.default_rng(2)
+    known, strange = (reference.strangeness(seen(rng, 2000, middle)[1]) for middle in (0.0, 8.0))
+    for share in (0.05, 0.2, 0.5):
+        assert (reference.familiarity(known) <= share).mean() == pytest.approx(share, abs=0.07)
+    assert (reference.familiarity(strange) <= 0.05).mean() > 0.8
+    assert reference.familiarity(reference.known).min() == pytest.approx(2 / 301, abs=1e-6)
+    value, low, high = auroc(known[:300, 3], strange[:300, 3])
+    labels = np.repeat([0, 1], 300)
+    expected = roc_auc_score(labels, np.concatenate([known[:300, 3], strange[:300, 3]]))
+    assert value == pytest.approx(expected, abs=1e-6)
+    assert low < value < high
+
+
+def test_it_is_kept_with_the_run_and_believed_only_whole(reference, tmp_path):
+    assert read_reference(tmp_path) is None
+    write_reference(tmp_path, reference)
+    found = read_reference(tmp_path)
+    assert found is not None
+    np.testing.assert_array_equal(found.features, reference.features)
+    assert found.step == 3
+    (tmp_path / FILE).write_bytes((tmp_path / FILE).read_bytes()[:200])
+    with pytest.raises(ValueError, match=f"{FILE}.*bmjax eval RUN --reference"):
+        read_reference(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def rendered():
+    return np.stack([render(CLASSES[i % len(CLASSES)], 64, 0, i) for i in range(96)])
+
+
+def test_looks_see_colour_focus_and_scale(rendered):
+    def foreign(images):
+        return {s.look for s in compare_looks(looks(images), looks(rendered[:48])) if s.is_foreign}
+
+    own = rendered[48:]
+    assert foreign(own) == set()
+    assert "focus" in foreign(gaussian_filter(own, (0, 1.5, 1.5, 0)))
+    assert "lightness" in foreign((own * 0.6).astype(np.uint8))
+    assert {"green to red", "blue to yellow"} & foreign(np.stack([own[..., 0], own[..., 2], own[..., 1]], -1))
+    wide = np.pad(own, ((0, 0), (32, 32), (32, 32), (0, 0)), mode="symmetric")[:, ::2, ::2]
+    assert "scale" in foreign(wide)
+    assert looks(own).shape == (48, len(LOOKS))
+    assert np.isfinite(looks(np.full((1, 16, 16, 3), 90, np.uint8))).all(), "an empty image has looks too"
+    one = looks(own[:1])
+    np.testing.assert_allclose(looks(own)[0], one[0], atol=1e-4)
+
+
+def test_words_on_foreign_images_have_figures(rendered, reference):
+    training = looks(rendered[:48])
+    kept = Reference(training, reference.features, reference.labels, reference.known, reference.rows, 3)
+    rng = np.random.default_rng(3)
+    assert foreign_words(kept, looks(rendered[48:]), seen(rng, 48)[1]) == []
+    words = foreign_words(kept, looks((rendered[48:] * 0.6).astype(np.uint8)), seen(rng, 48, 8.0)[1])
+    assert any(word.startswith("lightness is") and "deviations lower" in word for word in words)
+    assert "of 48 images have features stranger" in words[-1]
+    assert foreign_words(kept, looks(np.zeros((3, 64, 64, 3), np.uint8))) == [], "three may be odd by chance"

@@ -1,0 +1,132 @@
+"""Scores against scikit-learn, and how often their intervals hold the truth."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+from sklearn import metrics as sk
+
+from bmjax.analysis.evaluate.resampling import Ranking, counted, resamples
+from bmjax.analysis.evaluate.scores import score, text
+from bmjax.runs.confusion import confusion_matrix
+
+
+def draw(n, k, *, strength=1.5, seed=0, rounded=False):
+    rng = np.random.default_rng(seed)
+    labels = rng.choice(k, n, p=np.arange(1, k + 1) / np.arange(1, k + 1).sum())
+    logits = rng.normal(size=(n, k)) + strength * np.eye(k)[labels]
+    probs = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    return labels, (probs.round(1) if rounded else probs).astype(np.float32)
+
+
+@pytest.mark.parametrize("rounded", [False, True])  # rounded probabilities are tied
+def test_equal_to_scikit_learn(rounded):
+    k, names = 5, list("abcde")
+    labels, probs = draw(300, k, rounded=rounded)
+    predicted, found = probs.argmax(-1), score(labels, probs, names, tolerated=[("a", "b")], draws=50)
+    value = {name: s.value for name, s in found.scores.items()}
+    for average in ("macro", "weighted"):
+        expected = sk.precision_recall_fscore_support(labels, predicted, average=average, zero_division=0)
+        for name, one in zip(("precision", "recall", "f1"), expected[:3], strict=True):
+            assert value[f"{average}_{name}"] == pytest.approx(one), (average, name)
+    one_hot = np.eye(k)[labels]
+    expected = {
+        "accuracy": sk.accuracy_score(labels, predicted),
+        "balanced_accuracy": sk.balanced_accuracy_score(labels, predicted),
+        "kappa": sk.cohen_kappa_score(labels, predicted),
+        "mcc": sk.matthews_corrcoef(labels, predicted),
+        "roc_auc": sk.roc_auc_score(one_hot, probs, average="macro"),
+        "pr_auc": sk.average_precision_score(one_hot, probs, average="macro"),
+        "brier": ((probs - one_hot) ** 2).sum(1).mean(),
+        "tolerant_accuracy": np.mean((labels == predicted) | (labels + predicted == 1)),
+    }
+    if not rounded:
+        wide = probs.astype(np.float64)
+        expected["nll"] = sk.log_loss(labels, wide / wide.sum(1, keepdims=True), labels=range(k))
+        expected["top2_accuracy"] = sk.top_k_accuracy_score(labels, probs, k=2)
+    for name, one in expected.items():
+        assert value[name] == pytest.approx(one, abs=1e-6), name
+    report = sk.classification_report(labels, predicted, target_names=names, output_dict=True, zero_division=0)
+    for c, name in enumerate(names):
+        own = {what: s.value for what, s in found.classes[name].items()}
+        assert own["sensitivity"] == pytest.approx(report[name]["recall"])
+        assert own["f1"] == pytest.approx(report[name]["f1-score"])
+        rest = labels != c
+        assert own["specificity"] == pytest.approx((predicted[rest] != c).mean())
+        assert own["roc_auc"] == pytest.approx(sk.roc_auc_score(labels == c, probs[:, c]))
+        assert own["pr_auc"] == pytest.approx(sk.average_precision_score(labels == c, probs[:, c]))
+    assert found.confusion == sk.confusion_matrix(labels, predicted).tolist()
+    np.testing.assert_allclose(found.rates, sk.confusion_matrix(labels, predicted, normalize="true"))
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_a_resample_is_a_sample(rounded):
+    """Weights of an image drawn twice give what scikit-learn gives of the images themselves."""
+    labels, probs = draw(120, 3, rounded=rounded)
+    weights = np.concatenate(list(resamples(120, 300, seed=1)), axis=1)
+    assert weights.shape == (120, 300)
+    assert (weights.sum(0) == 120).all()
+    area, precision = Ranking(labels == 1, probs[:, 1]).areas(weights)
+    for j in (0, 7, 299):
+        rows = np.repeat(np.arange(120), weights[:, j].astype(int))
+        assert area[j] == pytest.approx(sk.roc_auc_score(labels[rows] == 1, probs[rows, 1]), abs=1e-6)
+        assert precision[j] == pytest.approx(sk.average_precision_score(labels[rows] == 1, probs[rows, 1]), abs=1e-6)
+        found = counted(confusion_matrix(labels[rows], probs[rows].argmax(-1), 3).astype(float))
+        assert found["mcc"] == pytest.approx(sk.matthews_corrcoef(labels[rows], probs[rows].argmax(-1)))
+
+
+def test_intervals_hold_the_value_and_are_plain_numbers():
+    labels, probs = draw(60, 4)
+    found = score(labels, probs, list("abcd"), draws=200)
+    for own in (found.scores, *found.classes.values()):
+        for name, s in own.items():
+            assert s.low <= s.value <= s.high, name
+    assert json.loads(json.dumps(found.to_json())) == found.to_json()
+    assert found == score(labels, probs, list("abcd"), draws=200), "the same each time"
+    for name in (*found.scores, *found.classes):
+        assert name in text(found)
+
+
+def test_classes_without_images_say_nothing():
+    labels, probs = np.zeros(8, int), np.tile([0.7, 0.2, 0.1], (8, 1))
+    found = score(labels, probs, ["a", "<b>", "c\n"], draws=20)
+    assert np.isnan(found.scores["roc_auc"].value)
+    assert np.isnan(found.classes["<b>"]["sensitivity"].value)
+    assert found.to_json()["scores"]["roc_auc"]["value"] is None
+    assert found.scores["kappa"].value == found.scores["mcc"].value == 0
+    assert "c\\n" in text(found)
+    with pytest.raises(ValueError, match="did you mean"):
+        score(labels, probs, ["BLA", "MON", "LYT"], tolerated=[("MON", "LYD")])
+    with pytest.raises(ValueError, match="expected"):
+        score(labels, probs, ["a"])
+
+
+def test_perfect_scores_are_not_certain():
+    labels = np.repeat([0, 1], 20)
+    found = score(labels, np.eye(2)[labels], ["a", "b"], draws=50)
+    for name in ("kappa", "mcc", "roc_auc", "weighted_f1"):
+        assert (found.scores[name].value, found.scores[name].high) == (1, 1)
+        assert 0.8 < found.scores[name].low < 0.95, name
+
+
+def test_five_thousand_predictions_take_under_five_seconds():
+    labels, probs = draw(5000, 7)
+    start = time.process_time()
+    score(labels, probs, list("abcdefg"))
+    assert time.process_time() - start < 5
+
+
+def test_intervals_cover_the_population():
+    """95 % intervals of 200 images hold what a population of 50,000 has; 200 samples, so 92 to 98 is as good as 95."""
+    names, held = list("abcd"), {}
+    labels, probs = draw(50_000, 4, seed=9)
+    truth = score(labels, probs, names, draws=2).scores
+    rng, repeats = np.random.default_rng(0), 200
+    for _ in range(repeats):
+        rows = rng.integers(0, len(labels), 200)
+        for name, s in score(labels[rows], probs[rows], names, draws=300).scores.items():
+            held[name] = held.get(name, 0) + (s.low <= truth[name].value <= s.high)
+    assert set(held) == set(truth)
+    for name, count in held.items():
+        assert 0.91 <= count / repeats <= 0.99, (name, count / repeats)

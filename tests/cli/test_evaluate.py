@@ -1,0 +1,150 @@
+"""`bmjax eval` and `bmjax predict` of one run and of two, with everything that may be asked of them."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import bmjax
+from bmjax.analysis.evaluate.calibration import FILE, read_calibration
+from bmjax.analysis.evaluate.refusal import UNSURE
+from bmjax.cli.main import main
+from bmjax.config import Config, DataConfig, HeadConfig, ModelConfig, StageConfig, TrainConfig
+from bmjax.data.sources.synthetic import render
+from bmjax.runs.records import read_predictions
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two runs of one split, from two seeds."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    found = []
+    for seed in (0, 1):
+        config = Config(
+            name=f"run{seed}",
+            run_dir=str(folder / f"run{seed}"),
+            seed=seed,
+            data=DataConfig(image_size=32, synthetic_per_class=24, stratify=True, split=(0.4, 0.4, 0.2),
+                            cache_dir=str(folder / "cache")),
+            model=ModelConfig(backbone="densenet_tiny", weights=None, head=HeadConfig(widths=(8,))),
+            stages=(StageConfig(epochs=4),),
+            train=TrainConfig(batch_size=16, devices=1, train_eval_epochs=0),
+        )  # fmt: skip
+        found.append(bmjax.train(config).run_dir)
+    return found
+
+
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory):
+    """A folder of two of the classes and of one that no run knows."""
+    folder = tmp_path_factory.mktemp("cells")
+    for name in ("EOS", "LYT", "ART"):
+        (folder / name).mkdir()
+        for i in range(6):
+            noise = np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)
+            image = noise if name == "ART" else render(name, 32, 5, i)
+            Image.fromarray(image).save(folder / name / f"{i}.png")
+    return folder
+
+
+def evaluate(capsys, *arguments):
+    capsys.readouterr()
+    assert main(["eval", *map(str, arguments)]) == 0
+    return capsys.readouterr().out
+
+
+def predict(tmp_path, *arguments):
+    out = tmp_path / "out.csv"
+    assert main(["predict", *map(str, arguments), "--out", str(out)]) == 0
+    with out.open(newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def test_eval_prints_and_keeps_every_score(runs, capsys):
+    out = evaluate(capsys, runs[0], "--tolerate", "BLA:PMO")
+    for name in ("mcc", "roc_auc", "weighted_f1", "tolerant_accuracy", "Wilson", "shares of the true class"):
+        assert name in out
+    kept = json.loads((runs[0] / "evaluation_val.json").read_text())
+    results = json.loads((runs[0] / "results.json").read_text())["val"]
+    assert kept["scores"]["accuracy"]["value"] == pytest.approx(results["accuracy"])
+    assert kept["confusion"] == results["confusion"]
+
+
+def test_a_calibration_is_kept_and_used(runs, capsys, tmp_path, cells):
+    val = read_predictions(runs[0], "val")
+    assert "temperature" in evaluate(capsys, runs[0], "--calibrate", "temperature")
+    found = read_calibration(runs[0], 7, json.loads((runs[0] / FILE).read_text())["step"])
+    out = evaluate(capsys, runs[0], "--calibrated")
+    assert "val-calibrated" in out
+    np.testing.assert_allclose(read_predictions(runs[0], "val-calibrated").probs, found(val.probs), atol=1e-5)
+    np.testing.assert_array_equal(read_predictions(runs[0], "val").probs, val.probs)
+    plain = predict(tmp_path, runs[0], cells / "EOS")
+    rows = predict(tmp_path, runs[0], cells / "EOS", "--calibrated")
+    probs = np.array([[float(row[name]) for name in val.classes] for row in plain])
+    expected = found(probs.astype(np.float32))
+    np.testing.assert_allclose([[float(r[name]) for name in val.classes] for r in rows], expected, atol=1e-5)
+
+
+def test_two_runs_are_one_classifier(runs, capsys, tmp_path, cells):
+    out = evaluate(capsys, *runs)
+    probs = np.mean([read_predictions(run, "val").probs for run in runs], axis=0)
+    labels = read_predictions(runs[0], "val").labels
+    assert f"accuracy {(probs.argmax(1) == labels).mean():.3f}" in out
+    assert "2 runs" in out
+    each = [predict(tmp_path, run, cells / "LYT") for run in runs]
+    both = predict(tmp_path, *runs, cells / "LYT")
+    for i, row in enumerate(both):
+        assert float(row["EOS"]) == pytest.approx(np.mean([float(rows[i]["EOS"]) for rows in each]), abs=1e-5)
+
+
+def test_views_have_files_of_their_own_and_thresholds_by_them(runs, capsys, tmp_path, cells):
+    assert main(["predict", str(runs[0]), str(cells), "--views", "8", "--error-rate", "0.3"]) == 2
+    assert f"`bmjax eval {runs[0]} --split val --views 8` makes them" in capsys.readouterr().err
+    evaluate(capsys, runs[0], "--views", "8")
+    assert not np.array_equal(read_predictions(runs[0], "val-views8").probs, read_predictions(runs[0], "val").probs)
+    rows = predict(tmp_path, runs[0], cells, "--views", "8", "--error-rate", "0.3")
+    assert len(rows) == 18
+
+
+def test_answers_are_refused_and_strangers_told(runs, capsys, tmp_path, cells):
+    assert main(["eval", str(runs[1]), "--error-rate", "0.4", "--unfamiliar", "0.05"]) == 2
+    assert "bmjax eval" in capsys.readouterr().err
+    out = evaluate(capsys, runs[1], "--reference", "--unseen", cells / "ART", "--error-rate", "0.4")
+    assert "AUROC" in out
+    assert "by neighbours" in out
+    assert "refused" in out
+    rows = predict(tmp_path, runs[1], cells, "--error-rate", "0.4", "--unfamiliar", "0.05")
+    for row in rows:
+        assert row["answer"] in (row["predicted"], UNSURE)
+        assert row["set"].split("|")[0] in ("", row["predicted"])
+        if float(row["familiarity"]) <= 0.05:
+            assert row["answer"] == UNSURE
+    strange = [float(row["familiarity"]) for row in rows if "/ART/" in row["path"]]
+    known = [float(row["familiarity"]) for row in rows if "/ART/" not in row["path"]]
+    assert np.median(strange) < np.median(known)
+
+
+def test_labelled_images_from_elsewhere(runs, capsys, tmp_path, cells):
+    out = evaluate(capsys, runs[0], "--on", cells, "--adapt", "--adapt-prior")
+    assert "n 12, accuracy" in out
+    assert "frequencies estimated here" in out
+    assert "6 images of classes of" in out
+    assert "AUROC" in out
+    rows = predict(tmp_path, runs[0], cells, "--adapt", "--adapt-prior")
+    plain = predict(tmp_path, runs[0], cells)
+    assert [row["EOS"] for row in rows] != [row["EOS"] for row in plain]
+
+
+def test_wrong_input_is_one_line(runs, capsys, cells, tmp_path):
+    for arguments, message in (
+        (["eval", runs[0], "--error-rate", "5"], "--error-rate is 5.0; expected a share"),
+        (["eval", runs[0], "--unfamiliar", "0.1"], "expected --error-rate beside it"),
+        (["eval", runs[0], "--tolerate", "BLA"], "--tolerate is 'BLA'; expected two classes"),
+        (["eval", runs[0], "--tolerate", "BLA:MYB"], "unknown class 'MYB'"),
+        (["predict", runs[0], runs[1]], "expected images, or folders of images, after the runs"),
+        (["eval", runs[1], "--calibrated"], f"{FILE} is not there"),
+    ):
+        assert main(list(map(str, arguments))) == 2, arguments
+        assert message in capsys.readouterr().err

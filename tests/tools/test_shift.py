@@ -1,0 +1,61 @@
+"""Shifts do what they say, and a row is what scikit-learn makes of the predictions."""
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+
+import bmjax
+from bmjax.analysis.evaluate.judge import Judge, Target
+from bmjax.config import Config, DataConfig, ModelConfig, TrainConfig
+from bmjax.data.sources.synthetic import CLASSES, render
+from bmjax.runs.folder import Run
+from bmjax.training.predict import unlabelled
+from tools import shift
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.stack([render(CLASSES[i % 7], 32, 0, i) for i in range(14)])
+
+
+def test_each_shift_by_its_own_means(images):
+    np.testing.assert_array_equal(shift.shifted(images, "scale", 1.0), images)
+    crop = np.asarray(Image.fromarray(images[0][8:24, 8:24]).resize((32, 32), Image.Resampling.BILINEAR))
+    assert np.abs(shift.shifted(images, "scale", 2.0)[0].astype(int)[4:-4, 4:-4] - crop[4:-4, 4:-4]).mean() < 1
+    blurred = gaussian_filter(images[3].astype(float), (0.64, 0.64, 0), mode="mirror")
+    np.testing.assert_allclose(shift.shifted(images, "defocus", 0.02)[3], blurred, atol=1)
+    np.testing.assert_allclose(shift.shifted(images, "brightness", 0.7)[5], images[5] * 0.7, atol=0.51)
+    np.testing.assert_allclose(shift.shifted(images, "stain", 0.0), images, atol=1)
+    for kind, strengths in shift.SHIFTS.items():
+        # The farther from nothing the stronger.
+        nothing = {"scale": 1, "brightness": 1, "jpeg": 100}.get(kind, 0)
+        order = sorted(strengths, key=lambda s: abs(s - nothing))
+        near, far = (
+            np.abs(shift.shifted(images, kind, s) - images.astype(float)).mean() for s in (order[0], order[-1])
+        )
+        assert near < far, kind
+        assert set(shift.middle(kind)) < set(strengths)
+    with pytest.raises(ValueError, match="expected one of stain, scale"):
+        shift.shifted(images, "noise", 1)
+
+
+def test_rows_by_kind_and_strength(images, monkeypatch, tmp_path):
+    monkeypatch.setattr(shift, "SHIFTS", {"brightness": (0.5, 0.85, 1.3)})
+    model = ModelConfig(backbone="densenet_tiny", weights=None)
+    config = Config(data=DataConfig(image_size=32), model=model, train=TrainConfig(devices=1))
+    network = bmjax.create(config.model, 7)
+    run = Run(tmp_path, config, network, bmjax.init(network, jax.random.key(0), 32), CLASSES, 0)
+    labels = np.arange(14) % 7
+    target = Target(((unlabelled(images, CLASSES), np.arange(14)),), labels, tuple(map(str, range(14))))
+    rows = list(shift.measure(Judge([run]), target, adapt=True, out=tmp_path / "copies"))
+    assert [(row.kind, row.strength) for row in rows] == [("none", 0), *(("brightness", s) for s in (0.5, 0.85, 1.3))]
+    assert rows[0].kept in (0, 1)
+    assert "**0.85**" in shift.line(rows[2])
+    assert len(list((tmp_path / "copies/brightness 0.5").rglob("*.png"))) == 14
+    dark = np.asarray(Image.open(tmp_path / f"copies/brightness 0.5/{CLASSES[0]}/000000.png"))
+    np.testing.assert_array_equal(dark, shift.shifted(images[:1], "brightness", 0.5)[0])
+    plain = list(shift.measure(Judge([run]), target))
+    assert plain[0].accuracy == pytest.approx((bmjax.predict_probs(run, images).argmax(1) == labels).mean())
+    assert plain[1].nll != rows[1].nll, "adapted norms say otherwise"

@@ -1,0 +1,77 @@
+"""Training without a test or a validation split: nothing is reported on what was trained on."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import bmjax
+from bmjax.analysis.report.report import write_report
+from bmjax.config import (
+    Config,
+    DataConfig,
+    HeadConfig,
+    ModelConfig,
+    OptimConfig,
+    ScheduleConfig,
+    StageConfig,
+    TrainConfig,
+)
+from bmjax.runs.records import read_records
+
+
+def config(folder, split, **train):
+    return Config(
+        name="all",
+        run_dir=str(folder / "run"),
+        data=DataConfig(
+            image_size=32, synthetic_per_class=6, split=split, stratify=True, cache_dir=str(folder / "cache")
+        ),
+        model=ModelConfig(backbone="densenet_tiny", weights=None, head=HeadConfig(widths=(8,))),
+        stages=(StageConfig(epochs=2),),
+        train=TrainConfig(batch_size=16, devices=1, **train),
+    )
+
+
+def test_on_all_cells_the_last_epoch_is_kept_and_nothing_reported(tmp_path):
+    one = config(tmp_path, (1.0, 0.0, 0.0))
+    result = bmjax.train(one)
+    assert result.metrics == {}
+    assert not (result.run_dir / "results.json").exists()
+    assert not list(result.run_dir.glob("predictions_*"))
+    records = read_records(result.run_dir, "epoch")
+    assert len(records) == 2
+    assert not any(key.startswith("val/") or key == "train/accuracy_eval_mode" for r in records for key in r)
+    best, last = (bmjax.load_run(result.run_dir, which) for which in ("best", "last"))
+    assert best.step == last.step == result.steps
+    jax.tree.map(np.testing.assert_array_equal, best.variables, last.variables)
+    assert bmjax.predict_probs(best, np.zeros((1, 32, 32, 3), np.uint8)).shape == (1, 7)
+    assert "no results yet" not in write_report(result.run_dir).read_text()
+    again = bmjax.train(one, resume=True)
+    assert (again.steps, again.metrics) == (result.steps, {})
+    counts = json.loads((result.run_dir / "dataset.json").read_text())["counts"]
+    assert sum(counts["train"].values()) == 42
+    with pytest.raises(ValueError, match="holds no image"):
+        bmjax.evaluate(result.run_dir, "val")
+
+
+def test_with_a_validation_split_alone_it_chooses_as_ever(tmp_path):
+    result = bmjax.train(config(tmp_path, (0.8, 0.2, 0.0)))
+    assert set(result.metrics) == {"train", "val"}
+
+
+@pytest.mark.parametrize(
+    ("split", "changes", "message"),
+    [
+        ((0.8, 0.2, 0.0), {"train": {"final_test": True}}, r"train\.final_test.*holds no image"),
+        ((1.0, 0.0, 0.0), {"train": {"early_stop_epochs": 2}}, r"train\.early_stop_epochs"),
+        ((1.0, 0.0, 0.0), {"optim": OptimConfig(schedule=ScheduleConfig("plateau"))}, r"optim\.schedule\.kind"),
+    ],
+)
+def test_what_needs_a_split_is_refused_before_anything_is_written(tmp_path, split, changes, message):
+    one = config(tmp_path, split, **changes.pop("train", {}))
+    with pytest.raises(ValueError, match=message):
+        bmjax.train(dataclasses.replace(one, **changes))
+    assert not (tmp_path / "run").exists()

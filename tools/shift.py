@@ -1,0 +1,182 @@
+"""Shifted copies of a split, as another laboratory would give them, and what a run makes of them.
+
+    python -m tools.shift RUN [RUN ...] [--split val] [--views 8] [--adapt] [--calibrated] [--out FOLDER]
+
+prints accuracy and calibration by kind and strength. `--out` writes the copies, FOLDER/<kind> <strength>/<class>/*.png,
+for `bmjax eval RUN --on "FOLDER/<kind> <strength>"`. The copies are of images as the run reads them:
+
+- stain: the amount of haematoxylin times 1 + s and of eosin times 1 - s (Ruifrok and Johnston's colours);
+- scale: the cell so many times as large; what is beyond the image's border is mirrored;
+- defocus: a Gaussian whose deviation is this share of the side;
+- brightness: every value times this;
+- jpeg: a JPEG of this quality, colours subsampled, as Pillow writes it.
+
+The middle strength of each kind is marked: the recipe is to keep 90 % of its accuracy there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from bmjax.analysis.evaluate.calibration import figures
+from bmjax.analysis.evaluate.judge import Judge, Target, target_of_split
+from bmjax.data.augment.optics import blur
+from bmjax.data.images.decode import resize_images
+from bmjax.data.images.stain import hed_jitter
+from bmjax.runs.folder import load_run
+from bmjax.runs.intervals import wilson_interval
+
+# The middle strengths come second of three, second and third of four.
+SHIFTS: dict[str, tuple[float, ...]] = {
+    "stain": (0.05, 0.1, 0.2),
+    "scale": (0.6, 0.8, 1.25, 1.6),
+    "defocus": (0.005, 0.01, 0.02),
+    "brightness": (0.7, 0.85, 1.15, 1.3),
+    "jpeg": (70, 40, 20),
+}
+
+
+def middle(kind: str) -> tuple[float, ...]:
+    """The middle strengths of a kind."""
+    strengths = SHIFTS[kind]
+    return strengths[1:-1]
+
+
+def _each(images: np.ndarray, change: Callable[[jax.Array], jax.Array]) -> np.ndarray:
+    step = jax.jit(jax.vmap(change))
+    parts = [np.asarray(step(part.astype(np.float32))) for part in np.array_split(images, max(1, len(images) // 64))]
+    return np.clip(np.concatenate(parts).round(), 0, 255).astype(np.uint8)
+
+
+def _as_jpeg(image: np.ndarray, quality: int) -> np.ndarray:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "JPEG", quality=quality)
+    return np.asarray(Image.open(file))
+
+
+def shifted(images: np.ndarray, kind: str, strength: float) -> np.ndarray:
+    """Images uint8 [n, s, s, 3] -> shifted copies of the same shape.
+
+    Raises:
+      ValueError: the kind is none of `SHIFTS`.
+    """
+    side = images.shape[1]
+    if kind == "stain":
+        scale = jnp.array([1 + strength, 1 - strength, 1], jnp.float32)
+        return _each(images, lambda image: hed_jitter(image, scale, jnp.zeros(3, jnp.float32)))
+    if kind == "scale":
+        return np.stack(list(resize_images(images, side, side / strength)))
+    if kind == "defocus":
+        return _each(images, lambda image: blur(image, jnp.float32(strength * side), strength * side))
+    if kind == "brightness":
+        return np.clip((images * strength).round(), 0, 255).astype(np.uint8)
+    if kind == "jpeg":
+        return np.stack([_as_jpeg(np.ascontiguousarray(image), round(strength)) for image in images])
+    raise ValueError(f"shift {kind!r}; expected one of {', '.join(SHIFTS)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Figures of one shift; `kept`: accuracy as a share of that without."""
+
+    kind: str
+    strength: float
+    accuracy: float
+    low: float
+    high: float
+    kept: float
+    least_recall: float
+    confidence: float
+    ece: float
+    nll: float
+
+
+def measure(judge: Judge, target: Target, *, adapt: bool = False, out: Path | None = None) -> Iterator[Row]:
+    """A row without a shift, then one for each shift."""
+    plain = None
+    plan = [("none", 0.0), *((kind, strength) for kind, strengths in SHIFTS.items() for strength in strengths)]
+    own = [reader.variables for reader in judge.readers]
+    for kind, strength in plan:
+        images = [data.images[rows] for data, rows in target.parts]
+        if kind != "none":
+            images = [shifted(part, kind, strength) for part in images]
+        if out is not None:
+            _write(out / f"{kind} {strength:g}", images[0], target, judge.classes)
+        for reader, variables in zip(judge.readers, own, strict=True):
+            reader.variables = variables
+        if adapt:
+            judge.adapt(images)
+        probs = judge.images(images).probs
+        right = probs.argmax(1) == target.labels
+        recalls = [right[target.labels == c].mean() for c in np.unique(target.labels)]
+        plain = float(right.mean()) if plain is None else plain
+        found = figures(target.labels, probs)
+        yield Row(
+            kind,
+            strength,
+            float(right.mean()),
+            *wilson_interval(int(right.sum()), len(right)),
+            kept=float(right.mean()) / max(plain, 1e-9),
+            least_recall=float(min(recalls)),
+            confidence=float(probs.max(1).mean()),
+            ece=found["ece"],
+            nll=found["nll"],
+        )
+
+
+def _write(folder: Path, images: np.ndarray, target: Target, classes: Sequence[str]) -> None:
+    for i, (image, label) in enumerate(zip(images, target.labels, strict=True)):
+        path = folder / classes[int(label)] / f"{i:06d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path)
+
+
+HEADER = (
+    "| shift | strength | accuracy, % (95 % interval) | of that without, % | least recall, % | mean confidence | ECE "
+    "| NLL |\n|---|---|---|---|---|---|---|---|"
+)
+
+
+def line(row: Row) -> str:
+    """A row as Markdown; middle strengths are bold."""
+    strength = f"{row.strength:g}" if row.kind != "none" else ""
+    if row.kind != "none" and row.strength in middle(row.kind):
+        strength = f"**{strength}**"
+    accuracy = f"{100 * row.accuracy:.1f} ({100 * row.low:.1f} to {100 * row.high:.1f})"
+    cells = [row.kind, strength, accuracy, f"{100 * row.kept:.0f}", f"{100 * row.least_recall:.0f}"]
+    cells += [f"{row.confidence:.2f}", f"{row.ece:.3f}", f"{row.nll:.2f}"]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run; several are averaged")
+    parser.add_argument("--split", choices=("val", "test"), default="val")
+    parser.add_argument("--views", type=int, choices=(1, 2, 4, 8), default=1)
+    parser.add_argument("--adapt", action="store_true", help="norms' statistics estimated on each shifted split")
+    parser.add_argument("--calibrated", action="store_true", help="by the calibration kept with the runs")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write the copies here")
+    options = parser.parse_args()
+    runs = [load_run(run) for run in options.runs]
+    judge = Judge(runs, views=options.views, calibrated=options.calibrated)
+    target = target_of_split(runs, options.split)
+    print(f"{len(target)} images of the {options.split} split\n\n{HEADER}")
+    worst = 1.0
+    for row in measure(judge, target, adapt=options.adapt, out=options.out):
+        print(line(row), flush=True)
+        if row.kind != "none" and row.strength in middle(row.kind):
+            worst = min(worst, row.kept)
+    print(f"\nat the middle strengths at least {100 * worst:.0f} % of the accuracy is kept (wanted: 90)")
+
+
+if __name__ == "__main__":
+    main()
