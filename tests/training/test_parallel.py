@@ -72,7 +72,9 @@ def plain_config(tiny_config):
         tiny_config,
         data=dataclasses.replace(tiny_config.data, image_size=16),
         augment=dataclasses.replace(type(tiny_config.augment)(), right_angles=False),
-        model=dataclasses.replace(tiny_config.model, backbone="resnet_tiny", attention="none"),
+        model=dataclasses.replace(
+            tiny_config.model, backbone="tests.helpers.net:Net", preprocess="tf", attention="none"
+        ),
         train=dataclasses.replace(tiny_config.train, accumulate=1),
     )
 
@@ -81,7 +83,7 @@ def test_float64_layouts_of_the_state_and_rematerialisation_agree(plain_config):
     """Parameters and optimizer state divided over devices, kernels by channels, feature maps computed again."""
     layouts = (
         {"shard_params": True, "remat": ("all",)},
-        {"mesh": "data=2,model=2", "shard_params": True, "remat": ("conv2",)},
+        {"mesh": "data=2,model=2", "shard_params": True, "remat": ("fine",)},
     )
 
     def on(devices, **fields):
@@ -92,6 +94,22 @@ def test_float64_layouts_of_the_state_and_rematerialisation_agree(plain_config):
         one = on(1)
         for layout in layouts:
             assert largest_difference(one, on(4, **layout)) < 1e-9, layout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "backbone", ["densenet_tiny", "efficientnet_tiny", "mobilenet_v2_tiny", "resnet_tiny", "xception_tiny"]
+)
+def test_every_family_recomputes_its_stages(plain_config, backbone):
+    config = dataclasses.replace(plain_config, data=dataclasses.replace(plain_config.data, image_size=32))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, backbone=backbone))
+    train = dataclasses.replace(config.train, dtype="float64")
+    with jax.enable_x64(True):
+        kept, again = (
+            run_steps(dataclasses.replace(config, train=dataclasses.replace(train, remat=remat)), "jit", 1)[0]
+            for remat in ((), ("all",))
+        )
+    assert largest_difference(kept, again) < 1e-9
 
 
 @pytest.mark.parametrize(("mesh", "share"), [("data=4", 4), ("data=2,model=2", 4), ("data=-1,model=4", 4)])
