@@ -15,16 +15,13 @@ from pathlib import Path
 from bmjax.analysis.several import width
 from bmjax.analysis.sweep import plan as plans
 from bmjax.analysis.sweep.cells import Cell
+from bmjax.analysis.sweep.checks import checked
 from bmjax.analysis.sweep.halving import halve
 from bmjax.analysis.sweep.plan import Plan
 from bmjax.analysis.sweep.rows import FAILED, FINISHED, Row, read_row, score
 from bmjax.analysis.sweep.table import ranked
 from bmjax.analysis.sweep.work import Round, Trainer
 from bmjax.config.base import Config
-from bmjax.config.model import ModelConfig
-from bmjax.model.create import resolve
-from bmjax.runs.folder import check_folder
-from bmjax.training.run import complete
 
 log = logging.getLogger(__name__)
 
@@ -80,39 +77,6 @@ def run_sweep(
     return execute(Plan(config, tuple(cells), at_once, halving, experiment), workers)
 
 
-def checked(cells: Sequence[Cell]) -> list[Cell]:
-    """The cells with their configurations complete, after every check that can be made before anything is trained.
-
-    Raises:
-      ValueError, FileNotFoundError: as `run_sweep`.
-    """
-    monitors = {cell.config.train.monitor for cell in cells}
-    if len(monitors) != 1:
-        raise ValueError(f"train.monitor is {', '.join(sorted(monitors))}; expected one figure that picks among cells")
-    found = []
-    models: dict[str, ModelConfig] = {}
-    for cell in cells:
-        if cell.config.train.final_test:
-            raise ValueError(
-                f"cell {cell.name}: train.final_test is true; a sweep chooses between its cells on validation and "
-                "refuses to read the test split, for a choice among tested models is no longer tested. Expected false; "
-                "open it once, for the cell that you choose: bmjax eval FOLDER --split test"
-            )
-        full = complete(dataclasses.replace(cell.config, model=_resolved(cell.config.model, models)))
-        check_folder(Path(full.run_dir), full, resume=True)
-        found.append(dataclasses.replace(cell, config=full))
-    return found
-
-
-def _resolved(model: ModelConfig, known: dict[str, ModelConfig]) -> ModelConfig:
-    """The model with what its weights decide, whose file is read once for all cells that have it."""
-    key = repr((model.backbone, model.backbone_options, model.weights, model.preprocess))
-    if key not in known:
-        known[key] = resolve(model)
-    decided = known[key]
-    return dataclasses.replace(model, backbone_options=decided.backbone_options, preprocess=decided.preprocess)
-
-
 def execute(plan: Plan, workers: int = 1) -> Sweep:
     """Does what a plan says, in this process or by workers; writes the tables and the page."""
     from bmjax.analysis.sweep.page import write_page
@@ -142,7 +106,7 @@ def train_here(plan: Plan) -> list[Row]:
     """
     trainer = Trainer(plan)
     if plan.tune is not None:
-        from bmjax.analysis.sweep.tune import search
+        from bmjax.analysis.sweep.search import search
 
         cells = search(trainer, plan)
     else:
