@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
@@ -70,12 +71,12 @@ def shifted(images: np.ndarray, kind: str, strength: float) -> np.ndarray:
     """
     side = images.shape[1]
     if kind == "stain":
-        scale = np.array([1 + strength, 1 - strength, 1], np.float32)
-        return _each(images, lambda image: hed_jitter(image, scale, np.zeros(3, np.float32)))
+        scale = jnp.array([1 + strength, 1 - strength, 1], jnp.float32)
+        return _each(images, lambda image: hed_jitter(image, scale, jnp.zeros(3, jnp.float32)))
     if kind == "scale":
         return np.stack(list(resize_images(images, side, side / strength)))
     if kind == "defocus":
-        return _each(images, lambda image: blur(image, strength * side, strength * side))
+        return _each(images, lambda image: blur(image, jnp.float32(strength * side), strength * side))
     if kind == "brightness":
         return np.clip((images * strength).round(), 0, 255).astype(np.uint8)
     if kind == "jpeg":
@@ -134,7 +135,7 @@ def measure(judge: Judge, target: Target, *, adapt: bool = False, out: Path | No
 
 def _write(folder: Path, images: np.ndarray, target: Target, classes: Sequence[str]) -> None:
     for i, (image, label) in enumerate(zip(images, target.labels, strict=True)):
-        path = folder / classes[label] / f"{i:06d}.png"
+        path = folder / classes[int(label)] / f"{i:06d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
 

@@ -16,8 +16,9 @@ import jax
 
 from bmjax.config.base import Config
 from bmjax.data.splits import split_dataset
+from bmjax.training import hosts
 from bmjax.training.run import Prepared, prepare
-from bmjax.training.signals import GRACE_SECONDS, Signals, exit_now
+from bmjax.training.signals import GRACE_SECONDS, exit_now
 
 _MOST_FEATURES, _MOST_PROGRAMS = 4, 64
 
@@ -43,7 +44,7 @@ class Crew:
     """Threads that call `turn` until it says that nothing is left; a signal or a failure ends all."""
 
     def __init__(self) -> None:
-        self.signals = Signals()
+        self.signals = hosts.signals()
         self._failure: BaseException | None = None
 
     def work(self, turn: Callable[[], bool], at_once: int) -> None:

@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 from einops import reduce
 
-from bmjax.layers import BatchNorm, Conv, NormMode, Tap, global_average, max_pool
+from bmjax.layers import BatchNorm, Conv, NormMode, Tap, by_stage, global_average, max_pool
 from bmjax.layers.dense_block import dense_block
 
 
@@ -60,36 +60,36 @@ class DenseNet(nn.Module):
             norm = BatchNorm(epsilon=self.epsilon, name=name)
             return nn.relu(norm(x, train=train, mode=mode, statistics=statistics))
 
+        def stem(x: jax.Array) -> jax.Array:
+            return norm_relu("conv1_bn", Conv(self.stem, 7, strides=2, padding=3, name="conv1_conv")(x))
+
+        block = functools.partial(dense_block, growth=self.growth, epsilon=self.epsilon, train=train, mode=mode)
+
+        def transition(name: str, x: jax.Array, statistics: Any) -> jax.Array:
+            x = norm_relu(f"{name}_bn", x, statistics)
+            h, w = (n // 2 * 2 for n in x.shape[1:3])
+            x = reduce(x[:, :h, :w], "b (h i) (w j) c -> b h w c", "mean", i=2, j=2)
+            return Conv(int(x.shape[-1] * self.reduction), 1, name=f"{name}_conv")(x)
+
         if self.dtype is not None:
             x = x.astype(self.dtype)
         size = x.shape[1:3]
-        x = Conv(self.stem, 7, strides=2, padding=3, name="conv1_conv")(x)
-        x = tap("conv1", norm_relu("conv1_bn", x))
+        x = tap("conv1", by_stage(self, "conv1", stem, x))
         # Pads with -inf where Keras pads with zero: the same after a ReLU.
         x = max_pool(x, window=3, stride=2, padding=1)
         for number, layers in enumerate(self.blocks, start=2):
             stage, last = f"conv{number}", number == len(self.blocks) + 1
-            x, statistics = dense_block(
-                x,
-                name=stage,
-                layers=layers,
-                growth=self.growth,
-                epsilon=self.epsilon,
-                train=train,
-                mode=mode,
-            )
+            x, statistics = by_stage(self, stage, functools.partial(block, name=stage, layers=layers), x)
             if last:
                 x = tap(stage, norm_relu("bn", x, statistics))
                 break
             tapped = tap(stage, x)
             if tapped is not x:
                 x, statistics = tapped, None
-            x = norm_relu(f"pool{number}_bn", x, statistics)
             if min(x.shape[1:3]) < 2:
                 raise ValueError(f"images are {size[0]}x{size[1]} pixels; expected more for {len(self.blocks)} blocks")
-            h, w = (n // 2 * 2 for n in x.shape[1:3])
-            x = reduce(x[:, :h, :w], "b (h i) (w j) c -> b h w c", "mean", i=2, j=2)
-            x = Conv(int(x.shape[-1] * self.reduction), 1, name=f"pool{number}_conv")(x)
+            pool = functools.partial(transition, f"pool{number}")
+            x = by_stage(self, f"conv{number + 1}", pool, x, statistics)
         if self.include_top:
             x = global_average(x)
             x = nn.Dense(self.classes, dtype=x.dtype, name="predictions")(x)

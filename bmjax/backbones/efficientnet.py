@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 
-from bmjax.layers import BatchNorm, Conv, Dropout, NormMode, Tap, global_average, round_channels
+from bmjax.layers import BatchNorm, Conv, Dropout, NormMode, Tap, by_stage, global_average, round_channels
 
 
 class Row(NamedTuple):
@@ -122,14 +122,19 @@ class EfficientNet(nn.Module):
                 return y
             return x + Dropout(block.drop, shared=(1, 2, 3))(y, train=random)
 
+        def stem(x: jax.Array) -> jax.Array:
+            x = Conv(round_channels(self.stem * self.width), 3, strides=2, name="stem_conv")(x)
+            return nn.swish(norm("stem_bn", x))
+
+        def top(x: jax.Array) -> jax.Array:
+            return nn.swish(norm("top_bn", Conv(round_channels(self.last * self.width), 1, name="top_conv")(x)))
+
         if self.dtype is not None:
             x = x.astype(self.dtype)
-        x = Conv(round_channels(self.stem * self.width), 3, strides=2, name="stem_conv")(x)
-        x = tap("stem", nn.swish(norm("stem_bn", x)))
+        x = tap("stem", by_stage(self, "stem", stem, x))
         for block in self.blocks():
-            x = tap(block.name, inverted_residual(x, block))
-        x = Conv(round_channels(self.last * self.width), 1, name="top_conv")(x)
-        x = tap("top", nn.swish(norm("top_bn", x)))
+            x = tap(block.name, by_stage(self, block.name, functools.partial(inverted_residual, block=block), x))
+        x = tap("top", by_stage(self, "top", top, x))
         if self.include_top:
             x = Dropout(self.dropout)(global_average(x), train=random)
             x = nn.Dense(self.classes, dtype=x.dtype, name="predictions")(x)

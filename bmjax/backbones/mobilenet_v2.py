@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bmjax.layers import BatchNorm, Conv, NormMode, Tap, global_average, round_channels
+from bmjax.layers import BatchNorm, Conv, NormMode, Tap, by_stage, global_average, round_channels
 from bmjax.layers.ops import Padding
 
 
@@ -97,14 +97,20 @@ class MobileNetV2(nn.Module):
             y = norm(f"{name}_project_BN", Conv(channels, 1, name=f"{name}_project")(y))
             return x + y if x.shape == y.shape else y
 
+        def first(x: jax.Array) -> jax.Array:
+            x = Conv(round_channels(32 * self.alpha), 3, strides=2, padding=self.padding, name="Conv1")(x)
+            return norm_relu6("bn_Conv1", x)
+
+        def last(x: jax.Array) -> jax.Array:
+            return norm_relu6("Conv_1_bn", Conv(round_channels(self.last * max(1.0, self.alpha)), 1, name="Conv_1")(x))
+
         if self.dtype is not None:
             x = x.astype(self.dtype)
-        x = Conv(round_channels(32 * self.alpha), 3, strides=2, padding=self.padding, name="Conv1")(x)
-        x = tap("Conv1", norm_relu6("bn_Conv1", x))
+        x = tap("Conv1", by_stage(self, "Conv1", first, x))
         for name, expansion, channels, stride in self.blocks():
-            x = tap(name, block(name, x, expansion, channels, stride))
-        x = Conv(round_channels(self.last * max(1.0, self.alpha)), 1, name="Conv_1")(x)
-        x = tap("Conv_1", norm_relu6("Conv_1_bn", x))
+            one = functools.partial(block, name, expansion=expansion, channels=channels, stride=stride)
+            x = tap(name, by_stage(self, name, one, x))
+        x = tap("Conv_1", by_stage(self, "Conv_1", last, x))
         if self.include_top:
             x = global_average(x)
             x = nn.Dense(self.classes, dtype=x.dtype, name="predictions")(x)

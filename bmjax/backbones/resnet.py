@@ -15,7 +15,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from bmjax.layers import BatchNorm, Conv, NormMode, Tap, global_average, max_pool
+from bmjax.layers import BatchNorm, Conv, NormMode, Tap, by_stage, global_average, max_pool
 
 
 class ResNet(nn.Module):
@@ -68,17 +68,23 @@ class ResNet(nn.Module):
                 x = norm(f"{name}_0_bn", x)
             return nn.relu(x + norm(f"{name}_3_bn", y))
 
-        if self.dtype is not None:
-            x = x.astype(self.dtype)
-        x = conv(self.width, 7, strides=2, padding=3, name="conv1_conv")(x)
-        x = tap("conv1", nn.relu(norm("conv1_bn", x)))
-        # Pads with -inf where Keras pads with zero: the same after a ReLU.
-        x = max_pool(x, window=3, stride=2, padding=1)
-        for number, blocks in enumerate(self.blocks, start=2):
+        def stem(x: jax.Array) -> jax.Array:
+            return nn.relu(norm("conv1_bn", conv(self.width, 7, strides=2, padding=3, name="conv1_conv")(x)))
+
+        def stage(x: jax.Array, number: int, blocks: int) -> jax.Array:
             for i in range(blocks):
                 stride = 2 if i == 0 and number > 2 else 1
                 x = block(f"conv{number}_block{i + 1}", x, self.width * 2 ** (number - 2), stride, project=i == 0)
-            x = tap(f"conv{number}", x)
+            return x
+
+        if self.dtype is not None:
+            x = x.astype(self.dtype)
+        x = tap("conv1", by_stage(self, "conv1", stem, x))
+        # Pads with -inf where Keras pads with zero: the same after a ReLU.
+        x = max_pool(x, window=3, stride=2, padding=1)
+        for number, blocks in enumerate(self.blocks, start=2):
+            name = f"conv{number}"
+            x = tap(name, by_stage(self, name, functools.partial(stage, number=number, blocks=blocks), x))
         if self.include_top:
             x = global_average(x)
             x = nn.Dense(self.classes, dtype=x.dtype, name="predictions")(x)

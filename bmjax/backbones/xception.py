@@ -13,7 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from bmjax.layers import BatchNorm, Conv, NormMode, Tap, global_average, max_pool
+from bmjax.layers import BatchNorm, Conv, NormMode, Tap, by_stage, global_average, max_pool
 from bmjax.layers.ops import Padding
 
 
@@ -72,30 +72,43 @@ class Xception(nn.Module):
             x = norm(f"batch_normalization{number}", Conv(second, 1, strides=2, name=f"conv2d{number}")(x))
             return x + max_pool(y, window=3, stride=2, padding=self.pool_padding)
 
+        def first(name: str, x: jax.Array) -> jax.Array:
+            x = Conv(self.stem[0], 3, strides=2, padding="VALID", name=f"{name}_conv1")(x)
+            x = Conv(self.stem[1], 3, padding="VALID", name=f"{name}_conv2")(nn.relu(norm(f"{name}_conv1_bn", x)))
+            return nn.relu(norm(f"{name}_conv2_bn", x))
+
+        def residual(name: str, x: jax.Array) -> jax.Array:
+            y = x
+            for i in (1, 2, 3):
+                y = separable(f"{name}_sepconv{i}", nn.relu(y), self.entry[-1])
+                y = norm(f"{name}_sepconv{i}_bn", y)
+            return x + y
+
+        def last(name: str, x: jax.Array) -> jax.Array:
+            for i, channels in enumerate(self.exit[1:], start=1):
+                x = nn.relu(norm(f"{name}_sepconv{i}_bn", separable(f"{name}_sepconv{i}", x, channels)))
+            return x
+
         if min(x.shape[1:3]) < 7:
             raise ValueError(f"images are {x.shape[1]}x{x.shape[2]} pixels; expected at least 7x7")
         if self.dtype is not None:
             x = x.astype(self.dtype)
         names = iter(self.stages)
         name = next(names)
-        x = Conv(self.stem[0], 3, strides=2, padding="VALID", name=f"{name}_conv1")(x)
-        x = Conv(self.stem[1], 3, padding="VALID", name=f"{name}_conv2")(nn.relu(norm(f"{name}_conv1_bn", x)))
-        x = tap(name, nn.relu(norm(f"{name}_conv2_bn", x)))
+        x = tap(name, by_stage(self, name, functools.partial(first, name), x))
         for i, channels in enumerate(self.entry):
             name = next(names)
-            x = tap(name, halving(name, x, channels, channels, shortcut=i))
+            block = functools.partial(halving, name, first=channels, second=channels, shortcut=i)
+            x = tap(name, by_stage(self, name, block, x))
         for _ in range(self.middle):
-            name, y = next(names), x
-            for i in (1, 2, 3):
-                y = separable(f"{name}_sepconv{i}", nn.relu(y), self.entry[-1])
-                y = norm(f"{name}_sepconv{i}_bn", y)
-            x = tap(name, x + y)
+            name = next(names)
+            x = tap(name, by_stage(self, name, functools.partial(residual, name), x))
         name = next(names)
-        x = tap(name, halving(name, x, self.entry[-1], self.exit[0], shortcut=len(self.entry)))
+        widths = {"first": self.entry[-1], "second": self.exit[0]}
+        block = functools.partial(halving, name, **widths, shortcut=len(self.entry))
+        x = tap(name, by_stage(self, name, block, x))
         name = next(names)
-        for i, channels in enumerate(self.exit[1:], start=1):
-            x = nn.relu(norm(f"{name}_sepconv{i}_bn", separable(f"{name}_sepconv{i}", x, channels)))
-        x = tap(name, x)
+        x = tap(name, by_stage(self, name, functools.partial(last, name), x))
         if self.include_top:
             x = global_average(x)
             x = nn.Dense(self.classes, dtype=x.dtype, name="predictions")(x)

@@ -39,7 +39,7 @@ def adapt(judge: Judge, paths: Sequence[str], options: argparse.Namespace) -> No
 
     from bmjax.analysis.evaluate.judge import TO_ADAPT, spread
 
-    chosen = [paths[i] for i in spread(len(paths), TO_ADAPT).tolist()]
+    chosen = [str(paths[int(i)]) for i in spread(len(paths), TO_ADAPT)]
     read = read_as_each(judge, chosen)
     good = [i for i in range(len(chosen)) if not isinstance(read[0][i], str)]
     if len(good) < 2:

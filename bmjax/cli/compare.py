@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from bmjax.cli.configured import add_configured, configuration
+from bmjax.cli.configured import add_configured, add_hosts, configuration
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +41,7 @@ def add_parser(verbs: Any) -> None:
         help="add seeds until each difference is shown or is less than so many points",
     )
     p.add_argument("--max-seeds", type=int, default=20, metavar="N", help="seeds in all with --until-shown")
+    add_hosts(p)
     where = p.add_mutually_exclusive_group()
     where.add_argument("--cached", dest="cached", action="store_true", default=None, help="train on cached features")
     where.add_argument("--end-to-end", dest="cached", action="store_false", help="train from the images")

@@ -37,6 +37,13 @@ def add_configured(verbs: Any, name: str, text: str, run: Verb) -> argparse.Argu
     return p
 
 
+def add_hosts(p: argparse.ArgumentParser) -> None:
+    """Adds the options of a verb that several hosts run together (docs/scaling.md)."""
+    p.add_argument("--hosts", type=int, metavar="N", help="processes that run this together; 1: ignore the cluster's")
+    p.add_argument("--host", type=int, metavar="I", help="which of them this is, 0 to N - 1")
+    p.add_argument("--coordinator", metavar="ADDRESS:PORT", help="host 0's address and a free port of it")
+
+
 def groups() -> list[str]:
     """The groups of fields: the dataclasses that a Config holds, and "run" for its own."""
     return ["run", *dict.fromkeys(name.split(".")[0] for name in field_types(Config) if "." in name)]

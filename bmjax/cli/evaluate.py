@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from bmjax.runs.folder import Run
     from bmjax.runs.records import Predictions
 
+from bmjax.cli.configured import add_hosts
 from bmjax.cli.output import add_trust, metrics_line, print_confusion
 
 
@@ -71,6 +72,7 @@ def add_parser(verbs: Any) -> None:
     p.add_argument("--calibrate", choices=("temperature", "vector"), help="fit on validation, and keep with the run")
     p.add_argument("--reference", action="store_true", help="keep the training cells' features, to tell strange ones")
     add_reading(p)
+    add_hosts(p)
     p.set_defaults(run=evaluate)
 
 
@@ -80,16 +82,22 @@ def evaluate(options: argparse.Namespace, rest: Sequence[str]) -> int:
     pairs = _pairs(options.tolerate)
     from bmjax.analysis.evaluate.judge import at_pixel_size, setting, target_of_path, target_of_split
     from bmjax.runs.folder import load_run
+    from bmjax.training import hosts
 
     runs = [load_run(run_dir, options.which, trust=options.trust) for run_dir in options.run_dirs]
     name = setting(options.views, adapt=options.adapt, prior=options.adapt_prior, calibrated=options.calibrated)
     if options.pixel_size is not None and not (options.on or options.unseen):
         raise ValueError(f"--pixel-size is {options.pixel_size}; expected it with --on or --unseen, for other images")
+    plain = len(runs) == 1 and not name and not options.on
+    if hosts.several() and (
+        not plain or options.calibrate or options.reference or options.error_rate or options.unseen
+    ):
+        raise ValueError("several processes evaluate one run on one of its splits, plainly; expected no other option")
     if options.calibrate:
         _calibrate(runs, options)
     if options.reference:
         _keep_reference(runs[0], options)
-    if len(runs) == 1 and not name and not options.on:
+    if plain:
         predictions, seen, judge, unseen = _plainly(runs[0], options), None, None, None
     else:
         judge, unseen = _judge(runs, options), None
@@ -104,7 +112,7 @@ def evaluate(options: argparse.Namespace, rest: Sequence[str]) -> int:
         predictions = _as_predictions(options.split, target, seen, judge)
         _keep(runs, f"{options.split}{name}", predictions, options)
     scores = _print_scores(predictions, pairs)
-    if len(runs) == 1 and not options.on:
+    if len(runs) == 1 and not options.on and hosts.leads():
         path = runs[0].run_dir / f"evaluation_{options.split}{name}.json"
         path.write_text(json.dumps(scores.to_json(), indent=1))
     if options.error_rate is not None or options.unseen or (unseen is not None and len(unseen)):
@@ -127,16 +135,18 @@ def _plainly(run: Run, options: argparse.Namespace) -> Predictions:
     """Evaluates a split as ever: predictions, results and report."""
     from bmjax.analysis.report.report import write_report
     from bmjax.runs.records import read_predictions
+    from bmjax.training import hosts
     from bmjax.training.predict import Predictor, data_of, evaluate_run
 
-    dataset, splits = data_of(run, options.data_root)
+    dataset, splits = hosts.first_alone(lambda: data_of(run, options.data_root))
     m = evaluate_run(run, options.split, options.which, Predictor(run.config, run.model), dataset, splits)
     print(
         f"{metrics_line(options.split, m)}, balanced accuracy {m['balanced_accuracy']:.3f}, loss {m['loss']:.3f}, "
         f"ECE {m['ece']:.3f} ({options.which} checkpoint, step {m['step']})"
     )
     print_confusion(m["confusion"], dataset.classes)
-    print(f"report: {write_report(run.run_dir, dataset.images)}")
+    if hosts.leads():
+        print(f"report: {write_report(run.run_dir, dataset.images)}")
     found = read_predictions(run.run_dir, options.split)
     assert found is not None, "just written"
     return found

@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if asked:
                 print_fields(asked, load_experiment(str(options.experiment))[0])
                 return 0
-            return options.run(options, rest)
+            return _run(options, rest)
         except BrokenPipeError:  # who reads has seen enough, as `head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 0
@@ -112,6 +112,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise
             print(f"bmjax: {e}", file=sys.stderr)
             return 2
+
+
+def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Runs the verb; where it may run on several hosts, with them. Host 0 alone speaks."""
+    if not hasattr(options, "hosts"):
+        return options.run(options, rest)
+    from bmjax.training import hosts
+
+    hosts.join(options.hosts, options.host, options.coordinator)
+    if not hosts.leads():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        logging.getLogger("bmjax").setLevel(logging.WARNING)
+    code = options.run(options, rest)
+    hosts.leave()
+    return code
 
 
 def _set_logging(options: argparse.Namespace) -> None:

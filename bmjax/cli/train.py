@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bmjax.cli.configured import add_configured, configuration
+from bmjax.cli.configured import add_configured, add_hosts, configuration
 from bmjax.cli.output import metrics_line, print_confusion
 from bmjax.config.base import Config
 
@@ -20,6 +20,7 @@ def add_parser(verbs: Any) -> None:
     p.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     p.add_argument("--profile", metavar="START:END", help="trace these steps, as --train.profile (10:15)")
     p.add_argument("--sweep", action="store_true", help=argparse.SUPPRESS)  # of older versions
+    add_hosts(p)
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -31,6 +32,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from bmjax.analysis.evaluate.reference import keep_looks
     from bmjax.analysis.report.report import write_report
     from bmjax.runs.tracking import agents_run
+    from bmjax.training import hosts
     from bmjax.training.run import train_run
 
     if (run_id := agents_run()) is not None:
@@ -40,6 +42,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     result = train_run(config, resume=options.resume, callbacks=callbacks, files=files)
     if result.interrupted:
         return 128 + signal.Signals[result.interrupted]
+    if not hosts.leads():
+        return 0
     assert result.data is not None
     dataset, splits = result.data
     for split, m in result.metrics.items():

@@ -62,7 +62,20 @@ def from_json(text: str) -> Config:
       ValueError: a field is unknown or its value has the wrong type; the message names field and value.
     """
     # pydantic.ValidationError is a ValueError and names the dotted field, the value and what was expected.
-    return _reader().validate_json(text)
+    return _reader().validate_json(_as_now(text))
+
+
+def _as_now(text: str) -> str:
+    """Text of before `train.recompute_statistics` with what it did then, so that such a run resumes as it began."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        return text  # the reader says what is wrong
+    train = values.get("train") if isinstance(values, dict) else None
+    # `to_json` writes every field; a text of a few is someone's own, and has today's defaults.
+    if isinstance(train, dict) and train.keys() >= {"train_eval_epochs", "monitor", "workers"}:
+        return json.dumps(values | {"train": {"recompute_statistics": "never"} | train})
+    return text
 
 
 @functools.cache

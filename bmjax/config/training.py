@@ -125,6 +125,24 @@ class StageConfig:
         check(self.lr_scale > 0, "stages.lr_scale", self.lr_scale, "> 0")
 
 
+def mesh_axes(text: str) -> dict[str, int]:
+    """The sizes of the axes `data` and `model` of a mesh as `train.mesh` writes it; `data` -1 stands for the rest.
+
+    Raises:
+      ValueError: it is not of that form.
+    """
+    axes = {"data": -1, "model": 1}
+    parts = [part.partition("=") for part in text.replace(" ", "").split(",")]
+    names = [name for name, _, _ in parts]
+    least = {"data": -1, "model": 1}
+    for name, _, size in parts:
+        whole = size.removeprefix("-").isdecimal()
+        ok = name in axes and names.count(name) == 1 and whole and int(size) >= least[name] and int(size) != 0
+        check(ok, "train.mesh", text, "data=N, or data=N,model=M (data=-1: as many as there are)")
+        axes[name] = int(size)
+    return axes
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """The loop."""
@@ -142,7 +160,21 @@ class TrainConfig:
     `bfloat16_3x`: on TPUs three products of bfloat16, near float32; on GPUs it is TF32. Other types do not care."""
     parallel: Literal["jit", "pmap"] = "jit"
     devices: int | None = None
-    """Number of devices; none: all."""
+    """Number of devices, over all hosts; none: all."""
+    mesh: str = "data=-1"
+    """How the devices are laid out: `data=4` divides each batch over four, `data=4,model=2` divides kernels over two
+    devices besides, by their output channels; `data=-1`: as many as there are, as far as the batch divides."""
+    shard_params: bool = False
+    """Divide parameters, moving average and optimizer state over `data` too, so that a device holds its part alone and
+    gathers the others when it needs them: less memory, more traffic. Arrays of at least 1,024 values, each along its
+    longest side that divides; the others stay whole."""
+    logical_shards: int | None = None
+    """Compute each batch in so many parts, whatever the number of devices, and add up their gradients in a fixed order:
+    the same bits on any number of devices that leaves each two parts or more, of one kind of device and version.
+    Batch-norm then sees a part (a ghost batch) alone; each device holds the gradient of all its parts. None: off."""
+    remat: tuple[str, ...] = ()
+    """Stages of the backbone whose feature maps are computed again on the way back instead of being kept, as in
+    `--train.remat conv2 conv3`; `all`: each. Less memory, about a third more work, the same numbers."""
     loss: str = "cross_entropy"
     """`cross_entropy`, as the fields below say; or one of yours, `module:name` or `path.py`: make(counts [k],
     **options) gives loss(logits [b, k], labels int [b]) -> [b]."""
@@ -245,6 +277,17 @@ class TrainConfig:
             self.early_stop_epochs,
             ">= 1",
         )
+        mesh_axes(self.mesh)
+        divided = self.shard_params or mesh_axes(self.mesh)["model"] > 1
+        check(
+            not divided or self.parallel == "jit", "train.parallel", self.parallel, "'jit' for a state that is divided"
+        )
+        if (shards := self.logical_shards) is not None:
+            ok = shards >= 2 and self.batch_size % shards == 0
+            check(ok, "train.logical_shards", shards, f"a divisor of batch_size ({self.batch_size}), at least 2")
+            whole = self.accumulate == 1 and self.parallel == "jit" and not divided
+            expected = "none with accumulate, pmap, shard_params or an axis 'model'"
+            check(whole, "train.logical_shards", shards, expected)
         check(self.workers >= 1, "train.workers", self.workers, ">= 1")
 
 

@@ -158,20 +158,25 @@ def read_ahead(items: Iterator[T], count: int = 2) -> Iterator[T]:
             yield item
 
 
-def eval_batches(dataset: Dataset, rows: np.ndarray, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
+def eval_batches(
+    dataset: Dataset, rows: np.ndarray, batch_size: int, part: tuple[int, int] = (0, 1)
+) -> Iterator[dict[str, np.ndarray]]:
     """Every row once, in order, in batches of one shape; the last is padded.
 
     A batch is as in training, without "position", and with "weight" float32 [b], 1 for an image and 0 for padding.
+    `part` (i, n): images are those of part i of n equal parts of each batch, all else is of the whole batch.
     """
+    i, n = part
+    mine = slice(i * batch_size // n, (i + 1) * batch_size // n)
     rows = np.asarray(rows, np.int32)
     for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
+        chosen = rows[start : start + batch_size]
         weight = np.zeros(batch_size, np.float32)
-        weight[: len(part)] = 1.0
-        part = np.concatenate([part, np.repeat(part[-1:], batch_size - len(part))])
+        weight[: len(chosen)] = 1.0
+        chosen = np.concatenate([chosen, np.repeat(chosen[-1:], batch_size - len(chosen))])
         yield {
-            "image": np.asarray(dataset.images[part]),
-            "label": dataset.labels[part],
-            "index": part,
+            "image": np.asarray(dataset.images[chosen[mine]]),
+            "label": dataset.labels[chosen],
+            "index": chosen,
             "weight": weight,
         }

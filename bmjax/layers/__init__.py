@@ -14,9 +14,10 @@ from bmjax.layers.ops import (
     round_channels,
     unit_mean,
 )  # fmt: skip
+from bmjax.layers.remat import by_stage
 
 __all__ = [
     "BATCH_AXIS", "BatchNorm", "Conv", "Dropout", "NormMode", "Tap", "all_reversed", "all_sum", "at_least_float32",
-    "batch_statistics", "global_average", "largest_divisor", "max_pool", "mean_and_deviation", "over_channels",
-    "platform", "prepare", "round_channels", "traced_for", "unit_mean",
+    "batch_statistics", "by_stage", "global_average", "largest_divisor", "max_pool", "mean_and_deviation",
+    "over_channels", "platform", "prepare", "round_channels", "traced_for", "unit_mean",
 ]  # fmt: skip

@@ -14,6 +14,9 @@ import jax.numpy as jnp
 BATCH_AXIS = "data"
 """Name of the device axis over which a batch is split, where it is bound."""
 
+SHARD_AXIS = "shard"
+"""Name of the device axis over which logical shards are divided; layers see one shard's rows and sum over nothing."""
+
 
 def axis_size() -> int | None:
     """How many devices share the batch; None where the axis `BATCH_AXIS` is not bound."""
@@ -40,6 +43,27 @@ def all_reversed(x: jax.Array) -> jax.Array:
     # Device i of d holds the batch's i-th stretch, so the reverse's is that of device d - 1 - i, reversed.
     everyone = jax.lax.all_gather(x, BATCH_AXIS)
     return everyone[everyone.shape[0] - 1 - jax.lax.axis_index(BATCH_AXIS)][::-1]
+
+
+def shard_devices() -> int:
+    """How many devices share the logical shards of a batch; 1 where the axis `SHARD_AXIS` is not bound."""
+    try:
+        return jax.lax.axis_size(SHARD_AXIS)
+    except NameError:
+        return 1
+
+
+def shard_numbers(count: int) -> jax.Array:
+    """Numbers int [count] of this device's logical shards among all."""
+    here = jax.lax.axis_index(SHARD_AXIS) if shard_devices() > 1 else 0
+    return here * count + jnp.arange(count)
+
+
+def all_shards(tree: Any) -> Any:
+    """Arrays [n, ...] of this device's logical shards -> those of all devices, in the order of shards."""
+    if shard_devices() == 1:
+        return tree
+    return jax.tree.map(lambda x: jax.lax.all_gather(x, SHARD_AXIS, tiled=True), tree)
 
 
 def batch_count(x: jax.Array) -> int:

@@ -117,7 +117,7 @@ class Checkpoints:
         if (free := shutil.disk_usage(self.folder).free) < need:
             raise OSError(
                 errno.ENOSPC,
-                f"the checkpoint of step {step} needs {need / 1e6:.0f} MB and {free / 1e6:.0f} MB are free; those "
+                f"the checkpoint of step {step} needs {need / 1e6:.1f} MB and {free / 1e6:.1f} MB are free; those "
                 "before it are whole. Free some space and go on with --resume",
                 str(self.folder),
             )

@@ -39,6 +39,7 @@ Which = Literal["best", "last"]
 
 # What may differ between a run and its resume: it changes where and how fast, never which numbers.
 _FREE_TO_CHANGE = {"run_dir", "tracking", "train.devices", "train.workers", "train.parallel", "data.cache_dir"}
+_FREE_TO_CHANGE |= {"train.mesh", "train.shard_params", "train.remat"}
 _FREE_TO_CHANGE |= {"train.checkpoint_epochs", "train.checkpoint_steps", "train.checkpoint_minutes"}
 _FREE_TO_CHANGE |= {"train.final_test", "train.profile", "data.root"}
 
@@ -257,7 +258,22 @@ def owned(run_dir: Path) -> Iterator[None]:
                 f"{run_dir} is being trained by another process ({e}); expected one at a time: wait, or give "
                 "another --run_dir"
             ) from e
+        _remove_half_written(run_dir)
         yield
+
+
+def _remove_half_written(run_dir: Path) -> None:
+    """Removes what killed processes of this machine left half written: `.<name>.<process>`, see `write_text`."""
+    for path in run_dir.glob(".*.*"):
+        pid = path.suffix[1:]
+        if not pid.isdecimal():
+            continue
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            path.unlink(missing_ok=True)
+        except (OSError, OverflowError):
+            continue
 
 
 def load_run(run_dir: str | Path, which: Which = "best", *, devices: int | None = None, trust: bool = False) -> Run:

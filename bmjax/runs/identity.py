@@ -98,8 +98,22 @@ def own_files(config: Config, further: Iterable[Path] = ()) -> dict[str, Path]:
 
 
 def read_environment(run_dir: Path) -> dict[str, Any]:
-    """environment.json; {} of a run of a version that did not write it."""
-    return read_json(run_dir / "environment.json")
+    """environment.json; {} of a run of a version that did not write it.
+
+    Raises:
+      ValueError: it is damaged; names the file.
+    """
+    path = run_dir / "environment.json"
+    found = read_json(path)
+    files, resolved = found.get("files", {}), found.get("resolved", {})
+    try:
+        texts = [entry[name] for entry in files.values() for name in ("file", "sha256", "copy")]
+        texts += [text for written, now in resolved.values() for text in (written, now)]
+        if not all(isinstance(text, str) for text in texts):
+            raise TypeError
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{path} is damaged at 'files' or 'resolved'; put it back from a copy, or remove it") from e
+    return found
 
 
 def _paths(config: Config) -> dict[str, str]:

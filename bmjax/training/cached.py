@@ -72,7 +72,10 @@ def check(config: Config) -> None:
             f"config field 'features.views' is {config.features.views}; expected 0, for nothing is augmented"
         )
     if jax.process_count() > 1:
-        raise ValueError(f"{jax.process_count()} processes; cached features are trained on by one")
+        raise ValueError(
+            f"config field 'features.cached' is True; expected False with {jax.process_count()} processes, for cached "
+            "features are trained on by one (compare: --end-to-end)"
+        )
 
 
 class Programs:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
-import jax
 import numpy as np
 
 from bmjax.config.base import Config
@@ -24,7 +23,7 @@ from bmjax.model.parameters import Tree
 from bmjax.registry import label_of
 from bmjax.runs.folder import run_folder
 from bmjax.runs.state import Progress, TrainState
-from bmjax.training import optim, statistics
+from bmjax.training import hosts, optim, statistics
 from bmjax.training.keeper import Keeper, Safe
 from bmjax.training.losses import Loss
 from bmjax.training.parallel import Parallel
@@ -107,7 +106,8 @@ def fit(
             if stretch.ends_epoch:
                 placed, is_best = end_epoch(config, engine, placed, step, recorder, plan)
             due = not stretch.ends_epoch or progress.epochs_evaluated % config.train.checkpoint_epochs == 0
-            due = (due and keeper.is_due()) or keeper.is_late()
+            # Clocks of several hosts differ, and all save at the same step.
+            due = hosts.told((due and keeper.is_due()) or keeper.is_late())
             if is_best or due:
                 fetched = engine.fetch(placed)
                 if is_best:
@@ -209,7 +209,8 @@ class ImageEngine:
         self._config, self._model, self._loss, self._parallel = config, model, loss, parallel
         (self._dataset, self._splits), self._signals = data, signals
         self.validates = len(self._splits.val) > 0
-        shard: dict[str, Any] = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        part, parts = parallel.rows
+        shard: dict[str, Any] = {"process_index": part, "process_count": parts}
         shard |= {"workers": config.train.workers, "sampling": config.train.sampling}
         size = config.train.batch_size
         self._batches = TrainBatches(self._dataset, self._splits.train, size, config.seed, **shard)

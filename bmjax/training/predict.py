@@ -33,6 +33,7 @@ from bmjax.runs.folder import (
 from bmjax.runs.metrics import classification_metrics, load_metrics
 from bmjax.runs.records import read_predictions
 from bmjax.runs.tracking import Tracker
+from bmjax.training import hosts
 from bmjax.training.parallel import Parallel
 from bmjax.training.signals import Signals
 from bmjax.training.steps import at_precision, make_eval_step
@@ -64,8 +65,9 @@ class Predictor:
         *,
         features: bool = False,
     ):
-        self._parallel = parallel or Parallel.create(config.train.parallel, config.train.devices)
-        self.batch_size = math.ceil(config.train.eval_batch_size / self._parallel.size) * self._parallel.size
+        kind = config.train.parallel if jax.process_count() == 1 else "jit"
+        self._parallel = parallel or Parallel.create(kind, config.train.devices)
+        self.batch_size = math.ceil(config.train.eval_batch_size / self._parallel.divides) * self._parallel.divides
         self._signals = signals
         self._metrics = load_metrics(config.train.metrics)
         step = at_precision(
@@ -101,7 +103,7 @@ class Predictor:
             landed.append({name: x[real] for name, x in self._parallel.batch_to_host(outputs).items()})
             done.append(batch["index"][real])
 
-        for batch in read_ahead(eval_batches(dataset, rows, self.bucket(len(rows)))):
+        for batch in read_ahead(eval_batches(dataset, rows, self.bucket(len(rows)), self._parallel.rows)):
             if self._signals is not None:
                 self._signals.check()
             flying.append((self._step(variables, self._parallel.put_batch({"image": batch["image"]})), batch))
@@ -116,7 +118,7 @@ class Predictor:
         power of two (times devices) that holds n."""
         if 4 * n > self.batch_size:
             return self.batch_size
-        return self._parallel.size * 2 ** (math.ceil(n / self._parallel.size) - 1).bit_length()
+        return self._parallel.divides * 2 ** (math.ceil(n / self._parallel.divides) - 1).bit_length()
 
     def metrics(self, labels: np.ndarray, probs: np.ndarray, *, intervals: bool = False) -> dict[str, Any]:
         """The figures of labels int [n] and probabilities [n, k], those of the configuration's own included."""
@@ -170,15 +172,16 @@ def evaluate_run(
     """As `evaluate`, of a run that is read already; one predictor serves several splits."""
     if not len(getattr(splits, split)):
         raise ValueError(f"split is {split!r}, which holds no image; expected one that does")
-    if split == "test" and jax.process_index() == 0 and (openings := record_opening(run.run_dir, run.step)) > 1:
+    if split == "test" and hosts.leads() and (openings := record_opening(run.run_dir, run.step)) > 1:
         log.warning(
             "%s: the test split is opened for time %d; a choice made on it is no longer a test", run.run_dir, openings
         )
     probs, done = predictor(run.variables, dataset, getattr(splits, split))
     metrics = predictor.metrics(dataset.labels[done], probs, intervals=True) | {"step": run.step, "checkpoint": which}
-    if jax.process_index() == 0:
-        save_predictions(run.run_dir, split, dataset, probs, done)
-        save_results(run.run_dir, split, metrics)
+    with hosts.together("the predictions were written"):
+        if hosts.leads():
+            save_predictions(run.run_dir, split, dataset, probs, done)
+            save_results(run.run_dir, split, metrics)
     return metrics
 
 

@@ -102,7 +102,8 @@ class Recorder:
     def epoch(self, step: int, record: dict[str, Any], variables: Callable[[], dict[str, Tree]]) -> None:
         """Logs an epoch's figures."""
         self._tracker.log(step, record, kind="epoch")
-        log.info(" ".join(f"{k} {v:.4g}" for k, v in record.items()))
+        said = {k: v for k, v in record.items() if not k.startswith(("seconds/", "memory/"))}
+        log.info(" ".join(f"{k} {v:.4g}" for k, v in said.items()))
         self.event("epoch", step, record, variables)
 
     def close(self) -> None:

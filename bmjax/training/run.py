@@ -28,6 +28,7 @@ from bmjax.runs.folder import Run
 from bmjax.runs.metrics import load_metrics, try_metrics
 from bmjax.runs.state import Progress, TrainState, create_state
 from bmjax.runs.tracking import make_tracker, new_run_id
+from bmjax.training import hosts
 from bmjax.training.cached import MapEngine, Programs
 from bmjax.training.cached import check as check_cached
 from bmjax.training.features import FeatureMaps
@@ -116,27 +117,31 @@ def train_run(
     """As `train`. `prepared` and `signals` are those of a caller that trains several runs; `files` are further ones of
     the user's to record, as the experiment's."""
     if not config.run_dir and not resume:
-        free = folder.free_name(config)
+        free = dataclasses.replace(config, name=hosts.told(folder.free_name(config).name))
         if free.name != config.name:
             log.warning("%s holds a run already; this one is named %r", folder.run_folder(config), free.name)
         config = free
-    config = complete(config, data)
-    run_dir = folder.run_folder(config)
-    folder.check_folder(run_dir, config, resume)
-    with contextlib.nullcontext(signals) if signals else Signals() as watched:
+    with contextlib.nullcontext(signals) if signals else hosts.signals() as watched, contextlib.ExitStack() as lock:
         try:
-            plan = _plan(config, run_dir, data, prepared, watched)
+            with hosts.together("the run was checked"):
+                config = complete(config, data)
+                run_dir = folder.run_folder(config)
+                folder.check_folder(run_dir, config, resume)
+            plan = hosts.first_alone(lambda: _plan(config, run_dir, data, prepared, watched))
             watched.check()
-        except Interrupted:
-            assert watched.stop is not None
-            log.warning("%s: stopped by %s before the first step; nothing is written", run_dir, watched.stop.name)
-            return Result(run_dir, {}, 0, None, interrupted=watched.stop.name)
-        if resume and (found := _finished(config, run_dir, plan.splits)) is not None:
+        except Interrupted as e:
+            stop = e.args[0]
+            run_dir = folder.run_folder(config)
+            log.warning("%s: stopped by %s before the first step; nothing is written", run_dir, stop.name)
+            return Result(run_dir, {}, 0, None, interrupted=stop.name)
+        if resume and (found := hosts.told(_finished(config, run_dir, plan.splits))) is not None:
             return Result(run_dir, found, next(iter(found.values()))["step"], (plan.dataset, plan.splits))
         with watched.gently():
-            one = _One(resume, callbacks, watched, files, quiet=signals is not None)
-            with folder.owned(run_dir) if jax.process_index() == 0 else contextlib.nullcontext():
-                return _train(config, run_dir, plan, one)
+            one = _One(resume, callbacks, watched, files, quiet=signals is not None or not hosts.leads())
+            with hosts.together("the run's folder was opened"):
+                if hosts.leads():
+                    lock.enter_context(folder.owned(run_dir))
+            return _train(config, run_dir, plan, one)
 
 
 def complete(config: Config, data: Dataset | None = None) -> Config:
@@ -160,11 +165,12 @@ def complete(config: Config, data: Dataset | None = None) -> Config:
 
 def _check_statistics(config: Config) -> None:
     """A batch-norm by the statistics of one image learns nothing; refuses it by name."""
-    size = config.train.batch_size // config.train.accumulate
+    size = config.train.batch_size // (config.train.logical_shards or config.train.accumulate)
     modes = {dataclasses.astuple(stage.resolved_batch_norm()) for stage in config.stages}
     if size == 1 and any("train" in by_part for by_part in modes):
+        field = "logical_shards" if config.train.logical_shards else "accumulate"
         raise ValueError(
-            f"config field 'train.accumulate' is {config.train.accumulate} and 'train.batch_size' is "
+            f"config field 'train.{field}' is {getattr(config.train, field)} and 'train.batch_size' is "
             f"{config.train.batch_size}: a batch-norm would see one image at a time and learn nothing; expected at "
             "least 2 images to a micro-batch, or stages.batch_norm with no part in mode 'train'"
         )
@@ -204,7 +210,7 @@ def _plan(config: Config, run_dir: Path, data: Dataset | None, prepared: Prepare
     loss = loss_of(config, dataset, splits)
     model = create(config.model, len(dataset.classes), config.train.dtype)
     size = config.train.batch_size // config.train.accumulate
-    parallel = Parallel.create(config.train.parallel, config.train.devices, size)
+    parallel = Parallel.of(config.train, size)
     shapes = jax.eval_shape(lambda: folder.new_variables(config, model, pretrained=False))
     plans = plan_stages(config, per_epoch, model, shapes["batch_stats"])
     shared: dict[str, Any] = {"loss": loss, "per_epoch": per_epoch, "parallel": parallel, "signals": signals}
@@ -292,19 +298,21 @@ class _One:
 
 def _train(config: Config, run_dir: Path, plan: _Plan, one: _One) -> Result:
     engine, dataset, splits, signals = plan.engine, plan.dataset, plan.splits, one.signals
-    resumes = one.resume and Checkpoints(run_dir / "checkpoints/last").latest() is not None
+    resumes = one.resume and hosts.told(Checkpoints(run_dir / "checkpoints/last").latest() is not None)
     # A checkpoint holds every array, so a resume needs the weights' file no longer.
     state = plan.start(not resumes)
-    run_id = _record(config, run_dir, dataset, splits, one.files)
-    cached = config.features.cached
+    with hosts.together("the run was recorded"):
+        run_id = _record(config, run_dir, dataset, splits, one.files) if hosts.leads() else ""
+    cached, several = config.features.cached, jax.process_count() > 1
     minutes = config.train.checkpoint_minutes
     keeper = Keeper(
         run_dir,
         engine,
         least_seconds=_MAPS_CHECKPOINT_SECONDS if cached else 0.0,
         # Clocks of several hosts differ, and all must save at the same step.
-        most_seconds=math.inf if minutes is None or jax.process_count() > 1 else 60 * minutes,
-        one_at_a_time=cached,
+        most_seconds=math.inf if minutes is None or several else 60 * minutes,
+        # Orbax's processes meet by the number of a save, which two saves at a time would confuse.
+        one_at_a_time=cached or several,
     )
     progress = Progress(run_id=run_id)
     if resumes:
@@ -320,7 +328,7 @@ def _train(config: Config, run_dir: Path, plan: _Plan, one: _One) -> Result:
         resumed_at=int(state.step),
     )
     recorder = Recorder(progress, tracker, dataset, one.callbacks, total=total, quiet=one.quiet)
-    with contextlib.closing(tracker), contextlib.closing(keeper), contextlib.closing(recorder):
+    with contextlib.closing(tracker), hosts.closing(keeper), contextlib.closing(recorder):
         step, whole = fit(config, engine, state, recorder, keeper, signals)
         results: dict[str, dict[str, Any]] = {}
         with contextlib.suppress(Interrupted):
@@ -331,7 +339,7 @@ def _train(config: Config, run_dir: Path, plan: _Plan, one: _One) -> Result:
             level = logging.DEBUG if signals.stop is Pause.PAUSE else logging.WARNING
             log.log(level, "%s: stopped by %s at step %d; resume with --resume", run_dir, signals.stop.name, step)
             return Result(run_dir, {}, step, (dataset, splits), interrupted=signals.stop.name)
-        if results:
+        if results and hosts.leads():
             track_results(run_dir, tracker, dataset, results)
     return Result(run_dir, results, step, (dataset, splits))
 
@@ -340,7 +348,7 @@ def _record(config: Config, run_dir: Path, dataset: Dataset, splits: Splits, fil
     """Writes what the run is, now that all is checked; returns its id."""
     folder.write_config(run_dir, config)
     folder.record_split(run_dir, dataset, splits)
-    return identity.record(run_dir, new_run_id(), config, files) if jax.process_index() == 0 else new_run_id()
+    return identity.record(run_dir, new_run_id(), config, files)
 
 
 def _results(
@@ -356,7 +364,7 @@ def _results(
     trained = Run(run_dir, config, plan.model, variables, plan.dataset.classes, step)
     results = {}
     for split in _wanted(config, plan.splits):
-        known = folder.saved_results(run_dir).get("test") if split == "test" else None
+        known = hosts.told(folder.saved_results(run_dir).get("test") if split == "test" else None)
         if known is None or known["step"] != step:
             known = evaluate_run(trained, split, "best", plan.engine.predictor, plan.dataset, plan.splits)
         results[split] = known

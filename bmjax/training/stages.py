@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bmjax.backbones import stage_of_parameters
 from bmjax.config.base import Config
 from bmjax.config.training import BatchNormConfig, StageConfig
+from bmjax.layers.remat import recomputing
 from bmjax.model.classifier import Classifier
 from bmjax.model.parameters import Path as ParamPath
 from bmjax.model.parameters import Tree, part_of, split_params
@@ -114,10 +116,24 @@ def stage_step(config: Config, model: Classifier, plan: StagePlan, loss: Loss) -
         augmentation=config.augment,
         loss=loss,
         accumulate=config.train.accumulate,
+        logical_shards=config.train.logical_shards,
         ema_decay=config.train.ema_decay,
         image_dtype=image_dtype(config),
     )
-    return at_precision(step, config.train.precision)
+    return at_precision(_recomputing(step, config.train.remat), config.train.precision)
+
+
+def _recomputing(step: Callable, stages: Sequence[str]) -> Callable:
+    """The step, traced with these stages of the backbone computed again on the way back."""
+    if not stages:
+        return step
+
+    @functools.wraps(step)
+    def traced(*args: Any) -> Any:
+        with recomputing(stages):
+            return step(*args)
+
+    return traced
 
 
 def compile_stage(config: Config, model: Classifier, plan: StagePlan, parallel: Parallel, loss: Loss) -> Callable:

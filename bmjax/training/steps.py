@@ -13,7 +13,8 @@ import optax
 from bmjax.config.data import AugmentConfig
 from bmjax.config.training import BatchNormConfig
 from bmjax.data.augment.augment import augment, mix
-from bmjax.layers.collectives import all_sum
+from bmjax.layers.collectives import all_shards, all_sum, shard_devices, shard_numbers
+from bmjax.layers.dispatch import inside_loop
 from bmjax.layers.ops import at_least_float32
 from bmjax.model.classifier import Classifier
 from bmjax.model.parameters import Path, Tree, merge_params, split_params
@@ -48,6 +49,23 @@ def micro_batches(batch: Batch, accumulate: int) -> Batch:
     return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, accumulate, *x.shape[1:]), 1, 0), batch)
 
 
+def sum_over_shards(function: Callable[[Batch, jax.Array], Tree], batch: Batch, key: jax.Array, shards: int) -> Tree:
+    """The sum of function(part, key) over so many parts of the batch, one after another and added in their order.
+
+    A device computes some of the parts, each by itself, so the bits of the sum do not depend on how many devices there
+    are, as long as each has two parts or more (a loop of one is compiled as none).
+    """
+    here = shards // shard_devices()
+    parts = jax.tree.map(lambda x: x.reshape(here, -1, *x.shape[1:]), batch)
+    with inside_loop():
+        results = jax.lax.map(
+            lambda part: function(part[0], jax.random.fold_in(key, part[1])), (parts, shard_numbers(here))
+        )
+    everyone = all_shards(results)
+    first, others = (jax.tree.map(lambda x, at=at: x[at], everyone) for at in (0, slice(1, None)))
+    return jax.lax.scan(lambda total, x: (jax.tree.map(jnp.add, total, x), None), first, others)[0]
+
+
 def make_train_step(
     model: Classifier,
     tx: optax.GradientTransformation,
@@ -57,6 +75,7 @@ def make_train_step(
     augmentation: AugmentConfig,
     loss: Loss = cross_entropy,
     accumulate: int = 1,
+    logical_shards: int | None = None,
     ema_decay: float | None = None,
     image_dtype: Any = jnp.float32,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
@@ -65,13 +84,15 @@ def make_train_step(
     `batch` holds image uint8 [b, h, w, 3], label int32 [b], position int32 [b] (place in the global batch); or label
     and feature_map [b, h, w, c] instead, of a frozen backbone that `state` then lacks: nothing is augmented.
     Mixed images count as of the class that there is most of. Only the trainable part of the parameters is
-    differentiated. The loss is the mean over the global batch.
+    differentiated. The loss is the mean over the global batch. With `accumulate` norms by the batch see its
+    micro-batches, one after another; with `logical_shards` each part by itself, and running statistics move by the
+    mean of the parts' own moves.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         trainable, frozen = split_params(state.params, is_trainable)
         step_key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        count = all_sum(jnp.asarray(batch["label"].shape[0], image_dtype))
+        count = all_sum(jnp.asarray(batch["label"].shape[0] * shard_devices(), image_dtype))
 
         def loss_fn(trainable: Tree, batch_stats: Tree, micro: Batch, key: jax.Array):
             augment_key, dropout_key = jax.random.split(key)
@@ -111,7 +132,11 @@ def make_train_step(
 
         zeros = jax.tree.map(jnp.zeros_like, trainable)
         carry = (zeros, state.batch_stats, jnp.zeros((), image_dtype), jnp.zeros((), jnp.int32))
-        if accumulate == 1:
+        if logical_shards:
+            begun = carry
+            carry = sum_over_shards(lambda part, key: body(begun, (part, key))[0], batch, step_key, logical_shards)
+            carry = (carry[0], jax.tree.map(lambda x: x / logical_shards, carry[1]), *carry[2:])
+        elif accumulate == 1:
             carry, _ = body(carry, (batch, step_key))
         else:
             keys = jax.random.split(step_key, accumulate)

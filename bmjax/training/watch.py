@@ -165,6 +165,10 @@ class Profile:
         """So many steps are done, `result` the state; with `last` no more come."""
         if self._runs and (step >= self._end or last):
             jax.block_until_ready(result)
-            jax.profiler.stop_trace()
             self._runs = False
+            try:
+                jax.profiler.stop_trace()
+            except Exception as e:  # a full disk, say; the run is worth more than its trace
+                log.warning("%s: the trace can't be written: %s", self._folder, " ".join(str(e).split()))
+                return
             log.info("steps %d to %d are traced in %s", self._start, step, self._folder)

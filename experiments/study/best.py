@@ -70,7 +70,7 @@ def selected(s: Settings) -> tuple[dict[str, Any], list[str]]:
     said = []
     for name, roles, fields in DECIDED_BY:
         part = read_part(s.out, name)
-        entries = [entry for role in roles for entry in (part.of(role) if part else [])]
+        entries = list({e.run: e for role in roles for e in (part.of(role) if part else [])}.values())
         if not entries:
             said.append(f"{name}: this part has not run; the value of best.py stands.")
             continue

@@ -82,7 +82,7 @@ def test_report_holds_the_run(run):
     source = path.read_text()
     page, results = Page(source), json.loads((folder / "results.json").read_text())
     assert all(src.startswith("data:image/png;base64,") for src in page.images), "the page refers to another file"
-    assert len(page.images) == 4
+    assert len(page.images) == 5
     for split in ("train", "val", "test"):
         assert interval_text(results[split], "accuracy") in page.text
     for text in (
@@ -104,10 +104,10 @@ def test_report_holds_the_run(run):
 def test_without_images_mistakes_are_listed_by_name(run):
     folder, images = run
     page = Page(write_report(folder).read_text())
-    assert len(page.images) == 3
+    assert len(page.images) == 4
     wrong = read_predictions(folder, "test")
     assert str(wrong.ids[most_wrong(wrong, 1)[0]]) in page.text
-    assert len(Page(write_report(folder, images[:5]).read_text()).images) == 3, "images of other data are shown"
+    assert len(Page(write_report(folder, images[:5]).read_text()).images) == 4, "images of other data are shown"
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from bmjax.cli.main import main
 from bmjax.config import from_json, to_json
 from bmjax.config.experiment import load_experiment
 from bmjax.data.dataset import Dataset
+from bmjax.training import run as training
 
 STUDY = Path(__file__).parents[2] / "experiments/study"
 FILES = sorted(path for path in STUDY.glob("*.py") if path.stem not in ("common", "run"))
@@ -107,7 +108,17 @@ def protocol_run(study_modules, tmp_path_factory):
         patched.setattr(protocol, "LABELS", ("shuffled",))
         part = protocol.run(s, copies)
         patched.setattr("bmjax.training.loop.end_epoch", None)
-        again = protocol.run(s, copies)  # trains nothing
+        train_run, held = training.train_run, []
+
+        def train(config, **options):
+            if not held:
+                held.append(config.run_dir)
+                raise BlockingIOError("another process is at it")
+            return train_run(config, **options)
+
+        patched.setattr(training, "train_run", train)
+        again = protocol.run(s, copies)  # trains nothing, and comes back to the run that was held
+    assert held
     assert again.entries == part.entries
     return s, part
 

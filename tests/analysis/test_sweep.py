@@ -189,4 +189,4 @@ def test_an_experiments_own_sweep_and_callback(config, tmp_path, capsys):
     rows = table(tmp_path)
     assert [row["cell"] for row in rows] == ["name=sgd", "second"]
     assert [row["epochs"] for row in rows] == ["1", "1"], "the callback ended both after the first of two epochs"
-    assert (tmp_path / "lab/second/code/e.py").exists()
+    assert list((tmp_path / "lab/second/code").glob("*/e.py"))

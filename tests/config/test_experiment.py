@@ -207,3 +207,15 @@ def test_configurations_need_no_jax():
     code = "import sys; from bmjax.config.override import *; from bmjax.config import Config\n"
     code += "override(Config(), ['--seed', '3'], 'x'); assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_run_of_before_recomputed_statistics_keeps_the_running_ones():
+    import json
+
+    from bmjax.config.base import Config, from_json, to_json
+
+    values = json.loads(to_json(Config()))
+    assert from_json(json.dumps(values)) == Config()
+    del values["train"]["recompute_statistics"]
+    assert from_json(json.dumps(values)).train.recompute_statistics == "never"
+    assert from_json('{"train": {"batch_size": 8}}').train.recompute_statistics == "auto"

@@ -1,6 +1,5 @@
 """Folders of images: what is found, decoded, cached and refused."""
 
-import json
 import logging
 import os
 import signal
@@ -18,6 +17,7 @@ from bmjax.data.images.cache import cached
 from bmjax.data.images.decode import decode_image
 from bmjax.data.load import load_dataset
 from bmjax.data.sources.folder import list_folder
+from bmjax.files import unsealed_json
 
 
 def save(path, colour, size=(20, 20)):
@@ -162,6 +162,7 @@ import os, signal, sys
 import numpy as np
 from pathlib import Path
 from bmjax.data.images.cache import cached
+from bmjax.files import unsealed_json
 
 def pictures():
     for i in range(100):
@@ -222,7 +223,7 @@ def test_skipped_images_leave_no_hole_in_the_cache(tmp_path):
         assert errors == {0: "bad 0", 3: "bad 3", 599: "bad 599"}
         assert images[:, 0, 0, 0].tolist() == [i % 256 for i in range(600) if i not in errors]
         assert isinstance(images, np.memmap)
-    assert json.loads((tmp_path / "key" / "skipped.json").read_text())[0] == [0, "bad 0"]
+    assert unsealed_json((tmp_path / "key" / "skipped.json").read_text())[0] == [0, "bad 0"]
 
 
 @pytest.mark.shared

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 import tempfile
 from pathlib import Path
 
@@ -77,7 +78,8 @@ def test_numbers_are_labels_too_and_columns_may_lack(folder):
     assert list_table(write(folder / "t.csv", spelled, ("path", "label", "split"))).sides[:3] == ("val", "", "test")
 
 
-def test_an_unreadable_image_keeps_its_neighbours_rows(folder, tmp_path):
+def test_an_unreadable_image_keeps_its_neighbours_rows(folder, tmp_path, caplog):
+    caplog.set_level("INFO")
     (folder / "a/2.png").write_bytes(b"junk")
     table = write(folder / "cells.csv", ROWS)
     config = DataConfig(source="table", root=str(table), image_size=16, cache_dir=str(tmp_path / "cache"))
@@ -87,6 +89,7 @@ def test_an_unreadable_image_keeps_its_neighbours_rows(folder, tmp_path):
         tuple(column) for column in (list(zip(*kept, strict=True))[i] for i in (0, 2, 3))
     ]
     assert dataset.skipped == (("a/2.png", "not an image of a known kind"),)
+    assert "2 classes; 12 files seen, 11 used; passed over: 1 images that can't be read" in caplog.text
 
 
 def test_the_order_of_the_rows_is_the_images(folder, tmp_path):
@@ -206,11 +209,17 @@ def test_without_the_library_the_error_says_what_to_install(tmp_path, monkeypatc
 
 
 def test_labels_that_are_missing_are_refused_by_row_and_column(folder):
-    for label in ("nan", "NaN", "NA", "N/A", "null", "NULL", "<NA>"):
+    for label in ("nan", "NaN", "NA", "N/A", "null", "NULL", "<NA>", "None", "NaT", "#DIV/0!", "-nan", "?"):
         rows = [(path, label if path == "b/1.png" else name) for path, name, *_ in ROWS]
-        with pytest.raises(ValueError, match=rf"row 8, column label: '{label}' is how .* missing.*'class {label}'"):
+        said = rf"row 8, column label: '{re.escape(label)}' is how .* missing.*'class {re.escape(label)}'"
+        with pytest.raises(ValueError, match=said):
             list_table(write(folder / "t.csv", rows, ("path", "label")))
-    for values in ([0.0] * 6 + [float("nan")] * 6, ["BLA"] * 6 + [None] * 6, [0] * 6 + [None] * 6):
+    for values in (
+        [0.0] * 6 + [float("nan")] * 6,
+        [0.0] * 6 + [float("-inf")] * 6,
+        ["BLA"] * 6 + [None] * 6,
+        [0] * 6 + [None] * 6,
+    ):
         table = pa.table({"path": [row[0] for row in ROWS], "label": values})
         pa.parquet.write_table(table, folder / "t.parquet")
         with pytest.raises(ValueError, match=r"row 7 has path 'b/0\.png' and label ''; expected both"):
@@ -255,6 +264,9 @@ def test_labels_that_are_numbers_are_sorted_as_numbers(folder):
         ([True, False] * 6, ("False", "True")),
         (["TRUE", "false"] * 6, ("False", "True")),
         (["1.0", "x"] * 6, ("1.0", "x")),
+        (["1e0", "2E+00", "1e1"] * 4, ("1", "2", "10")),
+        (["1,0", "2,0", "10,0"] * 4, ("1", "2", "10")),
+        (["1e-2", "2.5e0"] * 6, ("1e-2", "2.5e0")),
     ):
         assert list_table(write(folder / "t.csv", list(zip(paths, values)), ("path", "label"))).classes == classes  # noqa: B905
 
@@ -303,8 +315,24 @@ def test_rows_and_texts_that_are_none_are_named(folder, data, message):
         list_table(folder / "t.csv")
 
 
-def test_labels_that_look_alike_are_said(folder, caplog):
-    list_table(write(folder / "t.csv", [("a/0.png", "BLA"), ("a/1.png", "bla"), ("b/0.png", "NGS")], ("path", "label")))
+def test_columns_of_parquet_are_held_to_one_value_a_row(folder):
+    paths = [row[0] for row in ROWS]
+    pa.parquet.write_table(pa.table({"path": paths, "label": [["x"], ["y"]] * 6}), folder / "t.parquet")
+    with pytest.raises(ValueError, match=r"t\.parquet: column 'label' holds list<.*>; expected one text or number"):
+        list_table(folder / "t.parquet")
+    twice = pa.table([pa.array(paths), pa.array(paths), pa.array(paths)], names=["path", "label", "label"])
+    pa.parquet.write_table(twice, folder / "t.parquet")
+    with pytest.raises(ValueError, match=r"columns 2 \('label'\) and 3 \('label'\) are both called label"):
+        list_table(folder / "t.parquet")
+    labels = pa.array(["x", "y"] * 6).dictionary_encode()
+    pa.parquet.write_table(pa.table({"path": paths, "label": labels}), folder / "t.parquet")
+    assert list_table(folder / "t.parquet").classes == ("x", "y")
+
+
+def test_labels_that_look_alike_are_said(folder, tmp_path, caplog):
+    table = write(folder / "t.csv", [("a/0.png", "BLA"), ("a/1.png", "bla"), ("b/0.png", "NGS")], ("path", "label"))
+    config = DataConfig(source="table", root=str(table), image_size=16, cache_dir=str(tmp_path / "cache"))
+    load_dataset(config, progress=False)
     assert "labels 'BLA' and 'bla' are taken for two classes" in caplog.text
 
 

@@ -51,9 +51,11 @@ def test_folders_named_as_sides_are_a_given_split(tmp_path, caplog):
     assert listing.sides == tuple(["test"] * 4 + ["train"] * 4 + ["val"] * 4)
     assert listing.labels.tolist() == [0, 0, 1, 1] * 3
     assert caplog.text.count("TEST, Train, validation are taken for a given split") == 1
-    assert "14 files seen, 12 used; passed over: 1 in system folders, 1 images in no class's folder" in caplog.text
     config = DataConfig(source="folder", root=str(root), image_size=16, cache_dir=str(tmp_path / "cache"))
-    dataset = load_dataset(config, progress=False)
+    with caplog.at_level(logging.INFO):
+        dataset = load_dataset(config, progress=False)
+    said = "r: 2 classes; 14 files seen, 12 used; passed over: 1 in system folders, 1 images in no class's folder"
+    assert caplog.text.count(said) == 1
     splits = split_dataset(dataset, config)
     assert [dataset.ids[i].split("/")[0] for i in splits.val] == ["validation"] * 4
     with zipfile.ZipFile(tmp_path / "r.zip", "w") as archive:
@@ -85,12 +87,48 @@ def test_two_sides_are_enough_in_any_spelling(tmp_path, names):
         (["train/A/0.png", "train/B/0.png"], r"found: train; expected at least two, one a class; .*lie in .*train"),
         (["train/A/0.png", "test/A/0.png"], r"class folders within test, train: A; expected at least two"),
         (["train/A/0.png", "train/B/0.png", "test/A/x.doc"], r"test holds no image"),
+        (
+            [f"{c}/{s}/0.png" for c in "AB" for s in ("train", "Test")],
+            r"A holds the folders Test, train, named as sides",
+        ),
+        ([f"{s}/{c}/0.png" for c in "AB" for s in ("01_train", "02_test")], r"01_train, 02_test look like sides"),
+        (
+            [f"{s}/{c}/0.png" for c in "AB" for s in ("TrainSet", "dev")],
+            r"TrainSet, dev look like sides of a split, for",
+        ),
         (["train/A/0.png", "test/B/0.png", "test/C/x.doc"], r"class 'C' of the given split holds no image"),
     ],
 )
 def test_what_may_be_classes_or_sides_is_refused(tmp_path, names, message):
     with pytest.raises(ValueError, match=message):
         list_folder(write(tmp_path, *names))
+
+
+def test_classes_may_hold_the_words_of_sides(tmp_path):
+    names = ["test negative/1-100/0.png", "train wreck/1-100/1.png", "A/1-100/2.png"]
+    assert list_folder(write(tmp_path, *names)).classes == ("A", "test negative", "train wreck")
+
+
+def test_the_same_folders_in_every_class_are_said(tmp_path, caplog):
+    root = write(tmp_path / "r", *(f"{fold}/{c}/0.png" for fold in ("fold1", "fold2") for c in "AB"))
+    assert list_folder(root).classes == ("fold1", "fold2")
+    assert (
+        "folders fold1, fold2 are taken for the classes, and each holds A, B; if those are the classes" in caplog.text
+    )
+    caplog.clear()
+    list_folder(write(tmp_path / "s", *(f"{c}/{i}-{i}000/0.png" for c in "AB" for i in range(1, 3))))
+    assert not caplog.text
+
+
+def test_copies_in_two_classes_and_names_alike_are_said(tmp_path, caplog):
+    root = write(tmp_path / "r", *(f"{c}/{i}.png" for c in ("\u00e9", "e\u0301", "B") for i in range(2)))
+    (root / "B/0.png").write_bytes((root / "\u00e9/1.png").read_bytes())
+    config = DataConfig(source="folder", root=str(root), image_size=16, cache_dir=str(tmp_path / "cache"))
+    assert len(load_dataset(config, progress=False)) == 6
+    assert "are taken for two classes; are they one?" in caplog.text
+    assert "r: 1 images are copies of one in another class: B/0.png in B and \u00e9/1.png in \u00e9" in caplog.text
+    with pytest.raises(ValueError, match=r"expected one class for each image, since data\.strict is set"):
+        load_dataset(DataConfig(**{**vars(config), "strict": True}), progress=False)
 
 
 def test_one_class_may_be_called_test(tmp_path):

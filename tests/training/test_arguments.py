@@ -121,7 +121,7 @@ def test_arrays_of_any_size_are_read_as_their_files_are(data):
     n, h, w, size = (data.draw(st.integers(1, most)) for most in (3, 40, 40, 24))
     images = np.frombuffer(data.draw(st.binary(min_size=64, max_size=64)), np.uint8)
     images = np.resize(images, (n, h, w, 3))
-    config = DataConfig(source="arrays", image_size=size + 7)
+    config = DataConfig(source="arrays", image_size=size + 15)
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder, f"{i}.png") for i in range(n)]
         for path, image in zip(paths, images, strict=True):

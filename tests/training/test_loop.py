@@ -150,7 +150,7 @@ def test_statistics_that_lag_behind_few_steps_are_said_with_the_remedy():
     said = statistics_lag([plan(0, 39)], 39, 0.38, 0.14)
     assert "accuracy is 0.38 in training and 0.14 in evaluation: after 39 steps" in said
     assert "hold 68 %" in said
-    assert "Train for 299 steps or more" in said
+    assert "(train.recompute_statistics always), train for 299 steps or more" in said
     assert "stages.batch_norm.backbone stats_frozen" in said
     for plans, running, evaluated in (
         ([plan(0, 39)], 0.38, 0.30),  # no gap worth a word

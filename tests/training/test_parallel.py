@@ -10,11 +10,12 @@ import pytest
 from bmjax.data.batches import TrainBatches
 from bmjax.data.load import load_dataset
 from bmjax.data.splits import split_dataset
+from bmjax.layers.ops import largest_divisor
 from bmjax.model.create import create
 from bmjax.runs.folder import new_variables
 from bmjax.runs.state import create_state
 from bmjax.training.losses import make_loss
-from bmjax.training.parallel import Parallel, largest_divisor
+from bmjax.training.parallel import Parallel
 from bmjax.training.predict import Predictor
 from bmjax.training.stages import compile_stage, plan_stages
 
@@ -29,8 +30,9 @@ def run_steps(config, kind, devices):
     variables = new_variables(config, model)
     plan = plan_stages(config, 4, model, variables["batch_stats"])[-1]
     state = create_state(variables, plan.optimizer.tx, plan.is_trainable, seed=3, ema=True)
-    parallel = Parallel.create(kind, devices, config.train.batch_size)
-    assert parallel.size == devices
+    train = dataclasses.replace(config.train, parallel=kind, devices=devices)
+    parallel = Parallel.of(train, config.train.batch_size // config.train.accumulate)
+    assert devices in (parallel.size, None)
     loss = make_loss(config.train, np.bincount(dataset.labels[splits.train]))
     step = compile_stage(config, model, plan, parallel, loss)
     on_devices, losses = parallel.to_devices(state), []
@@ -61,6 +63,110 @@ def test_float64_steps_agree_on_any_devices(tiny_config, accumulate):
             four, four_losses = run_steps(config, kind, 4)
             assert largest_difference(one, four) < 1e-9, kind
             np.testing.assert_allclose(losses, four_losses, rtol=0, atol=1e-9)
+
+
+@pytest.fixture
+def plain_config(tiny_config):
+    """Of few operations, for layouts that each compile a step of their own."""
+    return dataclasses.replace(
+        tiny_config,
+        data=dataclasses.replace(tiny_config.data, image_size=16),
+        augment=dataclasses.replace(type(tiny_config.augment)(), right_angles=False),
+        model=dataclasses.replace(
+            tiny_config.model, backbone="tests.helpers.net:Net", preprocess="tf", attention="none"
+        ),
+        train=dataclasses.replace(tiny_config.train, accumulate=1),
+    )
+
+
+def test_float64_layouts_of_the_state_and_rematerialisation_agree(plain_config):
+    """Parameters and optimizer state divided over devices, kernels by channels, feature maps computed again."""
+    layouts = (
+        {"shard_params": True, "remat": ("all",)},
+        {"mesh": "data=2,model=2", "shard_params": True, "remat": ("fine",)},
+    )
+
+    def on(devices, **fields):
+        train = dataclasses.replace(plain_config.train, dtype="float64", **fields)
+        return run_steps(dataclasses.replace(plain_config, train=train), "jit", devices)[0]
+
+    with jax.enable_x64(True):
+        one = on(1)
+        for layout in layouts:
+            assert largest_difference(one, on(4, **layout)) < 1e-9, layout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "backbone", ["densenet_tiny", "efficientnet_tiny", "mobilenet_v2_tiny", "resnet_tiny", "xception_tiny"]
+)
+def test_every_family_recomputes_its_stages(plain_config, backbone):
+    config = dataclasses.replace(plain_config, data=dataclasses.replace(plain_config.data, image_size=32))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, backbone=backbone))
+    train = dataclasses.replace(config.train, dtype="float64")
+    with jax.enable_x64(True):
+        kept, again = (
+            run_steps(dataclasses.replace(config, train=dataclasses.replace(train, remat=remat)), "jit", 1)[0]
+            for remat in ((), ("all",))
+        )
+    assert largest_difference(kept, again) < 1e-9
+
+
+@pytest.mark.parametrize(("mesh", "share"), [("data=4", 4), ("data=2,model=2", 4), ("data=-1,model=4", 4)])
+def test_a_divided_state_is_in_parts_and_comes_back_whole(mesh, share):
+    parallel = Parallel.create("jit", mesh=mesh, shard_params=True)
+    tree = {"kernel": np.arange(3 * 16 * 64, dtype=np.float32).reshape(3, 16, 64), "bias": np.ones(7, np.float32)}
+    placed = parallel.to_devices(tree)
+    parts = {name: x.addressable_shards[0].data.size for name, x in placed.items()}
+    assert parts == {"kernel": tree["kernel"].size // share, "bias": 7}
+    jax.tree.map(np.testing.assert_array_equal, parallel.to_host(placed), tree)
+    step = parallel.compile_step(lambda s, b: (jax.tree.map(lambda x: x + b["y"].sum(), s), {}))
+    after, _ = step(placed, parallel.put_batch({"y": np.ones(8, np.float32)}))
+    assert {name: x.addressable_shards[0].data.size for name, x in after.items()} == parts
+    np.testing.assert_array_equal(parallel.to_host(after)["kernel"], tree["kernel"] + 8)
+
+
+def test_logical_shards_give_the_same_bits_on_any_devices(plain_config):
+    train = dataclasses.replace(plain_config.train, logical_shards=8)
+    config = dataclasses.replace(plain_config, train=train)
+    model = create(config.model, 7)
+    images = np.random.default_rng(0).integers(0, 256, (16, 16, 16, 3), np.uint8)
+    states, logits = [], []
+    for devices in (1, 2, 4):
+        state, _ = run_steps(config, "jit", devices)
+        parallel = Parallel.of(dataclasses.replace(train, devices=devices), 16)
+        predictor = Predictor(config, model, parallel=parallel)
+        variables = parallel.to_devices({name: state[name] for name in ("params", "batch_stats")})
+        outputs = predictor._step(variables, parallel.put_batch({"image": images}))
+        states.append(state)
+        logits.append(parallel.batch_to_host(outputs)["logits"])
+    for other in states[1:]:
+        jax.tree.map(np.testing.assert_array_equal, other, states[0])
+    np.testing.assert_array_equal(logits[1], logits[0])
+    np.testing.assert_array_equal(logits[2], logits[0])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mesh": "data"}, r"'train\.mesh' is 'data'; expected data=N"),
+        ({"mesh": "data=0"}, r"'train\.mesh' is 'data=0'"),
+        ({"shard_params": True, "parallel": "pmap"}, r"'train\.parallel' is 'pmap'; expected 'jit'"),
+        ({"logical_shards": 3}, r"'train\.logical_shards' is 3; expected a divisor of batch_size"),
+        ({"logical_shards": 4, "accumulate": 2}, r"'train\.logical_shards' is 4; expected none with accumulate"),
+        ({"mesh": "data=4,model=2"}, r"'train\.mesh' is 'data=4,model=2'; expected one that 4 devices hold"),
+        ({"mesh": "model=3"}, r"'train\.mesh' is 'model=3'; expected one that 4 devices hold"),
+        ({"mesh": "data=3"}, r"batches \(or micro-batches\) of 16 images; expected a multiple of 3"),
+        ({"remat": ("conv9",)}, r"'train\.remat' is \('conv9',\).*does not compute conv9"),
+    ],
+)
+def test_a_layout_that_cannot_be_is_refused(plain_config, fields, message):
+    def begin():
+        train = dataclasses.replace(plain_config.train, **fields)
+        run_steps(dataclasses.replace(plain_config, train=train), train.parallel, None)
+
+    with pytest.raises(ValueError, match=message):
+        begin()
 
 
 def test_float32_drift_is_small_and_printed(tiny_config, capsys):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import bmjax
-from bmjax.config import DataConfig, FeaturesConfig, OptimConfig, StageConfig
+from bmjax.config import DataConfig, FeaturesConfig, HeadConfig, OptimConfig, StageConfig
 from bmjax.config.data import AugmentConfig
 from bmjax.config.training import BatchNormConfig
 from bmjax.training.run import _plan, complete, prepare
@@ -120,8 +120,8 @@ def test_few_steps_evaluate_as_well_as_they_train(small):
     """28 steps: by the lagging statistics nearly every cell is of one class; by the recomputed ones it is not."""
     small = dataclasses.replace(
         changed(small, ema_decay=None, accumulate=1, devices=1),
-        data=dataclasses.replace(small.data, synthetic_per_class=20),
-        model=dataclasses.replace(small.model, attention="none"),
+        data=dataclasses.replace(small.data, synthetic_per_class=20, stratify=False),
+        model=dataclasses.replace(small.model, attention="none", head=HeadConfig(widths=(16,), dropout=0.0)),
         optim=OptimConfig(name="adam", lr=0.01),
         stages=(StageConfig(epochs=4),),
     )

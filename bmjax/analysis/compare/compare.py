@@ -30,8 +30,8 @@ from bmjax.data.progress import saying
 from bmjax.files import write_text
 from bmjax.runs.folder import run_folder
 from bmjax.runs.records import read_predictions
+from bmjax.training import hosts
 from bmjax.training.run import train_run
-from bmjax.training.signals import Signals
 
 log = logging.getLogger(__name__)
 __all__ = ["Comparison", "Cost", "Design", "compare", "configurations", "markdown"]
@@ -71,7 +71,7 @@ def compare(
         if tried:
             configs, rates = tuned(configs, tried)
         _Runs(configs, shared).train(at_once)
-        with Signals() as signals:
+        with hosts.signals() as signals:
             openings = open_test(run_folder(config), configs, shared.prepared, signals)
         found = collect(config, configs, baseline, design, looks)
         if design.wanted is None or len(found.decided) == len(found.rows) - 1:
@@ -80,11 +80,12 @@ def compare(
     log.info("%d runs in %.1f min", sum(map(len, configs.values())), (time.perf_counter() - began) / 60)
     found = dataclasses.replace(found, openings=openings, rates=rates, costs=costs(configs, found.classes))
     folder = run_folder(config)
-    write_text(folder / "comparison.json", json.dumps(dataclasses.asdict(found), indent=2))
-    write_text(folder / "comparison.md", markdown(found))
-    log.info("the page: %s", write_page(folder, found))
-    if config.tracking.wandb != "off":
-        track(folder, found, config.tracking)
+    if hosts.leads():
+        write_text(folder / "comparison.json", json.dumps(dataclasses.asdict(found), indent=2))
+        write_text(folder / "comparison.md", markdown(found))
+        log.info("the page: %s", write_page(folder, found))
+        if config.tracking.wandb != "off":
+            track(folder, found, config.tracking)
     return found
 
 
@@ -168,7 +169,8 @@ class _Runs:
         prepared = self._shared.prepared(run) if run.features.cached else None
         result = train_run(run, resume=True, prepared=prepared, signals=self._crew.signals)
         self._crew.signals.check()
-        if run.data.folds or self._word == "trial":  # there are hundreds, each checkpoint with the whole network
+        # There are hundreds, each checkpoint with the whole network.
+        if (run.data.folds or self._word == "trial") and hosts.leads():
             shutil.rmtree(Path(run.run_dir) / "checkpoints" / "last", ignore_errors=True)
         figure = run.train.monitor.removeprefix("-")
         value, took = result.metrics["val"][figure], time.perf_counter() - start

@@ -13,6 +13,7 @@ from bmjax.config.base import Config
 from bmjax.data.dataset import Dataset
 from bmjax.runs.checkpoint import Checkpoints
 from bmjax.runs.folder import Run, load_data, load_run, record_opening, saved_results
+from bmjax.training import hosts
 from bmjax.training.cached import MapPredictor
 from bmjax.training.predict import Predictor, evaluate_run
 from bmjax.training.run import Prepared
@@ -35,7 +36,8 @@ def open_test(
     waiting = [(row, run) for row, runs in configs.items() for run in runs if not is_opened(run)]
     if waiting:
         log.info("the test split is opened for %d runs", len(waiting))
-        record_opening(folder, len(waiting))
+        if hosts.leads():
+            record_opening(folder, len(waiting))
     dataset: Dataset | None = None
     predictors: dict[str, Predictor] = {}
     for row, run in sorted(waiting, key=lambda pair: pair[1].data.fold):

@@ -146,8 +146,10 @@ def _problem(found: dict[str, Any], classes: int) -> str | None:
         return f"method is {found.get('method')!r}"
     for name in ("scale", "shift"):
         values = found.get(name)
-        ok = isinstance(values, list) and len(values) == classes
-        if not ok or not all(isinstance(v, (int, float)) and abs(v) < _MOST for v in values):
+        numbers = (
+            [v for v in values if isinstance(v, (int, float)) and abs(v) < _MOST] if isinstance(values, list) else []
+        )
+        if len(numbers) != classes or values != numbers:
             return f"{name} is {str(values)[:60]}; expected {classes} numbers"
     odd = [name for name in ("n", "step") if not isinstance(found.get(name), int)]
     return f"{odd[0]} is {found.get(odd[0])!r}; expected a whole number" if odd else None

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from bmjax.analysis.evaluate.calibration import Calibration, read_calibration
-from bmjax.analysis.evaluate.reader import Reader, Seen, adapted, adapted_priors, at_priors
+from bmjax.analysis.evaluate.reader import Reader, Seen, adapted_priors, at_priors
 from bmjax.analysis.evaluate.reference import Reference, read_reference
 from bmjax.analysis.evaluate.refusal import Refusal, fit_refusal
 from bmjax.config.data import DataConfig
@@ -166,13 +166,13 @@ class Judge:
         each = [p if calibration is None else calibration(p) for p, calibration in pairs]
         mean = each[0]
         if len(each) > 1:
-            mean = (np.sum(np.stack(each), axis=0, dtype=np.float64) / len(each)).astype(np.float32)
+            mean = np.asarray(np.mean(np.stack(each), axis=0, dtype=np.float64), np.float32)
         return mean if self._priors is None else at_priors(mean, *self._priors)
 
     def adapt(self, images: Sequence[np.ndarray]) -> None:
         """Estimates each run's norms on images uint8 [n, s, s, 3], given for each run; of many, on some of them."""
         for reader, part in zip(self.readers, images, strict=True):
-            reader.variables = adapted(reader.run, part[spread(len(part), TO_ADAPT)])
+            reader.adapt(part[spread(len(part), TO_ADAPT)])
 
     def adapt_priors(self, probs: np.ndarray) -> np.ndarray:
         """From now on, probabilities at the class frequencies [k] estimated from probs [n, k] of the images.

@@ -33,7 +33,7 @@ _looks = jax.jit(jax.vmap(_look))
 
 def _otsu(grey: np.ndarray) -> float:
     """The threshold between two kinds of values 0..255 that leaves them least varied (Otsu 1979)."""
-    counts = np.bincount(grey.astype(np.uint8).ravel(), minlength=256).astype(float)
+    counts = np.bincount(grey.ravel(), minlength=256).astype(float)
     below, sums = counts.cumsum(), (counts * np.arange(256)).cumsum()
     above = below[-1] - below
     gap = sums / np.maximum(below, 1) - (sums[-1] - sums) / np.maximum(above, 1)
@@ -48,11 +48,10 @@ def _scale(image: np.ndarray) -> float:
     from scipy.ndimage import gaussian_filter, label
 
     h, w, _ = image.shape
-    green = gaussian_filter(image[..., 1].astype(np.float32), h / 64)
-    patches, number = label(green <= _otsu(green))
-    if not number:
-        return float(np.log2(1 / h))
-    y, x = np.nonzero(patches)
+    green = gaussian_filter(image[..., 1].astype(np.float32), h / 64).astype(np.uint8)
+    dark = green <= max(_otsu(green), green.min())
+    patches: np.ndarray = label(dark)[0]  # type: ignore[index]
+    y, x = np.nonzero(dark)
     nearest = np.argmin((y - (h - 1) / 2) ** 2 + (x - (w - 1) / 2) ** 2)
     area = int((patches == patches[y[nearest], x[nearest]]).sum())
     return float(0.5 * np.log2(area * 4 / np.pi / (h * w)))

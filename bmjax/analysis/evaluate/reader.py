@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -61,16 +64,41 @@ class Reader:
         energy = -np.logaddexp.reduce(np.asarray(plain["logits"], np.float64), axis=-1)
         return Seen((total / self.views).astype(np.float32), energy, np.asarray(plain["features"], np.float32))
 
+    def adapt(self, images: np.ndarray) -> None:
+        """Sees from now on with norms adapted to images uint8 [n, s, s, 3]: see `adapted`."""
+        self.variables = adapted(self.run, images, update=self._update)
+
+    @functools.cached_property
+    def _update(self) -> Callable[..., Tree]:
+        return make_update(self.run)
+
     def images(self, images: np.ndarray) -> Seen:
         """As a call, of images uint8 [n, s, s, 3], n >= 1, read as the run reads files."""
         return self(unlabelled(images, self.run.classes), np.arange(len(images)))
 
 
-def adapted(run: Run, images: np.ndarray, batch: int = 64, own: int = 64) -> dict[str, Tree]:
+def make_update(run: Run) -> Callable[[Tree, Tree, Any], Tree]:
+    """update(params, batch_stats, images [b, s, s, 3]) -> the batch_stats after one batch in training mode."""
+
+    @jax.jit
+    def update(params: Tree, stats: Tree, images: jax.Array) -> Tree:
+        variables, dropout = {"params": params, "batch_stats": stats}, {"dropout": jax.random.key(0)}
+        _, changed = run.model.apply(
+            variables, images, train=True, output="features", rngs=dropout, mutable=["batch_stats"]
+        )
+        return {**stats, **changed["batch_stats"]}
+
+    return update
+
+
+def adapted(
+    run: Run, images: np.ndarray, *, batch: int = 64, own: int = 64, update: Callable[..., Tree] | None = None
+) -> dict[str, Tree]:
     """The run's variables with the statistics of every norm before the head estimated on images uint8 [n, s, s, 3].
 
     Each layer's mean and variance over the n images, mixed with the run's own, which count as `own` images; no label is
     used. Li et al. 2016, https://arxiv.org/abs/1603.04779; Schneider et al. 2020, https://arxiv.org/abs/2006.16971.
+    `update`: that of `make_update`, made before.
 
     Raises:
       ValueError: fewer than two images.
@@ -78,31 +106,20 @@ def adapted(run: Run, images: np.ndarray, batch: int = 64, own: int = 64) -> dic
     n = len(images)
     if n < 2:
         raise ValueError(f"{n} images to adapt to; expected at least 2")
-    model, old = run.model, run.variables["batch_stats"]
-
-    @jax.jit
-    def update(stats: Tree, part: jax.Array) -> Tree:
-        variables = {"params": run.variables["params"], "batch_stats": stats}
-        dropout = {"dropout": jax.random.key(0)}
-        _, changed = model.apply(variables, part, train=True, output="features", rngs=dropout, mutable=["batch_stats"])
-        return {**stats, **changed["batch_stats"]}
-
+    params, old = run.variables["params"], run.variables["batch_stats"]
+    step = functools.partial(update or make_update(run), params)
     size = min(batch, n)
     parts = [images[min(i, n - size) : min(i, n - size) + size] for i in range(0, n, size)]
     # A norm keeps m * old + (1 - m) * of the batch: from zeros and from ones, m and the batch's own follow.
     zeros, ones = (jax.tree.map(lambda x, v=value: np.full_like(x, v), old) for value in (0, 1))
-    from_zeros = jax.tree.map(np.asarray, update(zeros, parts[0]))
-    keeps = jax.tree.map(lambda one, zero: np.asarray(one) - zero, update(ones, parts[0]), from_zeros)
+    from_zeros = jax.tree.map(np.asarray, step(zeros, parts[0]))
+    keeps = jax.tree.map(lambda one, zero: np.asarray(one) - zero, step(ones, parts[0]), from_zeros)
     sums, squares = jax.tree.map(np.zeros_like, old), jax.tree.map(np.zeros_like, old)
     for part in parts:
-        found = jax.tree.map(np.asarray, update(zeros, part))
+        found = jax.tree.map(np.asarray, step(zeros, part))
         sums = jax.tree.map(np.add, sums, found)
         squares = jax.tree.map(lambda total, x: total + x * x, squares, found)
-    mixed = {
-        "params": run.variables["params"],
-        "batch_stats": _mixed(old, sums, squares, keeps, len(parts), n / (n + own)),
-    }
-    return mixed
+    return {"params": params, "batch_stats": _mixed(old, sums, squares, keeps, len(parts), n / (n + own))}
 
 
 def _mixed(old: Tree, sums: Tree, squares: Tree, keeps: Tree, parts: int, share: float) -> Tree:

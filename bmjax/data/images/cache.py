@@ -6,6 +6,7 @@ digest that is checked when the cache is opened; a cache without them, or a dama
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -21,7 +22,7 @@ from bmjax.data.dataset import Dataset
 from bmjax.data.images.decode import decode_images
 from bmjax.data.images.stain import METHODS, normalised
 from bmjax.data.progress import Meter
-from bmjax.data.sources.listing import Listing, read_each
+from bmjax.data.sources.listing import Listing, Seen, alike, read_each
 from bmjax.environment import check_own_cache, why_foreign
 from bmjax.files import mapped, seal, sealed_json, temporary_folder, unsealed_json
 
@@ -49,11 +50,13 @@ def stained(source: Iterable[np.ndarray | str], config: DataConfig) -> Iterable[
 def listed_dataset(listing: Listing, config: DataConfig, cache_dir: Path, *, progress: bool = True) -> Dataset:
     """The images of a listing, from the cache or decoded into it, as `config` says.
 
-    Unreadable images are left out, and named in one warning and in `skipped`. Files are hashed at every call, so a
+    Unreadable images are left out, and named in one warning and in `skipped`. One line of the log says how many files
+    were seen and what became of them. Files are hashed at every call, so a
     changed file is never taken for its old self.
 
     Raises:
-      ValueError: with `config.strict`, for unreadable images; always for a class all of whose images are unreadable.
+      ValueError: with `config.strict`, for unreadable images and for copies in two classes; always for a class all of
+        whose images are unreadable.
     """
     digests = hash_images(listing)
     entries = list(zip(listing.ids, digests, listing.labels.tolist(), strict=True))
@@ -74,6 +77,12 @@ def listed_dataset(listing: Listing, config: DataConfig, cache_dir: Path, *, pro
         if not (labels == label).any():
             where = os.path.join(listing.origin, name)
             raise ValueError(f"{where}: none of its images can be read; expected at least one")
+    for one, other in alike(listing.classes):
+        log.warning("%s: labels %r and %r are taken for two classes; are they one?", listing.origin, one, other)
+    _check_one_label(listing, digests, config.strict)
+    seen = listing.seen or Seen(files=len(entries))
+    seen = dataclasses.replace(seen, used=len(kept), unreadable=len(errors))
+    log.info("%s: %d classes; %s", listing.origin, len(listing.classes), seen)
     return Dataset(
         name=listing.name or Path(listing.origin).resolve().name,
         classes=listing.classes,
@@ -104,6 +113,25 @@ def _fields(listing: Listing, config: DataConfig) -> list[float] | None:
         assert field is not None
         found.append(field)
     return found
+
+
+def _check_one_label(listing: Listing, digests: Sequence[str], strict: bool) -> None:
+    """Names copies of an image that stand in two classes; a ValueError with `strict`."""
+    first: dict[str, int] = {}
+    pairs = []
+    for i, digest in enumerate(digests):
+        if digest and listing.labels[first.setdefault(digest, i)] != listing.labels[i]:
+            pairs.append((first[digest], i))
+    if not pairs:
+        return
+    classes = [listing.classes[label] for label in listing.labels]
+    named = "; ".join(f"{listing.ids[a]} in {classes[a]} and {listing.ids[b]} in {classes[b]}" for a, b in pairs[:5])
+    message = (
+        f"{listing.origin}: {len(pairs)} images are copies of one in another class: {named}{'; ...' * (len(pairs) > 5)}"
+    )
+    if strict:
+        raise ValueError(f"{message}; expected one class for each image, since data.strict is set")
+    log.warning("%s", message)
 
 
 def cached(

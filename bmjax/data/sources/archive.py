@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import itertools
-import logging
 import stat
 import tarfile
 import zipfile
@@ -18,7 +17,6 @@ from bmjax.data.sources.layout import arrange
 from bmjax.data.sources.listing import Listing, Seen, why_passed_over
 from bmjax.files import printable, reading
 
-log = logging.getLogger(__name__)
 Read = Callable[[], bytes]
 
 
@@ -59,7 +57,6 @@ def list_archive(path: str | Path) -> Listing:
     ids = [images[0][:cut] + inside for inside in layout.ids]
     counts = collections.Counter(reason for reason in reasons.values() if reason)
     seen = Seen(len(members), len(ids), outside=len(images) - len(ids), **counts)
-    log.info("%s: %d classes; %s", path, len(layout.classes), seen)
     reads = [members[name] for name in ids]
     labels = np.array(layout.labels, np.int32)
     return Listing(

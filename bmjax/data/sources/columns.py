@@ -6,6 +6,7 @@ import codecs
 import collections
 import csv
 import io
+import math
 import os
 import re
 from collections.abc import Iterable, Sequence
@@ -30,7 +31,8 @@ def read_columns(path: str | Path, needed: Sequence[str], optional: Sequence[str
     The first line names the columns, after lines that begin with `#`; columns other than those asked for are passed
     over. Names are taken in any case and with spaces around them. Text files are UTF-8, or UTF-16 or UTF-32 with a
     byte-order mark; they are separated by comma, semicolon, tab or |, whichever gives the columns that are needed.
-    In parquet a missing value (null, NaN) is "" and a whole number is written without a point.
+    In parquet a value that is missing or no number (null, NaN, infinity) is "", and a whole number is written without a
+    point.
 
     Raises:
       FileNotFoundError: no such file.
@@ -41,7 +43,7 @@ def read_columns(path: str | Path, needed: Sequence[str], optional: Sequence[str
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file; expected a .csv or .parquet with columns {', '.join(needed)}")
     if path.suffix.lower() == ".parquet":
-        names, values = _read_parquet(path)
+        names, values = _read_parquet(path, needed)
     elif path.suffix.lower() in _TEXT:
         names, rows = _read_text(path, needed)
         values = [[row[i] for row in rows] for i in range(len(names))]
@@ -50,7 +52,9 @@ def read_columns(path: str | Path, needed: Sequence[str], optional: Sequence[str
     places = _places(path, names, (*needed, *optional))
     if missing := [name for name in needed if name not in places]:
         found = ", ".join(name.strip() for name in names if name.strip())
-        raise ValueError(f"{path}: no column {', '.join(missing)} among {found or 'none'}")
+        first = "; the first line names the columns, separated by comma, semicolon, tab or |"
+        hint = first if path.suffix.lower() != ".parquet" else ""
+        raise ValueError(f"{path}: no column {', '.join(missing)} among {found or 'none'}{hint}")
     n = len(values[places[needed[0]]])
     return {name: values[places[name]] if name in places else [""] * n for name in (*needed, *optional)}
 
@@ -107,28 +111,32 @@ def _read_text(path: Path, needed: Sequence[str]) -> tuple[list[str], list[list[
             rows.append(row)
             if len(row) != len(names):
                 raise ValueError(
-                    f"{path}: row {len(rows)} has {len(row)} values; expected {len(names)}, one for each column"
-                    + ("" if len(names) > 1 else f", separated by {separator!r}")
+                    f"{path}: row {len(rows)} has {len(row)} values; expected {len(names)}, one for each column; it is "
+                    f"{separator.join(row)[:60]!r}" + ("" if len(names) > 1 else f", separated by {separator!r}")
                 )
     except csv.Error as e:
         raise ValueError(f"{path}: line {start + reader.line_num}: {e}; expected CSV") from e
     return names, rows
 
 
-def _read_parquet(path: Path) -> tuple[list[str], list[list[str]]]:
+def _read_parquet(path: Path, needed: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     import pyarrow as pa
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path)
+        with pyarrow.parquet.ParquetFile(path) as file:  # takes two columns of one name, which are named later
+            table = file.read()
     except (pa.ArrowException, OSError) as e:
         raise ValueError(f"{path}: {e}") from e
+    for name, kind in zip(table.schema.names, table.schema.types, strict=True):
+        if pa.types.is_nested(kind) and name.strip().lower() in needed:
+            raise ValueError(f"{path}: column {name!r} holds {kind}; expected one text or number in each row")
     return table.column_names, [[_text(value) for value in column.to_pylist()] for column in table.columns]
 
 
 def _text(value: Any) -> str:
     """A value of parquet as text; "" where it is missing."""
-    if value is None or value != value:
+    if value is None or (isinstance(value, float) and not math.isfinite(value)) or value != value:
         return ""
     if isinstance(value, bytes):
         return os.fsdecode(value)

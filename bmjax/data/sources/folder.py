@@ -59,7 +59,7 @@ def list_folder(root: str | Path) -> Listing:
     class in it; classes and paths are sorted.
 
     Images may lie deeper inside a class's folder. Links to folders are followed, each folder once. Passed over, and
-    counted in `seen` and the log: files directly in `root`, system folders, hidden files and folders, broken links, and
+    counted in `seen`: files directly in `root`, system folders, hidden files and folders, broken links, and
     files that aren't images by their suffix.
 
     Raises:
@@ -85,5 +85,4 @@ def list_folder(root: str | Path) -> Listing:
     images = sorted(tree.images, key=lambda path: (path.split("/")[0], path))
     layout = arrange(str(root), images, tree.folders)
     seen = tree.seen(len(layout.ids))
-    log.info("%s: %d classes; %s", root, len(layout.classes), seen)
     return _listing_of_files(Path(root), layout.classes, layout.ids, layout.labels, (), layout.sides, seen)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import re
 from collections.abc import Iterable, Sequence
 
 from bmjax.data.sources.listing import SIDES, SUFFIXES
@@ -39,6 +40,7 @@ def arrange(where: str, images: Sequence[str], folders: Iterable[str]) -> Layout
         if rest:
             inner.add((first, rest[0]))
     sides = {name: SIDES[name.lower()] for name in outer if name and name.lower() in SIDES}
+    _check_depth_of_sides(where, outer, inner)
     given = _is_split(where, outer, inner, sides, images)
     depth = int(given)
     ids = [path for path in images if path.count("/") > depth]
@@ -64,6 +66,57 @@ def arrange(where: str, images: Sequence[str], folders: Iterable[str]) -> Layout
 
 def _names(names: Iterable[str]) -> str:
     return ", ".join(map(printable, sorted(names)))
+
+
+def _check_depth_of_sides(where: str, outer: set[str], inner: set[tuple[str, str]]) -> None:
+    """A ValueError where sides of a split lie within the classes, or under names that only hold `train` or `test`."""
+    within: dict[str, set[str]] = {}
+    for first, second in inner:
+        within.setdefault(first, set()).add(second)
+    for name, folders in sorted(within.items()):
+        if len({SIDES[f.lower()] for f in folders if f.lower() in SIDES}) > 1 and folders <= _spelled(folders):
+            if len(outer) == 1:
+                raise ValueError(
+                    f"{where}: the split {_names(folders)} lies in {printable(name)}; expected it outermost: give "
+                    f"{where}/{printable(name)} as data.root"
+                )
+            raise ValueError(
+                f"{where}: {printable(name)} holds the folders {_names(folders)}, named as sides of a split are; "
+                f"expected the sides outermost and the classes within them, as in train/{printable(name)}: move "
+                f"them, {_TABLE}"
+            )
+    others = outer - _spelled(outer)
+    like = {
+        name: side for name in others for word in re.findall("[a-z]+", name.lower()) if (side := _SIDE_OF.get(word))
+    }
+    shared = set.intersection(*(within.get(name, set()) for name in like)) if len(set(like.values())) > 1 else set()
+    if len(shared) > 1:
+        raise ValueError(
+            f"{where}: folders {_names(like)} look like sides of a split, for all hold {_names(shared)}; expected "
+            f"sides called train, val and test: rename them, {_TABLE}"
+        )
+    everywhere = {frozenset(within.get(name, ())) for name in others}
+    alike = next(iter(everywhere)) if len(everywhere) == 1 and len(others) > 1 and others == outer else frozenset()
+    if len(alike) > 1 and all(re.search(r"[^\W\d_]", name) for name in alike):  # `0001-1000` is a stretch of files
+        log.warning(
+            "%s: folders %s are taken for the classes, and each holds %s; if those are the classes, they must stand "
+            "outermost",
+            where,
+            _names(others),
+            _names(alike),
+        )
+
+
+_SIDE_OF = {word: side for word, side in SIDES.items() if word} | {
+    **dict.fromkeys(("trainset", "trainingset", "traindata"), "train"),
+    **dict.fromkeys(("dev", "eval", "evaluation", "valset", "validationset", "validate"), "val"),
+    **dict.fromkeys(("tests", "testset", "testdata", "holdout"), "test"),
+}
+
+
+def _spelled(names: set[str]) -> set[str]:
+    """Those of the names that are a side's."""
+    return {name for name in names if name and name.lower() in SIDES}
 
 
 def _is_split(

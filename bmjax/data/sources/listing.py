@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +18,7 @@ from bmjax.data.images.decode import read_file
 
 Found = TypeVar("Found")
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif"})
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".tif", ".tiff", ".webp", ".gif"})
 
 # How sources spell the sides of a split, in any case.
 SIDES = {
@@ -33,17 +35,29 @@ SIDES = {
 # Folders that systems and tools leave beside the images, in any case; what they hold is no data of the user's.
 SYSTEM_FOLDERS = frozenset(
     (
-        *("@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "__macosx", "__pycache__"),
-        *("$recycle.bin", "recycler", "system volume information", "found.000", "lost+found", "thumbs"),
+        *(
+            "@eadir",
+            "@tmp",
+            "@sharebin",
+            "@recycle",
+            "@recently-snapshot",
+            "#recycle",
+            "#snapshot",
+            "__macosx",
+            "__pycache__",
+        ),
+        *("~snapshot", "_gsdata_", "temporary items", "network trash folder", "_vti_cnf"),
+        *("$recycle.bin", "recycler", "recycled", "system volume information", "found.000", "lost+found", "thumbs"),
         *(".ipynb_checkpoints", ".appledouble", ".trashes", ".spotlight-v100", ".fseventsd", ".temporaryitems"),
         *(".documentrevisions-v100", ".git", ".svn", ".cache", ".thumbnails", ".trash"),
+        *("thumbnails", "_thumbs", "cvs"),
     )
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """What a folder or an archive holds, by what became of it: `files` is the sum of `used` and all passed over.
+    """What a source holds, by what became of it: `files` is the sum of `used` and all passed over.
 
     A link that is not followed counts as one file.
     """
@@ -62,6 +76,8 @@ class Seen:
     """Links to a folder that is read already, or that holds the link itself."""
     outside: int = 0
     """Images beside the classes' folders."""
+    unreadable: int = 0
+    """Images that can't be read, which decoding finds."""
     links: int = 0
     """Links to folders that were followed; the files behind them are counted above."""
 
@@ -73,6 +89,7 @@ class Seen:
             "broken links": self.broken,
             "links to a folder that is read already": self.again,
             "images in no class's folder": self.outside,
+            "images that can't be read": self.unreadable,
         }
         text = f"{self.files} files seen, {self.used} used"
         if self.files > self.used:
@@ -104,6 +121,20 @@ class Listing:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+
+def alike(classes: Sequence[str]) -> list[tuple[str, str]]:
+    """Pairs of names that differ in case, spaces or the form of their accents alone, or as numbers not at all: most
+    often one class."""
+    seen: dict[str, str] = {}
+    pairs = []
+    for name in classes:
+        key = unicodedata.normalize("NFKC", "".join(name.lower().split()))
+        key = "".join(c for c in key if unicodedata.category(c) != "Cf")  # of no width
+        key = str(int(key)) if re.fullmatch(r"[+-]?\d{1,300}", key, re.ASCII) else key
+        if (other := seen.setdefault(key, name)) != name:
+            pairs.append((other, name))
+    return pairs
 
 
 def read_each(listing: Listing, function: Callable[[bytes], Found], otherwise: Found) -> list[Found]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections.abc import Sequence
@@ -11,9 +10,14 @@ from pathlib import Path
 from bmjax.data.sources.columns import read_columns
 from bmjax.data.sources.listing import SIDES, Listing, _listing_of_files
 
-log = logging.getLogger(__name__)
 # How tables spell a value that is missing, in any case.
-_MISSING = frozenset({"", "nan", "na", "n/a", "#n/a", "<na>", "null"})
+_MISSING = frozenset(
+    (
+        *("", "?", "na", "#na", "<na>", "n/a", "#n/a", "#n/a n/a", "nan", "-nan", "nat", "null"),
+        *("1.#ind", "-1.#ind", "1.#qnan", "-1.#qnan"),
+        *("#div/0!", "#name?", "#null!", "#num!", "#ref!", "#value!"),
+    )
+)
 
 
 def list_table(path: str | Path) -> Listing:
@@ -38,7 +42,6 @@ def list_table(path: str | Path) -> Listing:
     names, classes = _classes(columns["label"])
     if len(classes) < 2:
         raise ValueError(f"{path}: labels found: {', '.join(classes) or 'none'}; expected at least two")
-    _warn_of_alike(path, classes)
     if absent := [i for i, image in enumerate(ids) if not os.path.isfile(os.path.join(folder, image))]:
         raise FileNotFoundError(
             f"{path}: {len(absent)} of {len(ids)} images are not there, the first {ids[absent[0]]!r} in row "
@@ -53,7 +56,7 @@ def list_table(path: str | Path) -> Listing:
 
 
 def _known(value: str) -> str:
-    return "" if value.lower() in _MISSING else value
+    return "" if value.lower() in _MISSING or value == "None" else value  # "none" may be a class
 
 
 def _check_rows(path: str | Path, ids: Sequence[str], names: Sequence[str], splits: Sequence[str]) -> None:
@@ -111,6 +114,10 @@ def _check_once(path: str | Path, folder: Path, ids: Sequence[str], names: Seque
 
 def _classes(names: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
     """Each row's class, and the classes in order."""
+    if all(re.fullmatch(r"[+-]?\d+,\d+", name, re.ASCII) for name in names):
+        names = [name.replace(",", ".") for name in names]
+    if all(re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d\d?)?", name.lower(), re.ASCII) for name in names):
+        names = [f"{float(name):.0f}" if "e" in name.lower() and float(name) % 1 == 0 else name for name in names]
     if all(re.fullmatch(r"[+-]?\d{1,300}(\.0*)?", name, re.ASCII) for name in names):
         names = [name.split(".")[0] for name in names]
         return list(names), tuple(sorted(set(names), key=lambda name: (int(name), name)))
@@ -119,13 +126,3 @@ def _classes(names: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
     if all(name.lower() in ("true", "false") for name in names):
         names = [name.capitalize() for name in names]
     return list(names), tuple(sorted(set(names)))
-
-
-def _warn_of_alike(path: str | Path, classes: Sequence[str]) -> None:
-    """Names that differ in case or spaces alone, or as numbers not at all, are most often one class."""
-    seen: dict[str, str] = {}
-    for name in classes:
-        key = "".join(name.lower().split())
-        key = str(int(key)) if re.fullmatch(r"[+-]?\d{1,300}", key, re.ASCII) else key
-        if (other := seen.setdefault(key, name)) != name:
-            log.warning("%s: labels %r and %r are taken for two classes; are they one?", path, other, name)

@@ -48,11 +48,11 @@ def test_one_command_trains_every_fold_once(config, capsys, monkeypatch, tmp_pat
     )
     file = tmp_path / "config.json"
     file.write_text(to_json(config))
-    assert main(["folds", str(file), "--k", "3", "--repeats", "2"]) == 0
+    assert main(["folds", str(file), "--k", "2", "--repeats", "2"]) == 0
     out = capsys.readouterr().out
     assert computed == [84], "the maps of all images once for all folds and repetitions"
     kept = json.loads((tmp_path.parent / config.run_dir / "folds.json").read_text())
-    assert [(row["repeat"], row["fold"]) for row in kept["rows"]] == [(r, f) for r in (0, 1) for f in (0, 1, 2)]
+    assert [(row["repeat"], row["fold"]) for row in kept["rows"]] == [(r, f) for r in (0, 1) for f in (0, 1)]
     assert sum(row["n"] for row in kept["rows"]) == 2 * 84
     mean, low, high = kept["means"]["accuracy"]
     assert mean == pytest.approx(np.mean([row["accuracy"] for row in kept["rows"]]))
@@ -62,7 +62,7 @@ def test_one_command_trains_every_fold_once(config, capsys, monkeypatch, tmp_pat
     np.testing.assert_array_equal(every.index, np.arange(84))
     # Again: everything is read, nothing trained.
     monkeypatch.setattr("bmjax.training.run.fit", None)
-    assert folds.run_folds(config, 3, 2).rows == kept["rows"]
+    assert folds.run_folds(config, 2, 2).rows == kept["rows"]
 
 
 def test_wrong_numbers_are_named(config):

@@ -91,6 +91,7 @@ def test_looks_see_colour_focus_and_scale(rendered):
     wide = np.pad(own, ((0, 0), (32, 32), (32, 32), (0, 0)), mode="symmetric")[:, ::2, ::2]
     assert "scale" in foreign(wide)
     assert looks(own).shape == (48, len(LOOKS))
+    assert np.isfinite(looks(np.full((1, 16, 16, 3), 90, np.uint8))).all(), "an empty image has looks too"
     one = looks(own[:1])
     np.testing.assert_allclose(looks(own)[0], one[0], atol=1e-4)
 
