@@ -1,7 +1,7 @@
 """What training on many devices moves and holds.
 
-    python tools/scaling.py gradients [--classes 7]
-    python tools/scaling.py memory [--backbone densenet121 --size 64 --batch 32 --devices 8]
+    python tools/scaling.py gradients [--classes 7] [--backbone NAME]
+    python tools/scaling.py memory [--backbone NAME] [--size 64 --batch 32 --devices 8]
 
 `gradients`: the bytes of gradient that a step adds up over the devices where the whole network trains, by backbone.
 `memory`: of each layout of the state, the bytes of it that one device holds, counted from the arrays on it, and the
@@ -23,18 +23,15 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-def gradients(classes: int) -> str:
-    """A table: parameters and megabytes of gradient in float32, those without weights left out."""
+def gradients(classes: int, names: Sequence[str]) -> str:
+    """A table: parameters and megabytes of gradient in float32."""
     import jax
 
-    from bmjax.backbones import list_backbones
     from bmjax.config import ModelConfig
     from bmjax.model import count_parameters, create, init
 
     lines = ["| backbone | parameters | MB a step | MB sent by each of 8 devices, in a ring |", "|---|---|---|---|"]
-    for name in list_backbones():
-        if name.endswith(("_tiny", "_small")):
-            continue
+    for name in names:
         model = create(ModelConfig(backbone=name, weights=None), classes)
         shapes = jax.eval_shape(lambda model=model: init(model, jax.random.key(0), 96))["params"]
         n = count_parameters(shapes)
@@ -57,7 +54,7 @@ def held(name: str, fields: dict[str, Any], options: argparse.Namespace) -> str:
 
     size, batch = options.size, options.batch
     train = TrainConfig(batch_size=batch, devices=options.devices, **fields)
-    model = ModelConfig(backbone=options.backbone, weights=None, attention="se")
+    model = ModelConfig(backbone=options.backbone, weights=None, preprocess="tf", attention="se")
     config = Config(data=DataConfig(image_size=size), model=model, train=train)
     classifier = create(config.model, options.classes)
     variables = new_variables(config, classifier)
@@ -78,14 +75,18 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("gradients", "memory"))
     parser.add_argument("--classes", type=int, default=7)
-    parser.add_argument("--backbone", default="densenet121")
+    parser.add_argument("--backbone", help="default: all that have published weights; of memory, densenet121")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--devices", type=int, default=8)
     options = parser.parse_args(words)
     if options.what == "gradients":
-        print(gradients(options.classes))
+        from bmjax.backbones import list_backbones
+
+        published = [name for name in list_backbones() if not name.endswith(("_tiny", "_small"))]
+        print(gradients(options.classes, [options.backbone] if options.backbone else published))
         return
+    options.backbone = options.backbone or "densenet121"
     if "jax" not in sys.modules and "device_count" not in os.environ.get("XLA_FLAGS", ""):
         flag = f"--xla_force_host_platform_device_count={options.devices}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()

@@ -174,7 +174,7 @@ def test_two_processes_are_one_stopped_and_resumed_and_evaluated(folder):
     ended = together(train, 2, 1, cwd=folder, SIGNAL_AT="5 1", **settings(folder))
     assert [code for code, _, _ in ended] == [143, 143], ended
     assert "stopped by SIGTERM at step" in ended[0][2]
-    assert ended[1][1] == "", "host 0 alone speaks"
+    assert [line for line in ended[1][1].splitlines() if "Gloo" not in line] == [], "host 0 alone speaks"
     step, _ = state_of(folder / "two")
     assert 5 < step < 14
     run_alone([*train, "--resume"], folder, devices=2, **settings(folder))
