@@ -12,15 +12,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bmjax.analysis.several import width
 from bmjax.analysis.sweep import plan as plans
 from bmjax.analysis.sweep.cells import Cell
 from bmjax.analysis.sweep.checks import checked
-from bmjax.analysis.sweep.halving import halve
+from bmjax.analysis.sweep.here import train_here
+from bmjax.analysis.sweep.page import write_page
 from bmjax.analysis.sweep.plan import Plan
 from bmjax.analysis.sweep.rows import FAILED, FINISHED, Row, read_row, score
 from bmjax.analysis.sweep.table import ranked
-from bmjax.analysis.sweep.work import Round, Trainer
+from bmjax.analysis.sweep.workers import run_workers
 from bmjax.config.base import Config
 
 log = logging.getLogger(__name__)
@@ -79,9 +79,6 @@ def run_sweep(
 
 def execute(plan: Plan, workers: int = 1) -> Sweep:
     """Does what a plan says, in this process or by workers; writes the tables and the page."""
-    from bmjax.analysis.sweep.page import write_page
-    from bmjax.analysis.sweep.workers import run_workers
-
     began = time.perf_counter()
     plans.save(plan)
     if workers == 1:
@@ -96,29 +93,3 @@ def execute(plan: Plan, workers: int = 1) -> Sweep:
         "%d cells in %.1f min; page: %s", len(rows), (time.perf_counter() - began) / 60, plan.folder / "sweep.html"
     )
     return sweep
-
-
-def train_here(plan: Plan) -> list[Row]:
-    """Trains the cells in this process, beside others on the same folder; every cell's row.
-
-    Raises:
-      Interrupted: a signal came.
-    """
-    trainer = Trainer(plan)
-    if plan.tune is not None:
-        from bmjax.analysis.sweep.search import search
-
-        cells = search(trainer, plan)
-    else:
-        cells = list(plan.cells)
-        at_once = width(plan.at_once, all(cell.config.features.cached for cell in cells))
-        if plan.halving is not None:
-            halve(trainer, plan, at_once)
-        else:
-            Round(trainer, plan, cells).run(at_once)
-    trainer.write(cells)
-    if trainer.beside:
-        most = max(trainer.beside)
-        mean = sum(trainer.beside) / len(trainer.beside)
-        log.info("beside training, the sweep took %.2f s a cell (at most %.2f)", mean, most)
-    return [trainer.rows[cell.name] for cell in cells]

@@ -112,8 +112,8 @@ def main(folder: str, cores: str) -> int:
     for noisy in ("absl", "jax", "orbax", "grain", "bmjax.training"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     _follow_parent()
+    from bmjax.analysis.sweep.here import train_here
     from bmjax.analysis.sweep.plan import load
-    from bmjax.analysis.sweep.run import train_here
 
     try:
         train_here(load(Path(folder)))
