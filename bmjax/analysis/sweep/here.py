@@ -1,4 +1,4 @@
-"""The part of a sweep that one process trains."""
+"""What one process does for a sweep."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from bmjax.analysis.several import width
 from bmjax.analysis.sweep.halving import halve
 from bmjax.analysis.sweep.plan import Plan
 from bmjax.analysis.sweep.rows import Row
+from bmjax.analysis.sweep.search import search
 from bmjax.analysis.sweep.work import Round, Trainer
 
 log = logging.getLogger(__name__)
@@ -21,8 +22,6 @@ def train_here(plan: Plan) -> list[Row]:
     """
     trainer = Trainer(plan)
     if plan.tune is not None:
-        from bmjax.analysis.sweep.search import search
-
         cells = search(trainer, plan)
     else:
         cells = list(plan.cells)

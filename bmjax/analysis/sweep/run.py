@@ -16,9 +16,11 @@ from bmjax.analysis.sweep import plan as plans
 from bmjax.analysis.sweep.cells import Cell
 from bmjax.analysis.sweep.checks import checked
 from bmjax.analysis.sweep.here import train_here
+from bmjax.analysis.sweep.page import write_page
 from bmjax.analysis.sweep.plan import Plan
 from bmjax.analysis.sweep.rows import FAILED, FINISHED, Row, read_row, score
 from bmjax.analysis.sweep.table import ranked
+from bmjax.analysis.sweep.workers import run_workers
 from bmjax.config.base import Config
 
 log = logging.getLogger(__name__)
@@ -77,9 +79,6 @@ def run_sweep(
 
 def execute(plan: Plan, workers: int = 1) -> Sweep:
     """Does what a plan says, in this process or by workers; writes the tables and the page."""
-    from bmjax.analysis.sweep.page import write_page
-    from bmjax.analysis.sweep.workers import run_workers
-
     began = time.perf_counter()
     plans.save(plan)
     if workers == 1:
