@@ -75,7 +75,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("gradients", "memory"))
     parser.add_argument("--classes", type=int, default=7)
-    parser.add_argument("--backbone", help="default: all that have published weights; of memory, densenet121")
+    parser.add_argument("--backbone", help="default: all that have published weights; of memory, resnet50")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--devices", type=int, default=8)
@@ -86,7 +86,7 @@ def main(words: Sequence[str] | None = None) -> None:
         published = [name for name in list_backbones() if not name.endswith(("_tiny", "_small"))]
         print(gradients(options.classes, [options.backbone] if options.backbone else published))
         return
-    options.backbone = options.backbone or "densenet121"
+    options.backbone = options.backbone or "resnet50"
     if "jax" not in sys.modules and "device_count" not in os.environ.get("XLA_FLAGS", ""):
         flag = f"--xla_force_host_platform_device_count={options.devices}"
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip()

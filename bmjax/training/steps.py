@@ -66,6 +66,23 @@ def sum_over_shards(function: Callable[[Batch, jax.Array], Tree], batch: Batch, 
     return jax.lax.scan(lambda total, x: (jax.tree.map(jnp.add, total, x), None), first, others)[0]
 
 
+def _over_parts(
+    body: Callable[..., tuple[tuple, None]],
+    carry: Any,
+    batch: Batch,
+    key: jax.Array,
+    accumulate: int,
+    shards: int | None,
+) -> Any:
+    """The carry (gradients, running statistics, loss, correct) after a batch, at once or in parts."""
+    if shards:
+        sums = sum_over_shards(lambda part, key: body(carry, (part, key))[0], batch, key, shards)
+        return (sums[0], jax.tree.map(lambda x: x / shards, sums[1]), *sums[2:])
+    if accumulate == 1:
+        return body(carry, (batch, key))[0]
+    return jax.lax.scan(body, carry, (micro_batches(batch, accumulate), jax.random.split(key, accumulate)))[0]
+
+
 def make_train_step(
     model: Classifier,
     tx: optax.GradientTransformation,
@@ -132,15 +149,7 @@ def make_train_step(
 
         zeros = jax.tree.map(jnp.zeros_like, trainable)
         carry = (zeros, state.batch_stats, jnp.zeros((), image_dtype), jnp.zeros((), jnp.int32))
-        if logical_shards:
-            begun = carry
-            carry = sum_over_shards(lambda part, key: body(begun, (part, key))[0], batch, step_key, logical_shards)
-            carry = (carry[0], jax.tree.map(lambda x: x / logical_shards, carry[1]), *carry[2:])
-        elif accumulate == 1:
-            carry, _ = body(carry, (batch, step_key))
-        else:
-            keys = jax.random.split(step_key, accumulate)
-            carry, _ = jax.lax.scan(body, carry, (micro_batches(batch, accumulate), keys))
+        carry = _over_parts(body, carry, batch, step_key, accumulate, logical_shards)
         grads, batch_stats, total, correct = all_sum(carry[0]), carry[1], all_sum(carry[2]), all_sum(carry[3])
         updates, opt_state = tx.update(grads, state.opt_state, trainable)
         params = merge_params(optax.apply_updates(trainable, updates), frozen)
