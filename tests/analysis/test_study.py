@@ -216,7 +216,7 @@ def test_the_report_shows_every_part(protocol_run, capsys):
         assert "loss nan" in shown
         assert "no difference to a can be shown" in shown
     assert "x\\|y" in written
-    assert page.count("<img") == 6
+    assert page.count("<img") == 5
     assert "<b>cells" not in page
     assert "http" not in page.replace("http://www.w3.org", "")
     results = records.results_of(s.out / part.entries[0].run)["test"]
