@@ -213,7 +213,7 @@ class Part:
 
     header: tuple[str, ...]
     cases: list[Any]
-    row: Callable[[Any, int], list[str]]
+    row: Callable[..., list[str]]
     repeats: int
 
     def print(self, pool: concurrent.futures.Executor) -> None:
