@@ -16,6 +16,8 @@ if not ON_ACCELERATOR:
     if "xla_force_host_platform_device_count" not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=4".strip()
 os.environ.setdefault("KERAS_BACKEND", "jax")
+# Many tests compile the same small programs, each in well under the second that jax asks for by itself.
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
 

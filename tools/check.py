@@ -1,8 +1,11 @@
 """All checks, in the order of their cost: `python tools/check.py`. Format, lint, types, tests.
 
+Tests marked `slow`, of a minute or more, are left out: they are `--slow`, a job of its own.
+
 `--quick`: lint, types and the tests that see most for their time: floors, configuration, contracts of small members,
 one training and one resume by each engine; under three minutes on 2 cores with compiled programs in the cache.
-`--slow`: only the properties that Hypothesis tries on trees, tables and arrays, 5,000 examples of each instead of 200.
+`--slow`: only the tests marked so, and the properties that Hypothesis tries on trees, tables and arrays, 5,000 examples
+of each instead of 200.
 `--accelerator`: only the tests marked so, on whatever devices jax finds (a GPU, a TPU, else CPUs); they need no more
 than what bmjax trains with. Further arguments go to pytest. Exits with the first failure.
 """
@@ -17,7 +20,7 @@ CHECKS = (
     ("ruff", "check", "."),
     ("pyright", "--pythonpath", sys.executable),
     # Two processes: tracing and most compiling keep one core busy. A file's tests share what they compile.
-    ("pytest", "-n", "2", "--dist", "loadfile"),
+    ("pytest", "-n", "2", "--dist", "loadfile", "-m", "not slow"),
 )
 QUICK = (
     "tests/test_floors.py",
@@ -63,9 +66,10 @@ def main() -> int:
         return on_accelerator(given)
     if "--slow" in given:
         given.remove("--slow")
-        return run("pytest", "-n", "2", "--hypothesis-profile", "slow", *PROPERTIES, *given)
+        properties = run("pytest", "-n", "2", "--hypothesis-profile", "slow", *PROPERTIES, *given)
+        return properties or run("pytest", "-n", "2", "--dist", "loadfile", "-m", "slow", *given)
     if "--quick" in given:
-        given[given.index("--quick") : given.index("--quick") + 1] = ["-m", "not slow", *QUICK]
+        given[given.index("--quick") : given.index("--quick") + 1] = QUICK
     for module, *arguments in CHECKS:
         code = run(module, *arguments, *(given if module == "pytest" else ()))
         if code:
