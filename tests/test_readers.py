@@ -44,12 +44,17 @@ SECONDS = 5
 EXPECTED = (ValueError, OSError)
 
 
+def cpu_seconds():
+    """Of this process and those it has waited for: what other work on the machine does not change."""
+    return sum(os.times()[:4])
+
+
 @pytest.mark.parametrize("name", ["hang.h5", "shape-bomb.h5", "zlib-error.keras"])
 def test_keras_files_that_hung_or_took_the_memory(name):
-    start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start, before = cpu_seconds(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ValueError, match=f"{name}: not a readable Keras weight file, or truncated: .+"):
         keras_files.read(CASES / name)
-    assert time.monotonic() - start < SECONDS
+    assert cpu_seconds() - start < SECONDS
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000
 
 

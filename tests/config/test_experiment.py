@@ -27,7 +27,7 @@ def test_shipped_experiments_round_trip_to_json():
         config, module = load_experiment(str(file))
         assert from_json(to_json(config)) == config
         assert module is not None
-        assert re.search(rf"bmjax (train|sweep) experiments/{re.escape(file.name)}", module.__doc__ or "")
+        assert re.search(rf"bmjax (train|sweep|compare) experiments/{re.escape(file.name)}", module.__doc__ or "")
 
 
 def test_experiments_come_from_a_file_a_config_or_a_run(tmp_path):

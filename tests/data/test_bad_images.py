@@ -215,7 +215,7 @@ def bad(tmp_path):
     for name in ("BLA", "NGS"):
         (root / name).mkdir(parents=True)
         for i in range(3):
-            Image.fromarray(np.roll(noise, i)).save(root / name / f"good{i}.png")
+            Image.fromarray(np.roll(noise, (i, len(name) + ord(name[0])), (0, 1))).save(root / name / f"good{i}.png")
     folder = root / "BLA"
     Image.fromarray(noise).save(folder / "whole.jpg")
     Image.fromarray(noise).save(folder / "whole.png")
