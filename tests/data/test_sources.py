@@ -87,7 +87,7 @@ def test_resize_is_pillows_bilinear_to_a_square(tmp_path):
 
 def test_images_are_decoded_once(config, monkeypatch):
     first = load_dataset(config, progress=False)
-    monkeypatch.setattr("bmjax.data.images.cache.decode_images", lambda read, n, size: iter(()))
+    monkeypatch.setattr("bmjax.data.images.cache.decode_images", lambda *_: iter(()))
     second = load_dataset(config, progress=False)
     np.testing.assert_array_equal(first.images, second.images)
     assert (first.fingerprint, first.hashes) == (second.fingerprint, second.hashes)
@@ -137,7 +137,7 @@ def test_a_kill_leaves_no_cache_that_is_read(config, tmp_path, monkeypatch):
     class Killed(BaseException):
         pass
 
-    def half(read, n, size):
+    def half(read, n, size, fields):
         yield np.zeros((size, size, 3), np.uint8)
         raise Killed
 
