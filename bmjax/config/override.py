@@ -115,15 +115,18 @@ def _structured(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         name = flag.removeprefix("--").replace("-", "_")
         plain = ".".join(part for part in name.split(".") if not part.isdigit())
         known = any(field == plain or field.startswith(f"{plain}.") for field in hints)
-        value = None
+        is_dict, value = typing.get_origin(hints.get(plain)) is dict, None
         if word.startswith("--") and known and hints.get(plain) is not str:
             value = _literal(text if equals else (words or [""])[0])
-        if value is None or (typing.get_origin(hints.get(plain)) is dict and not isinstance(value, dict)):
+        if value is None or (is_dict and not isinstance(value, dict)):
             rest.append(word)
             continue
         if not equals:
             words.pop(0)
-        found |= _leaves(name, value, hints)
+        if is_dict:  # options are checked with what they are options of, which may be another argument
+            rest += [flag, json.dumps(value)]
+        else:
+            found |= _leaves(name, value, hints)
     return found, rest
 
 
