@@ -21,9 +21,10 @@ def server(no_key, monkeypatch):  # noqa: F811
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     server = Server().start()
     monkeypatch.setenv("WANDB_BASE_URL", server.url)
+    wandb.teardown()  # it reads the server's address once
     yield server
     server.stop()
-    wandb.teardown()  # it reads the server's address once
+    wandb.teardown()
 
 
 def log_steps(tracker, *steps):

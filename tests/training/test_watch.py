@@ -37,6 +37,7 @@ def test_the_first_call_of_a_step_says_how_long_it_took(caplog):
     ],
 )
 def test_a_second_compilation_names_the_argument_that_changed(caplog, other, said):
+    caplog.set_level(logging.WARNING, logger="bmjax")
     step = WatchedStep(jax.jit(lambda state, batch: (state + 1, batch["image"].sum()), donate_argnums=0), stage=1)
     state, _ = step(jnp.zeros(3), {"image": np.zeros((4, 3), np.uint8)})
     state, _ = step(state, {"image": np.ones((4, 3), np.uint8)})
