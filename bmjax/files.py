@@ -49,7 +49,8 @@ def write_text(path: Path, text: str, errors: str = "strict") -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Writes a file whole or not at all, also under a kill; of several writers the last one stays."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
+    # The process last: by it a run's folder tells what a killed one has left.
+    temporary = path.with_name(f".{path.name}.{threading.get_ident()}.{os.getpid()}")
     temporary.write_bytes(data)
     os.replace(temporary, path)
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import io
 import json
 import logging
 import os
 import platform
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +29,7 @@ from bmjax.config.base import Config, from_json, to_json
 from bmjax.data.dataset import Dataset
 from bmjax.data.load import load_dataset
 from bmjax.data.splits import Splits, dataset_summary, read_split, split_dataset, write_split
-from bmjax.files import read_json, write_text
+from bmjax.files import read_json, write_bytes, write_text
 from bmjax.model.classifier import Classifier
 from bmjax.model.create import create, init, resolve
 from bmjax.model.parameters import Tree
@@ -235,6 +237,19 @@ def locked(path: Path) -> Iterator[None]:
             return
 
 
+@contextlib.contextmanager
+def waiting_for(path: Path, seconds: float) -> Iterator[None]:
+    """As `locked`, as soon as the file is free, which is asked at such intervals."""
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(locked(path))
+                break
+            except BlockingIOError:
+                time.sleep(seconds)
+        yield
+
+
 def _is_at(file: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(file), path.stat())
@@ -335,12 +350,10 @@ def save_predictions(run_dir: Path, split: str, dataset: Dataset, probs: np.ndar
 
 def save_arrays(run_dir: Path, name: str, **arrays: Any) -> None:
     """predictions_<name>.npz of these arrays, written whole or not at all."""
-    path = run_dir / f"predictions_{name}.npz"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    buffer = io.BytesIO()
     whole: dict[str, Any] = {key: np.asarray(value) for key, value in arrays.items()}
-    with temporary.open("wb") as file:
-        np.savez_compressed(file, **whole)
-    os.replace(temporary, path)
+    np.savez_compressed(buffer, **whole)
+    write_bytes(run_dir / f"predictions_{name}.npz", buffer.getvalue())
 
 
 def saved_results(run_dir: Path) -> dict[str, dict[str, Any]]:

@@ -152,7 +152,7 @@ def leads() -> bool:
 
 def told(value: T) -> T:
     """Process 0's value, of what JSON can hold, on every process."""
-    if jax.process_count() == 1:
+    if not several():
         return value
     from jax.experimental.multihost_utils import broadcast_one_to_all
 
@@ -170,7 +170,7 @@ def together(what: str) -> Iterator[None]:
       Interrupted: another process got a signal within.
       ChildProcessError: another process failed; it has said why.
     """
-    if jax.process_count() == 1:
+    if not several():
         yield
         return
     mine = 0
@@ -196,7 +196,7 @@ def closing(thing: Any) -> Iterator[Any]:
     try:
         yield thing
     except BaseException:
-        if jax.process_count() == 1:
+        if not several():
             thing.close()
         raise
     thing.close()
@@ -204,13 +204,13 @@ def closing(thing: Any) -> Iterator[Any]:
 
 def leave() -> None:
     """Waits for the other processes, so that none misses this one at its end."""
-    if jax.process_count() > 1:
+    if several():
         np.asarray(largest_everywhere(0))
 
 
 def first_alone(make: Callable[[], T]) -> T:
     """Calls a function on process 0, then on the others, which find in the cache what it made."""
-    if jax.process_count() == 1:
+    if not several():
         return make()
     made = None
     with together("reading the data"):
@@ -253,4 +253,4 @@ class SharedSignals(Signals):
 
 def signals() -> Signals:
     """Signals of this process alone, or of all."""
-    return SharedSignals() if jax.process_count() > 1 else Signals()
+    return SharedSignals() if several() else Signals()

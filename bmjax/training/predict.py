@@ -9,7 +9,6 @@ from collections import deque
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import numpy as np
 
 from bmjax.config.arguments import check_choice, check_type
@@ -65,7 +64,7 @@ class Predictor:
         *,
         features: bool = False,
     ):
-        kind = config.train.parallel if jax.process_count() == 1 else "jit"
+        kind = "jit" if hosts.several() else config.train.parallel
         self._parallel = parallel or Parallel.create(kind, config.train.devices)
         self.batch_size = math.ceil(config.train.eval_batch_size / self._parallel.divides) * self._parallel.divides
         self._signals = signals

@@ -303,7 +303,7 @@ def _train(config: Config, run_dir: Path, plan: _Plan, one: _One) -> Result:
     state = plan.start(not resumes)
     with hosts.together("the run was recorded"):
         run_id = _record(config, run_dir, dataset, splits, one.files) if hosts.leads() else ""
-    cached, several = config.features.cached, jax.process_count() > 1
+    cached, several = config.features.cached, hosts.several()
     minutes = config.train.checkpoint_minutes
     keeper = Keeper(
         run_dir,

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from common import DEFAULT, Settings, about, alone, base, choices, facts_of, finish, start, sweep_cells
+from common import DEFAULT, Settings, about, base, choices, facts_of, finish, start, sweep_cells
 
 from bmjax.analysis.study.records import Entry, Part, read_part, results_of
 from bmjax.analysis.study.tables import grouped, mean_of
@@ -110,10 +110,11 @@ def test_once(s: Settings, entry: Entry) -> None:
     import bmjax
     from bmjax.analysis.report.report import write_report
     from bmjax.data import load_dataset
-    from bmjax.runs.folder import read_config
+    from bmjax.runs.folder import read_config, waiting_for
 
     folder = s.out / entry.run
-    with alone(folder / "opening.lock"):
+    # Several processes may run one study, and share its runs.
+    with waiting_for(folder / "opening.lock", 1.0):
         if "test" not in results_of(folder):
             log.info("%s: opening the test split", entry.run)
             bmjax.evaluate(folder, "test")

@@ -7,7 +7,6 @@ attention, five optimizers and four batch sizes. All else here is ours, each cho
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import logging
 import os
@@ -15,7 +14,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -246,21 +245,6 @@ def _entry(s: Settings, fields: dict[str, Any], row: dict[str, Any]) -> Entry:
         shutil.rmtree(run / "checkpoints" / "last", ignore_errors=True)
     fields.pop("name", None)
     return Entry(str(run.relative_to(s.out)), fields, error=error)
-
-
-@contextlib.contextmanager
-def alone(path: Path) -> Iterator[None]:
-    """Waits until no other process holds this lock file: several may run one study, and share its runs."""
-    from bmjax.runs.folder import locked
-
-    with contextlib.ExitStack() as stack:
-        while True:
-            try:
-                stack.enter_context(locked(path))
-                break
-            except BlockingIOError:
-                time.sleep(1)
-        yield
 
 
 def facts_of(run: Path) -> dict[str, Any]:

@@ -54,3 +54,12 @@ def test_what_a_dead_process_left_half_written_goes(tmp_path):
         path.touch()
     with owned(tmp_path):
         assert [path.exists() for path in (left, live, other)] == [False, True, True]
+
+
+def test_what_a_kill_within_a_write_left_goes(tmp_path):
+    die = "import os, pathlib, sys; from bmjax.files import write_text; os.replace = lambda *_: os._exit(9); "
+    die += "write_text(pathlib.Path(sys.argv[1]), 'half')"
+    assert subprocess.run([sys.executable, "-c", die, tmp_path / "results.json"], check=False).returncode == 9
+    assert len(list(tmp_path.iterdir())) == 1
+    with owned(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == ["lock"]

@@ -10,8 +10,6 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bmjax.analysis.several import Crew, width
@@ -20,7 +18,7 @@ from bmjax.analysis.sweep.checks import checked
 from bmjax.analysis.sweep.plan import Plan
 from bmjax.analysis.sweep.rows import FAILED, FINISHED, PAUSED, PRUNED, Row, read_row
 from bmjax.analysis.sweep.work import Trainer, say
-from bmjax.runs.folder import locked
+from bmjax.runs.folder import locked, waiting_for
 from bmjax.training.progress import Event
 from bmjax.training.signals import Pausing
 
@@ -71,7 +69,7 @@ class _Search:
     def turn(self) -> bool:
         """Trains one trial, a new one or one that a killed process has left; False when all are done."""
         with contextlib.ExitStack() as stack:
-            with _waiting_for(self._plan.folder / "optuna.lock"):
+            with waiting_for(self._plan.folder / "optuna.lock", _AGAIN / 2):
                 trial = self._adopted(stack) or self._asked(stack)
             if trial is not None:
                 self._settle(trial)
@@ -167,16 +165,3 @@ class _Search:
 
         row = self._trainer.train(cell, self.crew.signals, [report], watch)
         return row | {"status": PRUNED} if row["status"] == PAUSED else row
-
-
-@contextlib.contextmanager
-def _waiting_for(path: Path) -> Iterator[None]:
-    """Holds a lock file, as soon as it is free."""
-    with contextlib.ExitStack() as stack:
-        while True:
-            try:
-                stack.enter_context(locked(path))
-                break
-            except BlockingIOError:
-                time.sleep(_AGAIN / 2)
-        yield
