@@ -32,7 +32,6 @@ import jax.numpy as jnp
 import numpy as np
 
 # isort: on
-from jax.extend import core
 
 from bmjax.config import ModelConfig
 from bmjax.layers.dispatch import traced_for
@@ -85,7 +84,8 @@ def _equations(jaxpr: Any) -> Iterator[Any]:
 
 
 def _is_program(value: object) -> bool:
-    return isinstance(value, core.Jaxpr | core.ClosedJaxpr)
+    # The two classes of jax 0.10 are one in 0.12.
+    return hasattr(value, "eqns") or hasattr(value, "jaxpr")
 
 
 def _numbers(variables: list[Any]) -> float:
