@@ -306,7 +306,7 @@ def test_settings_of_before_and_wrong_ones():
         with pytest.raises(ValueError, match=r"config field 'data\.(folds|fold|block_size)' is \d"):
             DataConfig(**wrong)
     old["data"]["split_by"] = "patient"
-    with pytest.raises(ValueError, match=r"data\.split_by\s+Input should be 'image', 'group' or 'block'"):
+    with pytest.raises(ValueError, match=r"'data\.split_by' is 'patient'; expected one of 'image', 'group', 'block'"):
         from_json(json.dumps(old))
 
 

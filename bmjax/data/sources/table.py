@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from bmjax.data.sources.listing import SIDES, Listing, _listing_of_files
 # How tables spell a value that is missing, in any case.
 _MISSING = frozenset(
     (
-        *("", "?", "na", "#na", "<na>", "n/a", "#n/a", "#n/a n/a", "nan", "-nan", "nat", "null"),
+        *("", "?", ".", "na", "#na", "<na>", "n/a", "n.a.", "#n/a", "#n/a n/a", "nan", "-nan", "nat"),
+        *("null", "<null>", "(null)", "\\n", "nil", "inf", "+inf", "-inf", "infinity", "-infinity"),
         *("1.#ind", "-1.#ind", "1.#qnan", "-1.#qnan"),
         *("#div/0!", "#name?", "#null!", "#num!", "#ref!", "#value!"),
     )
@@ -79,7 +81,7 @@ def _pixel_sizes(path: str | Path, values: Sequence[str]) -> list[float]:
     found = []
     for row, value in enumerate(values, 1):
         try:
-            size = float(_known(value) or 0)
+            size = float(_known(value).replace(",", ".") or 0)
         except ValueError:
             size = -1.0
         if not 0 <= size < 1000 or (size == 0 and _known(value)):
@@ -91,11 +93,14 @@ def _pixel_sizes(path: str | Path, values: Sequence[str]) -> list[float]:
 
 
 def _as_it_is_there(folder: Path, image: str) -> str:
-    """A path with backslashes as one with slashes, where only that is there."""
-    if "\\" not in image or os.path.isfile(os.path.join(folder, image)):
+    """A path with backslashes as one with slashes, and accents in the other form, where only that is there."""
+    if ("\\" not in image and image.isascii()) or os.path.isfile(os.path.join(folder, image)):
         return image
-    slashes = image.replace("\\", "/")
-    return slashes if os.path.isfile(os.path.join(folder, slashes)) else image
+    for path in (image, image.replace("\\", "/")):
+        for form in ("NFC", "NFD"):
+            if os.path.isfile(os.path.join(folder, other := unicodedata.normalize(form, path))):
+                return other
+    return image
 
 
 def _check_once(path: str | Path, folder: Path, ids: Sequence[str], names: Sequence[str]) -> None:
@@ -115,6 +120,8 @@ def _check_once(path: str | Path, folder: Path, ids: Sequence[str], names: Seque
 def _classes(names: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
     """Each row's class, and the classes in order."""
     if all(re.fullmatch(r"[+-]?\d+,\d+", name, re.ASCII) for name in names):
+        if all(re.fullmatch(r"[+-]?[1-9]\d{0,2},\d{3}", name, re.ASCII) for name in names):  # 1,000 may be a thousand
+            return list(names), tuple(sorted(set(names), key=lambda name: (int(name.replace(",", "")), name)))
         names = [name.replace(",", ".") for name in names]
     if all(re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d\d?)?", name.lower(), re.ASCII) for name in names):
         names = [f"{float(name):.0f}" if "e" in name.lower() and float(name) % 1 == 0 else name for name in names]
