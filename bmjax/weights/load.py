@@ -33,6 +33,8 @@ def _named(backbone: str, weights: str, include_top: bool) -> WeightRecord | Pat
     path = Path(weights).expanduser()
     if path.is_file():
         return path
+    if weights == "none":
+        raise ValueError("weights are 'none'; expected imagenet, imagenet-timm, a record's name or the path of a file")
     if path.suffix:
         raise FileNotFoundError(f"{path}: no such weight file")
     raise unknown("weights (a name, or the path of a file)", weights, [*_NAMES, "none", *by_name])

@@ -196,6 +196,30 @@ def test_what_hugging_face_datasets_lack_is_named(folder, tmp_path):
         list_source(DataConfig(source="huggingface", root=str(tmp_path / "odd")))
 
 
+def test_labels_and_groups_of_hugging_face_are_those_of_tables(folder, tmp_path):
+    datasets = pytest.importorskip("datasets")
+
+    def saved(name, labels, groups):
+        images = [str(folder / row[0]) for row in ROWS[: len(labels)]]
+        features = datasets.Features(
+            {
+                "image": datasets.Image(),
+                "label": datasets.Value("float64" if isinstance(labels[0], float) else "string"),
+                "group": datasets.Value("int64"),
+            }
+        )
+        whole = datasets.Dataset.from_dict({"image": images, "label": labels, "group": groups}, features=features)
+        whole.save_to_disk(str(tmp_path / name))
+        return DataConfig(source="huggingface", root=str(tmp_path / name))
+
+    listing = list_source(saved("a", [2.0, 10.0, 1.0, 10.0], [0, 1, None, 0]))
+    assert (listing.classes, listing.labels.tolist()) == (("1", "2", "10"), [1, 2, 0, 2])
+    assert listing.groups == ("0", "1", "", "0")
+    for name, labels in (("b", [1.0, 2.0, float("nan")]), ("c", ["x", "y", "NA"])):
+        with pytest.raises(ValueError, match=r"000002/2\.png has label None; expected one of the classes"):
+            list_source(saved(name, labels, [1, 1, 1]))
+
+
 def test_a_folder_that_hugging_face_did_not_write_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="expected a folder made by save_to_disk"):
         list_source(DataConfig(source="huggingface", root=str(tmp_path)))
@@ -212,7 +236,7 @@ def test_labels_that_are_missing_are_refused_by_row_and_column(folder):
     spellings = ("nan", "NaN", "NA", "N/A", "n.a.", "null", "NULL", "<NA>", "<null>", "None", "NaT", "#DIV/0!", "-nan")
     for label in (*spellings, "?", ".", "\\N", "inf", "-inf"):
         rows = [(path, label if path == "b/1.png" else name) for path, name, *_ in ROWS]
-        said = rf"row 8, column label: '{re.escape(label)}' is how .* missing.*'class {re.escape(label)}'"
+        said = rf"row 8, column label: {re.escape(repr(label))} is how .* missing.*'class {re.escape(label)}'"
         with pytest.raises(ValueError, match=said):
             list_table(write(folder / "t.csv", rows, ("path", "label")))
     for values in (

@@ -132,11 +132,11 @@ def _read_parquet(path: Path, needed: Sequence[str]) -> tuple[list[str], list[li
         if pa.types.is_nested(kind) and name.strip().lower() in needed:
             raise ValueError(f"{path}: column {name!r} holds {kind}; expected one text or number in each row")
     columns = [column.cast(pa.string()) if column.type == pa.float32() else column for column in table.columns]
-    return table.column_names, [[_text(value) for value in column.to_pylist()] for column in columns]
+    return table.column_names, [[as_text(value) for value in column.to_pylist()] for column in columns]
 
 
-def _text(value: Any) -> str:
-    """A value of parquet as text; "" where it is missing."""
+def as_text(value: Any) -> str:
+    """A value of Arrow as text; "" where it is missing."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)) or value != value:
         return ""
     if isinstance(value, bytes):
