@@ -126,6 +126,11 @@ def test_a_run_is_read_from_any_folder_on_any_number_of_devices(tiny_config, tmp
         assert again["loss"] == pytest.approx(expected["loss"], abs=1e-5)
     shutil.move(tmp_path / "cells", tmp_path / "moved")
     assert bmjax.evaluate(result.run_dir, "val", data_root=str(tmp_path / "moved"))["n"] == expected["n"]
+    config = read_config(result.run_dir)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=str(tmp_path / "moved")))
+    bmjax.train(dataclasses.replace(config, run_dir=str(result.run_dir)), resume=True)
+    assert read_config(result.run_dir).data.root == str(tmp_path / "moved"), "also of a finished run"
+    assert bmjax.evaluate(result.run_dir, "val")["n"] == expected["n"]
 
 
 def test_code_of_a_run_from_elsewhere_runs_only_when_trusted(trained, tmp_path, monkeypatch):
