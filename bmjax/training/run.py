@@ -82,8 +82,8 @@ def train(
 
     Without `run_dir`, a name whose folder holds a run gets the next free number, and that is said. With `resume` the
     run in the folder goes on from its last checkpoint, bit for bit as if never stopped; where there is none yet, it
-    starts; a finished run is left as it is, but for where its data are. `data` takes the place of what `config.data` names, see
-    `Dataset.from_arrays`. `callbacks` see each step and epoch, see `bmjax.training.progress.Event`.
+    starts; a finished run is left as it is, but for where its data are. `data` takes the place of what `config.data`
+    names, see `Dataset.from_arrays`. `callbacks` see each step and epoch, see `bmjax.training.progress.Event`.
 
     Nothing is written before all is checked.
 

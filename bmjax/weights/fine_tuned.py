@@ -8,14 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from bmjax.weights import catalog, keras_match
-from bmjax.weights.keras_files import KerasLayer
+from bmjax.weights.keras_files import Change, KerasLayer
 
 log = logging.getLogger(__name__)
 Tree = Any
 Head = Literal["drop", "keep"]
 HEADS: tuple[Head, ...] = ("drop", "keep")
 _OF_A_HEAD = ("dense", "norm")
+_SCALES = {"unit": (1 / 255, 0.0), "tf": (1 / 127.5, -1.0)}
+"""Scale and offset of a Rescaling that does what a mode of bmjax/weights/preprocess.py does."""
 _CONVOLUTIONS = ("conv", "depthwise", "separable")
 
 
@@ -116,6 +120,26 @@ def parts_of(path: Path, layers: Sequence[KerasLayer], shapes: Tree, order: Sequ
     if rest:
         log.info("%s: left out, as the head of a fine-tuned model: %s", path, _words(rest))
     return Parts(base, rest, top)
+
+
+def warn_of_changes(path: Path, changes: Sequence[Change], base: str, *, has_own: bool) -> None:
+    """Says which layers without weights the model has and the backbone has not: the base may have seen another input.
+
+    `has_own`: the backbone has such layers itself, within the model `base`.
+    """
+    foreign = [c for c in changes if not (has_own and (c.model == base or c.model.startswith(f"{base}/")))]
+    if not foreign:
+        return
+    one = (foreign[0].scale, foreign[0].offset or 0.0)
+    plain = len(foreign) == 1 and all(isinstance(value, (int, float)) for value in one)
+    saw = [mode for mode, scale in _SCALES.items() if plain and np.allclose(one, scale, rtol=1e-5, atol=0)]
+    log.warning(
+        "%s: the model has %s, which are left out; if the image goes through them before the base, tell what the base "
+        "saw by --preprocess%s",
+        path,
+        ", ".join(c.layer for c in foreign),
+        f" {saw[0]}" if saw else "",
+    )
 
 
 def _words(layers: Sequence[KerasLayer]) -> str:

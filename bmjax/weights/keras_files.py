@@ -36,6 +36,8 @@ _VARIABLES = {
 _KNOWN = {name for names in _VARIABLES.values() for name in names}
 # Keras 1's words. Its `running_std` holds the variance.
 _OLDER_WORDS = {"W": "kernel", "b": "bias", "running_mean": "moving_mean", "running_std": "moving_variance"}
+_CHANGING = ("Rescaling", "Lambda", "TFOpLambda")
+_OPERATIONS = ("Divide", "TrueDivide", "Subtract")  # of keras.applications' preprocess_input
 _AUTOMATIC = re.compile(
     r"(depthwise_|separable_?)?conv(olution)?(2d|2d_transpose)(_\d+)?|(batch_?)?normalization(_\d+)?|dense(_\d+)?"
 )
@@ -62,6 +64,17 @@ class KerasLayer:
         return "norm" if "gamma" in self.arrays else ", ".join(self.arrays)
 
 
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A layer without weights that changes values: the model within the model that it belongs to, its name and class,
+    and, of a Rescaling, scale and offset."""
+
+    model: str
+    layer: str
+    scale: Any = None
+    offset: Any = None
+
+
 def normalise(name: str) -> str:
     """A published layer name as today's Keras writes it: `conv1/conv` -> `conv1_conv`."""
     return name.replace("/", "_")
@@ -85,6 +98,15 @@ def read(path: str | Path) -> list[KerasLayer]:
     Those of a model within the model carry its name.
 
     Raises:
+      FileNotFoundError, ValueError: as `read_model`.
+    """
+    return read_model(path)[0]
+
+
+def read_model(path: str | Path) -> tuple[list[KerasLayer], list[Change]]:
+    """`read`'s layers, and those without weights that change values, where the file tells them (.keras, .h5).
+
+    Raises:
       FileNotFoundError: no such file.
       ValueError: not a whole file in one of the three layouts, one made to harm, or a weight of an unknown kind; names
         the file.
@@ -94,11 +116,28 @@ def read(path: str | Path) -> list[KerasLayer]:
         raise FileNotFoundError(f"{path}: no such weight file")
     with reading(path, "Keras weight file"), _opened(path) as (file, config):
         layers = _keras_3(path, file, config) if "layers" in file else _older(path, file)
+        whole = file.attrs.get("model_config")  # of .h5
+        changes = _changes(config if whole is None else json.loads(_text(whole)).get("config"))
     named = collections.Counter((layer.model, layer.name) for layer in layers if layer.name is not None)
     for (_, name), count in named.items():
         if count > 1:
             raise ValueError(f"{path}: two layers are named {name!r}")
-    return layers
+    return layers, changes
+
+
+def _changes(config: Any, model: str = "") -> list[Change]:
+    """Of a model's configuration, that of the models within included."""
+    found = []
+    for layer in (config.get("layers") or ()) if isinstance(config, dict) else ():
+        own, kind = layer.get("config"), layer.get("class_name")
+        if not isinstance(own, dict):
+            continue
+        name = own.get("name") or layer.get("name") or kind
+        if "layers" in own:
+            found += _changes(own, f"{model}/{name}" if model else name)
+        elif kind in _CHANGING or (kind in _OPERATIONS and ".ops" in str(layer.get("module"))):
+            found.append(Change(model, f"{name!r} ({kind})", own.get("scale"), own.get("offset")))
+    return found
 
 
 @contextlib.contextmanager

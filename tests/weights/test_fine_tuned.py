@@ -69,6 +69,33 @@ def test_the_input_of_a_nested_efficientnet_is_its_own(tmp_path):
     assert_equal(variables, keras_model("efficientnet")[1])
 
 
+@pytest.mark.parametrize(
+    ("family", "before", "said"),
+    [
+        ("resnet", keras.layers.Rescaling(1 / 127.5, offset=-1), "'before' (Rescaling)"),
+        ("resnet", keras.layers.Rescaling(1 / 255), "'before' (Rescaling)"),
+        ("efficientnet", keras.layers.Rescaling(255.0), "'before' (Rescaling)"),
+        ("resnet", keras.layers.RandomFlip(), None),
+    ],
+)
+def test_layers_that_change_the_image_before_the_base_are_said(tmp_path, caplog, family, before, said):
+    before = type(before).from_config(before.get_config() | {"name": "before"})
+    base, expected = keras_model(family)
+    with jax.numpy_rank_promotion("allow"):
+        inputs = keras.Input((SIZE, SIZE, 3))
+        model = keras.Model(inputs, keras.layers.GlobalAveragePooling2D()(base(before(inputs))))
+    for layout in ("keras", "h5"):
+        caplog.clear()
+        _, variables = weights.read(save(model, tmp_path / f"w.{layout}", layout), f"{family}_test")
+        assert_equal(variables, expected)
+        if said is None:
+            assert "--preprocess" not in caplog.text
+            continue
+        assert f"the model has {said}, which are left out; if the image goes through them" in caplog.text
+        saw = {1 / 127.5: "--preprocess tf", 1 / 255: "--preprocess unit"}.get(before.scale, "--preprocess")
+        assert caplog.text.rstrip().endswith(saw)
+
+
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "flat"])
 def test_a_single_dense_is_kept_as_the_top(tmp_path, nested):
     model = tuned("resnet", nested, norm=False)
