@@ -36,8 +36,9 @@ _VARIABLES = {
 _KNOWN = {name for names in _VARIABLES.values() for name in names}
 # Keras 1's words. Its `running_std` holds the variance.
 _OLDER_WORDS = {"W": "kernel", "b": "bias", "running_mean": "moving_mean", "running_std": "moving_variance"}
-_CHANGING = ("Rescaling", "Lambda", "TFOpLambda")
-_OPERATIONS = ("Divide", "TrueDivide", "Subtract")  # of keras.applications' preprocess_input
+# Layers without weights that change values; the last two are operations of keras.applications' preprocess_input.
+_CHANGING = ("Rescaling", "Lambda", "TFOpLambda", "Divide", "TrueDivide")
+_CHANGING_PLACES = ("rescaling", "lambda", "normalization", "divide", "true_divide")
 _AUTOMATIC = re.compile(
     r"(depthwise_|separable_?)?conv(olution)?(2d|2d_transpose)(_\d+)?|(batch_?)?normalization(_\d+)?|dense(_\d+)?"
 )
@@ -104,7 +105,7 @@ def read(path: str | Path) -> list[KerasLayer]:
 
 
 def read_model(path: str | Path) -> tuple[list[KerasLayer], list[Change]]:
-    """`read`'s layers, and those without weights that change values, where the file tells them (.keras, .h5).
+    """`read`'s layers, and those without weights that change values, where the file tells them (not Keras 2's weights).
 
     Raises:
       FileNotFoundError: no such file.
@@ -115,14 +116,31 @@ def read_model(path: str | Path) -> tuple[list[KerasLayer], list[Change]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such weight file")
     with reading(path, "Keras weight file"), _opened(path) as (file, config):
-        layers = _keras_3(path, file, config) if "layers" in file else _older(path, file)
+        subclassed = any(isinstance(part, h5py.Group) and "layers" in part for part in file.values())
+        layers = _keras_3(path, file, config) if "layers" in file or subclassed else _older(path, file)
         whole = file.attrs.get("model_config")  # of .h5
-        changes = _changes(config if whole is None else json.loads(_text(whole)).get("config"))
+        config = config if whole is None else json.loads(_text(whole)).get("config")
+        changes = _changes(config) if config else _changes_by_place(file)
     named = collections.Counter((layer.model, layer.name) for layer in layers if layer.name is not None)
     for (_, name), count in named.items():
         if count > 1:
             raise ValueError(f"{path}: two layers are named {name!r}")
     return layers, changes
+
+
+def _changes_by_place(file: Any, model: str = "") -> list[Change]:
+    """Of a `.weights.h5`, which lists layers without weights by their class."""
+    found = []
+    for place, group in file.get("layers", {}).items():
+        if "layers" in group:
+            found += _changes_by_place(group, f"{model}/{_named(group, place)}".removeprefix("/"))
+        elif _place(place)[0] in _CHANGING_PLACES and not len(group.get("vars", ())):
+            found.append(Change(model, repr(place)))
+    return found
+
+
+def _named(group: Any, place: str) -> str:
+    return _text(group["vars"].attrs.get("name", place)) if "vars" in group else place
 
 
 def _changes(config: Any, model: str = "") -> list[Change]:
@@ -135,7 +153,7 @@ def _changes(config: Any, model: str = "") -> list[Change]:
         name = own.get("name") or layer.get("name") or kind
         if "layers" in own:
             found += _changes(own, f"{model}/{name}" if model else name)
-        elif kind in _CHANGING or (kind in _OPERATIONS and ".ops" in str(layer.get("module"))):
+        elif kind in _CHANGING or (kind == "Normalization" and own.get("mean") is not None):
             found.append(Change(model, f"{name!r} ({kind})", own.get("scale"), own.get("offset")))
     return found
 
@@ -190,10 +208,10 @@ def _place(name: str) -> tuple[str, int]:
 
 
 def _keras_3(path: Path, file: Any, config: dict[str, Any], model: str = "") -> list[KerasLayer]:
-    root: Any = file["layers"]
+    root: Any = file.get("layers", file)  # or a class's attributes
     configs = _by_place(config)
     layers = []
-    for place in sorted(root, key=_place):
+    for place in sorted(set(root) - ({"optimizer", "vars"} if root is file else set()), key=_place):
         group, own = root[place], configs.get(place, {})
         variables = group.get("vars", {})
         name = variables.attrs.get("name", own.get("name")) if "vars" in group else own.get("name")
