@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import bmjax
+import bmjax.training.predict  # binds load_run before a test replaces it
 from bmjax.cli import predict
 from bmjax.cli.main import main
 from bmjax.cli.prediction_table import Block, PredictionTable
