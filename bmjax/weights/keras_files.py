@@ -208,16 +208,23 @@ def _place(name: str) -> tuple[str, int]:
 
 
 def _keras_3(path: Path, file: Any, config: dict[str, Any], model: str = "") -> list[KerasLayer]:
-    root: Any = file.get("layers", file)  # or a class's attributes
+    # Of a subclassed model, its attributes stand beside the layers.
+    own = {
+        name: part
+        for name, part in file.items()
+        if name[0] != "_" and name not in ("layers", "optimizer", "vars") and isinstance(part, h5py.Group)
+        if "layers" in part or "vars" in part
+    }
+    root: Any = own | dict(file.get("layers", {}))
     configs = _by_place(config)
     layers = []
-    for place in sorted(set(root) - ({"optimizer", "vars"} if root is file else set()), key=_place):
-        group, own = root[place], configs.get(place, {})
+    for place in sorted(root, key=_place):
+        group, options = root[place], configs.get(place, {})
         variables = group.get("vars", {})
-        name = variables.attrs.get("name", own.get("name")) if "vars" in group else own.get("name")
+        name = variables.attrs.get("name", options.get("name")) if "vars" in group else options.get("name")
         if "layers" in group:
             within = _text(name or place)
-            layers += _keras_3(path, group, own, f"{model}/{within}" if model else within)
+            layers += _keras_3(path, group, options, f"{model}/{within}" if model else within)
             continue
         if not len(variables):
             continue

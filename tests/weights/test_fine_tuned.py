@@ -107,6 +107,9 @@ class Own(keras.Model):
     def call(self, x):
         return self.out(keras.ops.mean(self.base(x), (1, 2)))
 
+    def get_config(self):
+        return {}  # enough to be saved
+
 
 def test_heads_of_other_layers_and_subclassed_models(tmp_path):
     layers, (base, expected) = keras.layers, keras_model("densenet")
