@@ -5,6 +5,7 @@ devices that there are, and compute float32 in float32.
 """
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 
@@ -58,9 +59,11 @@ def shared() -> pathlib.Path:
     return folder
 
 
-@pytest.fixture
-def tiny_config(tmp_path):
-    """A run of seconds: rendered cells, a tiny DenseNet, two stages of two epochs, everything random switched on."""
+def _tiny(folder):
+    """A run of seconds: rendered cells, a tiny DenseNet, two stages of two epochs, everything random switched on.
+
+    Norms keep their running statistics: a pass over the images after each epoch would be a fifth of its time.
+    """
     from bmjax.config import (
         AugmentConfig,
         Config,
@@ -75,11 +78,42 @@ def tiny_config(tmp_path):
 
     return Config(
         name="tiny",
-        run_dir=str(tmp_path / "run"),
-        data=DataConfig(image_size=32, synthetic_per_class=20, cache_dir=str(tmp_path / "cache")),
+        run_dir=str(folder / "run"),
+        data=DataConfig(image_size=32, synthetic_per_class=20, cache_dir=str(folder / "cache")),
         augment=AugmentConfig(rotate=20, shift=0.1, zoom=0.1, brightness=0.1, contrast=0.1, hue=0.05),
         model=ModelConfig(backbone="densenet_tiny", weights=None, attention="cbam", head=HeadConfig(widths=(16,))),
         optim=OptimConfig(name="adam", schedule=ScheduleConfig(kind="plateau", patience=1, warmup_epochs=0.5)),
         stages=(StageConfig(epochs=2, train=("attention", "head")), StageConfig(epochs=2, lr_scale=0.3)),
-        train=TrainConfig(batch_size=16, eval_batch_size=16, ema_decay=0.9, accumulate=2, train_eval_epochs=0),
+        train=TrainConfig(
+            batch_size=16,
+            eval_batch_size=16,
+            ema_decay=0.9,
+            accumulate=2,
+            train_eval_epochs=0,
+            recompute_statistics="never",
+        ),
+    )
+
+
+@pytest.fixture
+def tiny_config(tmp_path):
+    """A run in which everything is switched on, see `_tiny`."""
+    return _tiny(tmp_path)
+
+
+@pytest.fixture
+def quick_config(tmp_path):
+    """The same of two convolutions, without augmentation, on one device: for tests to which the model does not matter.
+
+    Compiling is most of what a test costs that trains.
+    """
+    from bmjax.config import AugmentConfig
+
+    tiny = _tiny(tmp_path)
+    return dataclasses.replace(
+        tiny,
+        data=dataclasses.replace(tiny.data, image_size=16),
+        augment=AugmentConfig(flip=False, right_angles=False),
+        model=dataclasses.replace(tiny.model, backbone="tests.helpers.net:Net", preprocess="tf", attention="none"),
+        train=dataclasses.replace(tiny.train, accumulate=1, devices=1),
     )

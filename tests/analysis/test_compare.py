@@ -25,16 +25,16 @@ IN_TURN = ["--at-once", "1"]
 
 
 @pytest.fixture
-def experiment(tiny_config, tmp_path):
+def experiment(quick_config, tmp_path):
     """A frozen tiny network on cached features, as a file for the command line."""
     config = dataclasses.replace(
-        tiny_config,
+        quick_config,
         name="lab",
         run_dir=str(tmp_path / "lab"),
         augment=AugmentConfig(flip=False, right_angles=False),
         stages=(StageConfig(epochs=1, train=("attention", "head")),),
         features=FeaturesConfig(cached=True),
-        train=dataclasses.replace(tiny_config.train, accumulate=1, ema_decay=None),
+        train=dataclasses.replace(quick_config.train, accumulate=1, ema_decay=None),
     )
     path = tmp_path / "lab.json"
     path.write_text(to_json(config))
@@ -253,18 +253,18 @@ def test_seeds_are_added_until_all_is_decided(experiment, tmp_path, trainer_of_l
 
 
 def test_places_of_attention_are_rows(experiment, tmp_path, trainer_of_luck):
-    flags = ["--variants", "se", "eca", "--seeds", "3", "--attach", "last", "conv2,last", "--end-to-end"]
+    flags = ["--variants", "se", "eca", "--seeds", "3", "--attach", "last", "fine,last", "--end-to-end"]
     assert main(["compare", str(experiment), *flags]) == 0
     saved, _ = table_of(tmp_path / "lab")
     assert [row["variant"] for row in saved["rows"]] == [
         "none",
         "se@last",
-        "se@conv2,last",
+        "se@fine,last",
         "eca@last",
-        "eca@conv2,last",
+        "eca@fine,last",
     ]
     attached = {c.run_dir.split("/")[-2]: c.model.attach for _, c in trainer_of_luck.trained}
-    assert attached["se@conv2,last"] == ("conv2", "last")
+    assert attached["se@fine,last"] == ("fine", "last")
     assert attached["none"] == ("last",)
 
 
@@ -278,7 +278,7 @@ def test_end_to_end_comparison(experiment, tmp_path, capsys):
         "--train.devices",
         "1",
         "--model.attach",
-        "conv2",
+        "fine",
         "last",
     ]
     assert main(["compare", str(experiment), *flags]) == 0
@@ -328,10 +328,10 @@ def test_runs_differ_in_attention_and_seed_alone(experiment):
         (["--variants", "se", "--until-shown", "2", "--folds", "3"], "goes with one split; expected no --folds, not 3"),
         (["--variants", "se", "--until-shown", "2", "--max-seeds", "2"], "looks from 3 to 2 seeds"),
         (["--variants", "se", "--until-shown", "2", "--seeds", "5"], "--seeds is 5; expected none with --until-shown"),
-        (["--variants", "se", "--attach", "last", "conv2"], "expected 'last' for cached features"),
+        (["--variants", "se", "--attach", "last", "fine"], "expected 'last' for cached features"),
         (["--variants", "se", "--attach", "last", "conv9", "--end-to-end"], "'conv9'"),
         (
-            ["--variants", "se", "eca", "--attach", "last", "conv2", "--baseline", "se"],
+            ["--variants", "se", "eca", "--attach", "last", "fine", "--baseline", "se"],
             "expected one of the rows: se@last",
         ),
         (["--variants", "se", "--stages.0.train", "backbone", "head"], "cached features need it frozen"),

@@ -23,8 +23,8 @@ from tests.helpers.wandb_files import inspect
 
 
 @pytest.fixture
-def config(tiny_config, tmp_path):
-    return tiny(tiny_config, tmp_path)
+def config(quick_config, tmp_path):
+    return tiny(quick_config, tmp_path)
 
 
 @pytest.fixture

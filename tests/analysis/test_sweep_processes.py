@@ -18,8 +18,8 @@ GRID = ["--grid", "optim.name=adam,sgd", "optim.lr=0.01,1e30", "seed=0:2"]
 
 
 @pytest.mark.slow
-def test_a_sweep_killed_at_five_moments_is_as_one_never_killed(tiny_config, tmp_path):
-    config = tiny(tiny_config, tmp_path, epochs=25)
+def test_a_sweep_killed_at_five_moments_is_as_one_never_killed(quick_config, tmp_path):
+    config = tiny(quick_config, tmp_path, epochs=25)
     grid = ["--grid", "optim.name=adam,sgd", "seed=0:4"]
     finish(start(config, tmp_path / "whole", *grid))
     r, killed = random.Random(0), tmp_path / "killed"
@@ -46,8 +46,8 @@ def test_a_sweep_killed_at_five_moments_is_as_one_never_killed(tiny_config, tmp_
         assert (tmp_path / "killed/lab" / name / "results.json").stat().st_mtime_ns == before, f"{name} ran twice"
 
 
-def test_two_processes_do_every_cell_once(tiny_config, tmp_path):
-    config = tiny(tiny_config, tmp_path, epochs=2)
+def test_two_processes_do_every_cell_once(quick_config, tmp_path):
+    config = tiny(quick_config, tmp_path, epochs=2)
     grid = ["--grid", "optim.name=adam,sgd", "seed=0:3", "--at-once", "1"]
     both = [start(config, tmp_path / "both", *grid) for _ in range(2)]
     texts = [finish(process) for process in both]
@@ -62,8 +62,8 @@ def test_two_processes_do_every_cell_once(tiny_config, tmp_path):
 
 
 @pytest.mark.slow
-def test_workers_and_halving_give_the_table_of_one_process(tiny_config, tmp_path):
-    config = tiny(tiny_config, tmp_path, epochs=4)
+def test_workers_and_halving_give_the_table_of_one_process(quick_config, tmp_path):
+    config = tiny(quick_config, tmp_path, epochs=4)
     flags = [*GRID, "--halving", "2"]
     for name, more in (("one", []), ("two", ["--workers", "2"])):
         process = start(config, tmp_path / name, *flags, *more)
@@ -77,8 +77,8 @@ def test_workers_and_halving_give_the_table_of_one_process(tiny_config, tmp_path
 
 
 @pytest.mark.slow
-def test_workers_end_with_their_parent(tiny_config, tmp_path):
-    config = tiny(tiny_config, tmp_path, epochs=3000)
+def test_workers_end_with_their_parent(quick_config, tmp_path):
+    config = tiny(quick_config, tmp_path, epochs=3000)
     process = start(config, tmp_path / "run", "--grid", "seed=0:2", "--workers", "2")
     try:
         until(lambda: len(list((tmp_path / "run/lab").glob("*/lock"))) == 2)

@@ -20,9 +20,9 @@ from tests.helpers.wandb_files import inspect
 
 
 @pytest.fixture
-def file(tiny_config, tmp_path):
+def file(quick_config, tmp_path):
     path = tmp_path / "lab.json"
-    path.write_text(to_json(tiny(tiny_config, tmp_path)))
+    path.write_text(to_json(tiny(quick_config, tmp_path)))
     return str(path)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bmjax.attention import create_attention, list_attention
+from bmjax.attention import IdentityGate, create_attention, list_attention
 from tests.helpers import formulas
 from tests.helpers.variants import SHAPE, SMALL, C, features, forward, ordinary, random_variables, variables_of
 
@@ -45,8 +45,18 @@ def assert_is(ours, theirs):
 @pytest.mark.parametrize("name", [name for name in list_attention() if hasattr(formulas, name)])
 def test_variants_are_their_formulas(name):
     for h, w in (SHAPE[1:3], *SMALL):
-        ours = ordinary(name)["float32", h, w] if (h, w) in SMALL else ordinary(name)["float32", False]
-        assert_is(ours, expected(name, variables_of(name), features()[:, :h, :w], **FOUND.get(name, {})))
+        assert_is(
+            ordinary(name)[h, w], expected(name, variables_of(name), features()[:, :h, :w], **FOUND.get(name, {}))
+        )
+
+
+@pytest.mark.parametrize("name", list_attention())
+def test_behind_the_gate_every_variant_starts_as_the_identity(name):
+    x, y = features(), ordinary(name)[SHAPE[1:3]]["y"]
+    gamma = {"params": {"gamma": jnp.zeros(C)}}
+    assert np.array_equal(IdentityGate().apply(gamma, x, y), x)
+    gradient = jax.grad(lambda v: (IdentityGate().apply(v, x, y) * features(seed=5)).sum())(gamma)
+    assert np.array_equal(gradient["params"]["gamma"] != 0, np.any(y != x, (0, 1, 2)))
 
 
 @pytest.mark.parametrize(("name", "options"), OPTIONS)
@@ -57,7 +67,7 @@ def test_options_are_their_formulas(name, options):
 
 
 def test_soft_makes_average_pooling_a_weighted_mean():
-    out = ordinary("soft")["float32", False]
+    out = ordinary("soft")[SHAPE[1:3]]
     weights = np.asarray(out["map"] / out["map"].sum((1, 2), keepdims=True))
     np.testing.assert_allclose(
         out["y"].mean((1, 2)), np.einsum("bhw,bhwc->bc", weights, features()), rtol=1e-4, atol=1e-5

@@ -46,6 +46,7 @@ def test_a_train_step_is_keras(size):
     assert_train_step_is_keras(DenseNet(BLOCKS, **TOP), keras_densenet(BLOCKS, size, **TOP), images(size, b=4), 1e-3)
 
 
+@pytest.mark.slow
 def test_a_train_step_of_densenet121_is_keras(float64):
     blocks, x = (6, 12, 24, 16), images((64, 64)).astype("float64")
     assert_train_step_is_keras(DenseNet(blocks, **TOP), keras_densenet(blocks, (64, 64), **TOP), x, rtol=1e-10)

@@ -53,7 +53,7 @@ def test_features_and_logits_are_keras(size):
     assert_output_is_keras(MobileNetV2(0.35, **TOP), keras_mobilenet_v2(0.35, size, **TOP), images(size))
 
 
-@pytest.mark.parametrize(("alpha", "size"), [(0.35, (61, 47)), (1.0, (64, 64))])
+@pytest.mark.parametrize(("alpha", "size"), [(0.35, (61, 47)), pytest.param(1.0, (64, 64), marks=pytest.mark.slow)])
 def test_a_train_step_is_keras(float64, alpha, size):
     model, keras_model = MobileNetV2(alpha, **TOP), keras_mobilenet_v2(alpha, size, **TOP)
     x = images(size).astype("float64")

@@ -61,6 +61,7 @@ def test_a_train_step_is_keras(size):
     assert_train_step_is_keras(model, keras_model, images(size, b=4), rtol=1e-3, cancelled=("_conv",))
 
 
+@pytest.mark.slow
 def test_a_train_step_of_resnet50_is_keras(float64):
     keras_model, x = keras_resnet(RESNET50, (64, 64), **TOP), images((64, 64)).astype("float64")
     assert_train_step_is_keras(create_backbone("resnet50", **TOP), keras_model, x, rtol=1e-10, cancelled=("_conv",))

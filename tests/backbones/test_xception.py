@@ -58,6 +58,7 @@ def test_a_train_step_is_keras(thin, float64):
     assert_train_step_is_keras(Xception(**THIN, **TOP), keras_xception(SIZES[1], **TOP), x, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_a_train_step_of_the_full_width_is_keras(float64):
     model, keras_model = create_backbone("xception", **TOP), keras_xception(SIZES[0], **TOP)
     assert_train_step_is_keras(model, keras_model, images(SIZES[0]).astype("float64"), rtol=1e-10)

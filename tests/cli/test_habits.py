@@ -25,7 +25,9 @@ class Mine:
 def config():
     return Config(name='habits', run_dir={run!r},
         data=DataConfig(image_size=32, synthetic_per_class={n}, cache_dir={cache!r}),
-        model=ModelConfig(backbone='densenet_tiny', weights=None, head=HeadConfig(widths=(8,))),
+        model=ModelConfig(
+            backbone='tests.helpers.net:Net', weights=None, preprocess='tf', head=HeadConfig(widths=(8,))
+        ),
         stages=(StageConfig(epochs={epochs}),), train=TrainConfig(batch_size=16))
 """
 

@@ -4,22 +4,24 @@ import dataclasses
 
 import pytest
 
-from bmjax.config import AugmentConfig, HeadConfig, ModelConfig, OptimConfig, StageConfig, TrainConfig, to_json
+from bmjax.config import AugmentConfig, HeadConfig, OptimConfig, StageConfig, TrainConfig, to_json
 
 
 @pytest.fixture
-def small(tiny_config):
-    """One epoch of the smallest ResNet on few rendered cells."""
-    data = dataclasses.replace(tiny_config.data, synthetic_per_class=10, stratify=True)
-    model = ModelConfig(backbone="resnet_tiny", weights=None, attention="none", head=HeadConfig(order=(), widths=()))
+def small(quick_config):
+    """One epoch of two convolutions on few rendered cells."""
+    data = dataclasses.replace(quick_config.data, image_size=32, synthetic_per_class=10, stratify=True)
+    model = dataclasses.replace(quick_config.model, head=HeadConfig(order=(), widths=()))
     return dataclasses.replace(
-        tiny_config,
+        quick_config,
         data=data,
         augment=AugmentConfig(),
         model=model,
         optim=OptimConfig(name="adam"),
         stages=(StageConfig(epochs=1),),
-        train=TrainConfig(batch_size=16, eval_batch_size=16, train_eval_epochs=0),
+        train=TrainConfig(
+            batch_size=16, eval_batch_size=16, train_eval_epochs=0, recompute_statistics="never", devices=1
+        ),
     )
 
 

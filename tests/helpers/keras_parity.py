@@ -14,6 +14,8 @@ import numpy as np
 from flax import traverse_util
 from keras.src.backend.common import dtypes
 
+# Keras's program runs once, so it is compiled quickly instead of well.
+compiled_quickly = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 LEAVES = {
     "gamma": ("params", "scale"),
     "beta": ("params", "bias"),
@@ -110,7 +112,9 @@ def assert_trees_close(ours, theirs, rtol):
 def assert_output_is_keras(model, keras_model, x, rtol=1e-4, keras_input=None):
     """Features or logits in eval mode. `keras_input`: where Keras's model takes another scale of the same images."""
     with jax.numpy_rank_promotion("allow"):
-        expected = jax.jit(functools.partial(keras_model, training=False))(x if keras_input is None else keras_input)
+        expected = compiled_quickly(functools.partial(keras_model, training=False))(
+            x if keras_input is None else keras_input
+        )
     assert_close(jax.jit(model.apply)(to_flax(keras_model), x), expected, rtol)
 
 
@@ -126,7 +130,7 @@ def train_step(model, keras_model, x, keras_input=None):
         labels = np.arange(len(x)) % logits.shape[-1]
         return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1).mean()
 
-    @jax.jit
+    @compiled_quickly
     def keras_step(trainable, rest):
         def loss_fn(trainable):
             logits, new = keras_model.stateless_call(trainable, rest, keras_input, training=True)

@@ -1,4 +1,4 @@
-"""What the tests of attention share: features, variables, and every output of a variant from one compiled program."""
+"""What the tests of attention share: features, variables, and the outputs of a variant from one compiled program."""
 
 import functools
 
@@ -10,7 +10,7 @@ from bmjax.attention import create_attention
 
 C = 32
 SHAPE = (4, 5, 4, C)
-# Compiling is most of what these tests cost, so one program has all types, modes and sizes.
+# Compiling is most of what these tests cost, so one program has all sizes.
 SMALL = ((1, 1), (1, 4))
 
 
@@ -52,39 +52,12 @@ def forward(module, variables, x, train=False):
 
 
 @functools.cache
-def program(name):
-    """Compiled: (variables, x, target) -> what `forward` gives, by (type, train) and by (type, h, w).
-
-    Training in float32 and evaluation in bfloat16 give "grads", by params and x, too.
-    """
-    module = create_attention(name)
+def ordinary(name):
+    """What `forward` gives of the ordinary features in evaluation, by height and width."""
+    module, (h, w) = create_attention(name), SHAPE[1:3]
 
     @jax.jit
-    def everything(variables, x, target):
-        found = {}
-        rest = {k: v for k, v in variables.items() if k != "params"}
-        for dtype, train in (("float32", True), ("bfloat16", False)):
+    def everything(variables, x):
+        return {(h, w): forward(module, variables, x[:, :h, :w]) for h, w in ((h, w), *SMALL)}
 
-            def loss(params, x, train=train):
-                out = forward(module, rest | {"params": params}, x, train)
-                return (out["y"].astype(jnp.float32) * target).sum(), out
-
-            gradient = jax.grad(loss, argnums=(0, 1), has_aux=True)
-            grads, out = gradient(variables.get("params", {}), x.astype(dtype))
-            found[dtype, train] = out | {"grads": grads}
-            found[dtype, not train] = forward(module, variables, x.astype(dtype), not train)
-            for h, w in SMALL:
-                found[dtype, h, w] = forward(module, variables, x[:, :h, :w].astype(dtype), not train)
-        return found
-
-    return everything
-
-
-def run(name, x=None):
-    return program(name)(variables_of(name), features() if x is None else x, features(seed=5))
-
-
-@functools.cache
-def ordinary(name):
-    """`run` on the ordinary features."""
-    return run(name)
+    return everything(variables_of(name), features())

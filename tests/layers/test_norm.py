@@ -171,7 +171,9 @@ def outcome(module, variables, x, train):
         y, new = module.apply(variables | {"params": params}, x, train, mutable=["batch_stats"])
         return (y.astype(jnp.float32) ** 2).sum() if x.dtype == jnp.bfloat16 else (y**2).sum(), (y, new)
 
-    return jax.grad(loss, (0, 1), has_aux=True)(variables["params"], x)
+    gradient = jax.grad(loss, (0, 1), has_aux=True)
+    # As one program, but for bfloat16: within a program it rounds at other places.
+    return (gradient if x.dtype == jnp.bfloat16 else jax.jit(gradient))(variables["params"], x)
 
 
 FORMED = [

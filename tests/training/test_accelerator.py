@@ -60,6 +60,7 @@ def updates(config, kind="jit", count=None, steps=3):
     return losses, parallel.to_host(placed)
 
 
+@pytest.mark.slow  # on CPUs; parity and contracts train every family, too
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_of_each_family_in_both_types(family):
     """Losses are finite, fall on one batch, and bfloat16's are near float32's; parameters stay float32."""
@@ -91,6 +92,7 @@ def last_leaves(run_dir):
     return arrays
 
 
+@pytest.mark.slow  # on CPUs, where test_resume.py stops runs at more places
 def test_a_resumed_run_ends_as_one_never_stopped(tiny_config, tmp_path, monkeypatch, caplog):
     """Bit for bit, which on GPUs needs deterministic sums: tools/check.py sets the flag."""
     train_config = dataclasses.replace(tiny_config.train, devices=1)

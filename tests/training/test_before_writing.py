@@ -81,10 +81,10 @@ def test_a_wrong_run_leaves_no_folder_and_the_corrected_command_works(tiny_confi
     assert not Path(tiny_config.run_dir).exists()
 
 
-def test_a_name_that_is_taken_gets_a_number(tiny_config, tmp_path, monkeypatch, caplog):
+def test_a_name_that_is_taken_gets_a_number(quick_config, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
-    stages = (dataclasses.replace(tiny_config.stages[1], epochs=1),)
-    config = dataclasses.replace(tiny_config, run_dir="", stages=stages)
+    stages = (dataclasses.replace(quick_config.stages[1], epochs=1),)
+    config = dataclasses.replace(quick_config, run_dir="", stages=stages)
     with caplog.at_level(logging.WARNING):
         folders = [bmjax.train(config).run_dir for _ in range(2)]
     assert [str(f) for f in folders] == ["runs/tiny", "runs/tiny-2"]
@@ -101,13 +101,13 @@ def test_devices_that_are_not_used_are_named(tiny_config, caplog):
     assert "2 of 4 devices are used" in caplog.text
 
 
-def test_arrays_train_and_their_faults_are_named(tiny_config):
+def test_arrays_train_and_their_faults_are_named(quick_config):
     rng = np.random.default_rng(0)
     images, labels = rng.integers(0, 255, (60, 32, 32, 3), np.uint8), rng.integers(0, 3, 60)
     data = Dataset.from_arrays(images, labels, groups=np.arange(60) // 2)
     assert data.classes == ("0", "1", "2")
-    stages = (dataclasses.replace(tiny_config.stages[1], epochs=1),)
-    result = bmjax.train(dataclasses.replace(tiny_config, stages=stages), data=data)
+    stages = (dataclasses.replace(quick_config.stages[1], epochs=1),)
+    result = bmjax.train(dataclasses.replace(quick_config, stages=stages), data=data)
     again = bmjax.evaluate(result.run_dir, "val", data=result.data)
     assert again["n"] == result.metrics["val"]["n"]
     with pytest.raises(ValueError, match="expected them as `data`"):

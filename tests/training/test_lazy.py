@@ -20,9 +20,9 @@ print("steps", result.steps, result.metrics["val"]["n"])
 """
 
 
-def test_a_run_to_its_end_with_them_blocked(tiny_config, tmp_path):
+def test_a_run_to_its_end_with_them_blocked(quick_config, tmp_path):
     path, root = tmp_path / "config.json", Path(__file__).resolve().parents[2]
-    path.write_text(to_json(tiny_config))
+    path.write_text(to_json(quick_config))
     env = os.environ | {"PYTHONPATH": str(root)}
     run = [sys.executable, "-W", "error::DeprecationWarning:bmjax", "-c", PROGRAM, str(path), *BLOCKED]
     done = subprocess.run(run, env=env, capture_output=True, text=True, check=False)

@@ -50,9 +50,9 @@ def largest_difference(a, b):
     return max(float(np.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_float64_steps_agree_on_any_devices(tiny_config, accumulate):
-    train = dataclasses.replace(tiny_config.train, dtype="float64", accumulate=accumulate)
+def test_float64_steps_agree_on_any_devices(tiny_config):
+    """With all that is drawn at random, by micro-batches."""
+    train = dataclasses.replace(tiny_config.train, dtype="float64", accumulate=2)
     augment = dataclasses.replace(tiny_config.augment, mixup=0.4, cutmix=1.0, hed=0.05, erase=0.5)
     config = dataclasses.replace(tiny_config, train=train, augment=augment)
     with jax.enable_x64(True):
@@ -65,43 +65,31 @@ def test_float64_steps_agree_on_any_devices(tiny_config, accumulate):
             np.testing.assert_allclose(losses, four_losses, rtol=0, atol=1e-9)
 
 
-@pytest.fixture
-def plain_config(tiny_config):
-    """Of few operations, for layouts that each compile a step of their own."""
-    return dataclasses.replace(
-        tiny_config,
-        data=dataclasses.replace(tiny_config.data, image_size=16),
-        augment=dataclasses.replace(type(tiny_config.augment)(), right_angles=False),
-        model=dataclasses.replace(
-            tiny_config.model, backbone="tests.helpers.net:Net", preprocess="tf", attention="none"
-        ),
-        train=dataclasses.replace(tiny_config.train, accumulate=1),
-    )
-
-
-def test_float64_layouts_of_the_state_and_rematerialisation_agree(plain_config):
+def test_float64_layouts_of_the_state_and_rematerialisation_agree(quick_config):
     """Parameters and optimizer state divided over devices, kernels by channels, feature maps computed again."""
     layouts = (
-        {"shard_params": True, "remat": ("all",)},
-        {"mesh": "data=2,model=2", "shard_params": True, "remat": ("fine",)},
+        ("jit", {}),
+        ("pmap", {}),
+        ("jit", {"shard_params": True, "remat": ("all",)}),
+        ("jit", {"mesh": "data=2,model=2", "shard_params": True, "remat": ("fine",)}),
     )
 
-    def on(devices, **fields):
-        train = dataclasses.replace(plain_config.train, dtype="float64", **fields)
-        return run_steps(dataclasses.replace(plain_config, train=train), "jit", devices)[0]
+    def on(devices, kind="jit", **fields):
+        train = dataclasses.replace(quick_config.train, dtype="float64", **fields)
+        return run_steps(dataclasses.replace(quick_config, train=train), kind, devices)[0]
 
     with jax.enable_x64(True):
         one = on(1)
-        for layout in layouts:
-            assert largest_difference(one, on(4, **layout)) < 1e-9, layout
+        for kind, layout in layouts:
+            assert largest_difference(one, on(4, kind, **layout)) < 1e-9, (kind, layout)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "backbone", ["densenet_tiny", "efficientnet_tiny", "mobilenet_v2_tiny", "resnet_tiny", "xception_tiny"]
 )
-def test_every_family_recomputes_its_stages(plain_config, backbone):
-    config = dataclasses.replace(plain_config, data=dataclasses.replace(plain_config.data, image_size=32))
+def test_every_family_recomputes_its_stages(quick_config, backbone):
+    config = dataclasses.replace(quick_config, data=dataclasses.replace(quick_config.data, image_size=32))
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, backbone=backbone))
     train = dataclasses.replace(config.train, dtype="float64")
     with jax.enable_x64(True):
@@ -126,9 +114,9 @@ def test_a_divided_state_is_in_parts_and_comes_back_whole(mesh, share):
     np.testing.assert_array_equal(parallel.to_host(after)["kernel"], tree["kernel"] + 8)
 
 
-def test_logical_shards_give_the_same_bits_on_any_devices(plain_config):
-    train = dataclasses.replace(plain_config.train, logical_shards=8)
-    config = dataclasses.replace(plain_config, train=train)
+def test_logical_shards_give_the_same_bits_on_any_devices(quick_config):
+    train = dataclasses.replace(quick_config.train, logical_shards=8)
+    config = dataclasses.replace(quick_config, train=train)
     model = create(config.model, 7)
     images = np.random.default_rng(0).integers(0, 256, (16, 16, 16, 3), np.uint8)
     states, logits = [], []
@@ -160,15 +148,16 @@ def test_logical_shards_give_the_same_bits_on_any_devices(plain_config):
         ({"remat": ("conv9",)}, r"'train\.remat' is \('conv9',\).*does not compute conv9"),
     ],
 )
-def test_a_layout_that_cannot_be_is_refused(plain_config, fields, message):
+def test_a_layout_that_cannot_be_is_refused(quick_config, fields, message):
     def begin():
-        train = dataclasses.replace(plain_config.train, **fields)
-        run_steps(dataclasses.replace(plain_config, train=train), train.parallel, None)
+        train = dataclasses.replace(quick_config.train, **fields)
+        run_steps(dataclasses.replace(quick_config, train=train), train.parallel, None)
 
     with pytest.raises(ValueError, match=message):
         begin()
 
 
+@pytest.mark.slow
 def test_float32_drift_is_small_and_printed(tiny_config, capsys):
     one, _ = run_steps(tiny_config, "jit", 1)
     with capsys.disabled():

@@ -61,6 +61,12 @@ def assert_same_record(a, b, steps):
 
 
 @pytest.fixture
+def tiny_config(tiny_config):
+    """With statistics recomputed after each epoch, which a resume has to do too."""
+    return dataclasses.replace(tiny_config, train=dataclasses.replace(tiny_config.train, recompute_statistics="always"))
+
+
+@pytest.fixture
 def whole_run(tiny_config, tmp_path):
     config = dataclasses.replace(tiny_config, run_dir=str(tmp_path / "whole"))
     return config, train(config)

@@ -15,10 +15,10 @@ from tests.helpers.records import without_clocks
 
 
 @pytest.fixture
-def config(tiny_config):
+def config(quick_config):
     """One short stage on images."""
-    train = dataclasses.replace(tiny_config.train, accumulate=1, devices=1)
-    return dataclasses.replace(tiny_config, stages=(StageConfig(epochs=2, train=("attention", "head")),), train=train)
+    train = dataclasses.replace(quick_config.train, accumulate=1, devices=1)
+    return dataclasses.replace(quick_config, stages=(StageConfig(epochs=2, train=("attention", "head")),), train=train)
 
 
 @pytest.fixture(scope="module")

@@ -80,10 +80,10 @@ def test_seconds_go_to_what_they_were_spent_on():
     assert clock.figures() == {}
 
 
-def test_a_run_tells_its_costs_and_writes_the_trace_asked_for(tiny_config, monkeypatch):
+def test_a_run_tells_its_costs_and_writes_the_trace_asked_for(quick_config, monkeypatch):
     monkeypatch.setattr(watch, "_PEAKS", (("cpu", 1.0, 1.0, 1.0),))
-    train = dataclasses.replace(tiny_config.train, profile="2:4", devices=1)
-    result = bmjax.train(dataclasses.replace(tiny_config, stages=tiny_config.stages[:1], train=train))
+    train = dataclasses.replace(quick_config.train, profile="2:4", devices=1)
+    result = bmjax.train(dataclasses.replace(quick_config, stages=quick_config.stages[:1], train=train))
     for record in read_records(result.run_dir, "epoch"):
         parts = [record[f"seconds/{what}"] for what in ("waiting", "compute", "logging", "evaluation")]
         assert min(parts) >= 0
@@ -94,9 +94,9 @@ def test_a_run_tells_its_costs_and_writes_the_trace_asked_for(tiny_config, monke
     assert list((result.run_dir / "profile").rglob("*.xplane.pb"))
 
 
-def test_profile_is_an_option_of_train_and_is_checked(tiny_config):
+def test_profile_is_an_option_of_train_and_is_checked(quick_config):
     options, _ = make_parser().parse_known_args(["train", "x.py", "--profile", "10:15"])
     assert options.profile == "10:15"
     for wrong in ("15:10", "10", "a:b", "1:2:3"):
         with pytest.raises(ValueError, match=r"'train\.profile' is .*expected START:END, as 10:15"):
-            dataclasses.replace(tiny_config.train, profile=wrong)
+            dataclasses.replace(quick_config.train, profile=wrong)

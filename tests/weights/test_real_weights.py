@@ -16,6 +16,8 @@ from bmjax.weights.preprocess import preprocess
 def test_real_weights_give_keras_features_on_real_cells(shared, tmp_path):
     import keras
 
+    from tests.helpers.keras_parity import compiled_quickly
+
     path = shared / "weights/densenet169_weights_tf_dim_ordering_tf_kernels_notop.h5"
     classes = sorted(folder for folder in (shared / "data/bm7").iterdir() if folder.is_dir())
     cells = [sorted(folder.glob("*.jpg"))[n] for n in range(3) for folder in classes][:16]
@@ -30,7 +32,7 @@ def test_real_weights_give_keras_features_on_real_cells(shared, tmp_path):
     with jax.numpy_rank_promotion("allow"):
         reference = keras.applications.DenseNet169(include_top=False, weights=str(path), input_shape=(96, 96, 3))
         inputs = keras.applications.densenet.preprocess_input(images.copy())
-        theirs = np.asarray(jax.jit(functools.partial(reference, training=False))(inputs))
+        theirs = np.asarray(compiled_quickly(functools.partial(reference, training=False))(inputs))
     assert len(images) == 16
     assert np.abs(theirs).max() > 0.1
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
