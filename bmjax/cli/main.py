@@ -33,6 +33,7 @@ from bmjax.cli import (
 )
 from bmjax.cli.configured import help_asked, print_fields
 from bmjax.config.experiment import load_experiment
+from bmjax.files import printable
 from bmjax.training.signals import Interrupted, Signals
 
 VERBS = (
@@ -110,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (ValueError, OSError, FloatingPointError) as e:
             if verbose:
                 raise
-            print(f"bmjax: {e}", file=sys.stderr)
+            print(f"bmjax: {printable(e, lines=True)}", file=sys.stderr)
             return 2
 
 
@@ -129,10 +130,19 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     return code
 
 
+class _Printable(logging.Formatter):
+    """Names of folders and classes are any text; none may steer the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), lines=True)
+
+
 def _set_logging(options: argparse.Namespace) -> None:
     level = logging.DEBUG if getattr(options, "verbose", False) else logging.INFO
     level = logging.WARNING if getattr(options, "quiet", False) else level
-    logging.basicConfig(level=max(level, logging.INFO), format="%(message)s", stream=sys.stderr, force=True)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Printable("%(message)s"))
+    logging.basicConfig(level=max(level, logging.INFO), handlers=[handler], force=True)
     logging.getLogger("bmjax").setLevel(level)
     for noisy in ("absl", "jax", "orbax", "grain"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -26,6 +26,7 @@ from bmjax.cli.weights import predict_imagenet
 _PREDICT_AT_ONCE = 2048
 _NAMED = 20
 """Files that can't be read and are named on the terminal; the table names all."""
+_LISTS = (".csv", ".tsv", ".parquet", ".zip", ".tar")
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ def predict(options: argparse.Namespace, rest: Sequence[str]) -> int:
 def _check(options: argparse.Namespace) -> None:
     """What can be known to be wrong before anything is read."""
     out = Path(options.out)
-    if out.suffix not in (".csv", ".parquet"):
+    if out.suffix.lower() not in (".csv", ".parquet"):
         raise ValueError(f"--out is {options.out!r}; expected a name ending in .csv or .parquet")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"--out is {options.out!r}, but there is no folder {out.parent}")
@@ -152,6 +153,8 @@ def _inputs(paths: Sequence[str]) -> Iterator[_Input]:
             yield _Input(given, "no such file or folder")
         elif not path.exists():
             yield _Input(given, "a link to what is not there")
+        elif path.suffix.lower() in _LISTS and path.is_file():
+            yield _Input(str(path), "a table or an archive; expected an image, or a folder of images")
         else:  # reading from a pipe or a device may never end
             yield _Input(str(path), None if path.is_file() else "not a file")
 
@@ -208,6 +211,8 @@ class _Pictures:
 
         if not folder.parent.is_dir():
             raise FileNotFoundError(f"--maps is {str(folder)!r}, but there is no folder {folder.parent}")
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"--maps is {str(folder)!r}, which is a file; expected a folder")
         self._folder, self._variables, self._explainer = folder, run.variables, Explainer(run.model)
         self._draws = self._explainer.sows_maps(run.variables, run.config.data.image_size)
         if not self._draws:

@@ -56,7 +56,7 @@ class PredictionTable:
     ):
         self.path, self.part = path, path.with_name(f"{path.name}.part")
         self._more = dict(more or {})
-        self._kind: type[_Csv | _Parquet] = _Csv if path.suffix == ".csv" else _Parquet
+        self._kind: type[_Csv | _Parquet] = _Csv if path.suffix.lower() == ".csv" else _Parquet
         self._classes, self._extra = tuple(classes), {ERROR} if errors else set()
         self._file = self._kind(self.part, self._classes, self._more, self._extra)
 

@@ -8,23 +8,15 @@ top-level group of parameters: ``backbone``, ``attention`` or ``head``.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
+import typing
+from typing import Any
 
-import pydantic
-
-from bmjax.config.checks import check, check_types
+from bmjax.config.checks import check, check_types, type_hints
 from bmjax.config.data import AugmentConfig, DataConfig
-from bmjax.config.model import HeadConfig, ModelConfig
-from bmjax.config.training import (
-    BatchNormConfig,
-    FeaturesConfig,
-    OptimConfig,
-    ScheduleConfig,
-    StageConfig,
-    TrackingConfig,
-    TrainConfig,
-)
+from bmjax.config.model import ModelConfig
+from bmjax.config.training import FeaturesConfig, OptimConfig, StageConfig, TrackingConfig, TrainConfig
+from bmjax.registry import unknown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +40,9 @@ class Config:
         check_types(self)
         check(len(self.stages) > 0, "stages", self.stages, "at least one stage")
         check(0 <= self.seed < 2**31, "seed", self.seed, "0..2**31-1")
+        apart = self.name.startswith(("/", "\\")) or ".." in self.name.replace("\\", "/").split("/")
+        ok = bool(self.name.strip(" ./")) and "\0" not in self.name and not apart
+        check(ok, "name", self.name, "a name, for the run's folder is runs/<name> (run_dir may be any other)")
 
 
 def to_json(config: Config) -> str:
@@ -59,33 +54,53 @@ def from_json(text: str) -> Config:
     """Reads `to_json`'s text.
 
     Raises:
-      ValueError: a field is unknown or its value has the wrong type; the message names field and value.
+      ValueError: no JSON object, a name stands twice in one, or a field is unknown or its value of the wrong type; the
+        message names field and value.
     """
-    # pydantic.ValidationError is a ValueError and names the dotted field, the value and what was expected.
-    return _reader().validate_json(_as_now(text))
-
-
-def _as_now(text: str) -> str:
-    """Text of before `train.recompute_statistics` with what it did then, so that such a run resumes as it began."""
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError):
-        return text  # the reader says what is wrong
-    train = values.get("train") if isinstance(values, dict) else None
+        values = json.loads(text, object_pairs_hook=_once)
+    except RecursionError as e:
+        raise ValueError("no JSON: too many brackets within each other") from e
+    if not isinstance(values, dict):
+        raise ValueError(f"a configuration is {str(values)[:40]!r}; expected a JSON object")
+    return _made(Config, _as_now(values), "")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; a ValueError where a name stands twice in it, for the readers of JSON differ in which counts."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice = next(name for i, (name, _) in enumerate(pairs) if name in dict(pairs[:i]))
+        raise ValueError(f"{twice!r} stands twice in one JSON object; expected each name once")
+    return values
+
+
+def _as_now(values: dict[str, Any]) -> dict[str, Any]:
+    """Values of before `train.recompute_statistics` with what it did then, so that such a run resumes as it began."""
+    train = values.get("train")
     # `to_json` writes every field; a text of a few is someone's own, and has today's defaults.
     if isinstance(train, dict) and train.keys() >= {"train_eval_epochs", "monitor", "workers"}:
-        return json.dumps(values | {"train": {"recompute_statistics": "never"} | train})
-    return text
+        return values | {"train": {"recompute_statistics": "never"} | train}
+    return values
 
 
-@functools.cache
-def _reader() -> pydantic.TypeAdapter[Config]:
-    for cls in (DataConfig, AugmentConfig, HeadConfig, ModelConfig, ScheduleConfig, OptimConfig, BatchNormConfig):
-        _forbid_extra(cls)
-    for cls in (StageConfig, TrainConfig, FeaturesConfig, TrackingConfig, Config):
-        _forbid_extra(cls)
-    return pydantic.TypeAdapter(Config)
-
-
-def _forbid_extra(cls: type) -> None:
-    cls.__pydantic_config__ = pydantic.ConfigDict(extra="forbid")  # type: ignore[attr-defined]
+def _made(cls: type, values: dict[str, Any], prefix: str) -> Any:
+    """A dataclass of JSON's values; each constructor holds its fields to their types."""
+    hints = type_hints(cls)
+    given = {}
+    for name, value in values.items():
+        if name not in hints:
+            raise ValueError(f"config field {prefix + name!r}: {unknown('field', name, list(hints))}")
+        types = (hints[name], *typing.get_args(hints[name]))
+        inner = next((t for t in types if dataclasses.is_dataclass(t)), None)
+        if isinstance(inner, type) and isinstance(value, dict):
+            value = _made(inner, value, f"{prefix}{name}.")
+        elif isinstance(inner, type) and isinstance(value, list):
+            value = tuple(
+                _made(inner, one, f"{prefix}{name}.{i}.") if isinstance(one, dict) else one
+                for i, one in enumerate(value)
+            )
+        elif int in types and isinstance(value, float) and value.is_integer():  # 32.0, as some programs write 32
+            value = int(value)
+        given[name] = value
+    return cls(**given)

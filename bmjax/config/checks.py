@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import math
+import os
 import typing
 from typing import Any, Literal
 
@@ -19,11 +21,14 @@ def check(condition: bool, field: str, value: object, expected: str) -> None:
         raise ValueError(f"config field {field!r} is {value!r}; expected {expected}")
 
 
+type_hints = functools.cache(typing.get_type_hints)
+
+
 @functools.cache
 def _fields(cls: type) -> dict[str, tuple[pydantic.TypeAdapter, Any]]:
     strict = pydantic.ConfigDict(strict=True, allow_inf_nan=False)
     found = {}
-    for name, hint in typing.get_type_hints(cls).items():
+    for name, hint in type_hints(cls).items():
         inner = any(dataclasses.is_dataclass(t) for t in (hint, *typing.get_args(hint)))
         found[name] = (pydantic.TypeAdapter(hint, config=None if inner else strict), hint)
     return found
@@ -48,16 +53,47 @@ def _described(hint: Any) -> str:
     return f"a {getattr(hint, '__name__', hint)}"
 
 
+def _plain(value: Any) -> Any:
+    """NumPy's numbers and arrays as Python's, also within a tuple or a list; others as they are."""
+    if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
+        return value.tolist()
+    return type(value)(map(_plain, value)) if type(value) in (tuple, list) else value
+
+
+def _recorded(field: str, value: Any) -> Any:
+    """Options as a run's record gives them back: tuples as lists, NumPy's numbers as Python's.
+
+    Raises:
+      ValueError: one that JSON can't hold; names it.
+    """
+    value = _plain(value)
+    if isinstance(value, dict):
+        check(all(isinstance(key, str) for key in value), field, value, "a dict with names as keys")
+        return {key: _recorded(f"{field}.{key}", one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_recorded(field, one) for one in value]
+    known = value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value))
+    check(
+        known, field, value, "text, a finite number, True, False or None, or lists and dicts of such: a run records it"
+    )
+    return value
+
+
 def check_types(config: Any, prefix: str = "") -> None:
-    """Holds every field of a dataclass to its annotation; a list where a tuple is expected becomes one.
+    """Holds every field of a dataclass to its annotation. A list where a tuple is expected becomes one, NumPy's numbers
+    and arrays become Python's, and options become what a run's record would give back.
 
     Raises:
       ValueError: names the field, its value and what was expected, with the nearest choice.
     """
     for name, (adapter, hint) in _fields(type(config)).items():
-        value, field = getattr(config, name), f"{prefix}{name}"
+        given, field = getattr(config, name), f"{prefix}{name}"
+        value = (
+            _recorded(field, given) if isinstance(given, dict) and typing.get_origin(hint) is dict else _plain(given)
+        )
         if isinstance(value, list) and typing.get_origin(hint) is tuple:
             value = tuple(value)
+        if value is not given:
             object.__setattr__(config, name, value)
         try:
             adapter.validate_python(value, strict=True)
@@ -65,6 +101,7 @@ def check_types(config: Any, prefix: str = "") -> None:
             choices = [a for a in typing.get_args(hint) if isinstance(a, str)] if isinstance(value, str) else []
             close = difflib.get_close_matches(str(value), choices, n=1)
             hint_text = f"; did you mean {close[0]!r}?" if close else ""
+            hint_text = f", as str() of it is {str(value)!r}" if isinstance(value, os.PathLike) else hint_text
             check(False, field, value, _described(hint) + hint_text)
 
 
@@ -75,6 +112,8 @@ def check_part(config: Any, name: str, field: str, known: typing.Iterable[str] |
       ValueError: neither; names the nearest.
     """
     given = getattr(config, name)
+    if isinstance(given, os.PathLike):
+        check(False, field, given, f"text, as str() of it is {str(given)!r}")
     value = name_of(f"config field {field!r}:", given)
     if value is not given:
         object.__setattr__(config, name, value)

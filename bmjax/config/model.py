@@ -65,4 +65,6 @@ class ModelConfig:
         check_part(self, "attention", "model.attention", None)
         if isinstance(self.head, str) or (isinstance(self.head, type) and self.head is not HeadConfig):
             object.__setattr__(self, "head", HeadConfig(name=self.head))  # type: ignore[arg-type]
+        if self.weights in ("none", "None"):  # as the command line has it
+            object.__setattr__(self, "weights", None)
         check_types(self, "model.")

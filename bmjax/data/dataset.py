@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from bmjax.data.images.arrays import check_images
+from bmjax.data.sources.labels import classes_of, known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +85,9 @@ class Dataset:
         ids: Sequence[str] | None = None,
         name: str = "arrays",
     ) -> Dataset:
-        """A dataset of arrays: images uint8 0..255 RGB [n, s, s, 3], labels [n] of any kind that sorts (numbers or
-        text), which become classes in their order, and groups [n] (patient, slide) that stay on one side of a split.
+        """A dataset of arrays: images uint8 0..255 RGB [n, s, s, 3], labels [n] of numbers or text, which become
+        classes as in a table (numbers in their order, 2.0 as `2`; none may be missing), and groups [n] (patient, slide)
+        that stay on one side of a split; one that is None or NaN is not known.
 
             data = Dataset.from_arrays(images, labels)
             bmjax.train(config, data=data)
@@ -94,17 +96,19 @@ class Dataset:
           TypeError, ValueError: a shape, a type or a range is wrong; names it and what was expected.
         """
         images, of = check_images(images), np.asarray(labels)
+        if isinstance(labels, np.ma.MaskedArray):
+            raise TypeError("labels are a masked array; expected one label an image: leave the others' images out")
         if images.shape[1] != images.shape[2] or not len(images):
             raise ValueError(f"images have shape {list(images.shape)}; expected [n, s, s, 3], square and RGB, n >= 1")
         if of.shape != (len(images),):
-            raise ValueError(f"labels have shape {list(of.shape)}; expected [{len(images)}], one an image")
-        if of.dtype.kind == "f" and not np.isfinite(of).all():
-            raise ValueError(f"label of image {int(np.argmin(np.isfinite(of)))} is not a number; expected one an image")
-        values, numbers = np.unique(of, return_inverse=True)
-        if len(values) < 2:
-            raise ValueError(f"labels hold the classes {', '.join(map(str, values))}; expected at least two")
+            hint = "; of one-hot labels it is labels.argmax(-1)" if of.ndim == 2 else ""
+            raise ValueError(f"labels have shape {list(of.shape)}; expected [{len(images)}], one an image{hint}")
+        numbers, classes = _numbered(of)
+        if len(classes) < 2:
+            raise ValueError(f"labels hold the classes {', '.join(classes)}; expected at least two")
         given = [
-            tuple(map(str, part)) for part in (groups if groups is not None else (), ids if ids is not None else ())
+            tuple(map(_text, groups if groups is not None else ())),
+            tuple(map(str, ids if ids is not None else ())),
         ]
         for part, what in zip(given, ("groups", "ids"), strict=True):
             if part and len(part) != len(images):
@@ -113,14 +117,37 @@ class Dataset:
         if len(set(named)) < len(named):
             raise ValueError("ids are not all different; expected one of its own for each image")
         hashes = tuple(hashlib.sha256(image.tobytes()).hexdigest() for image in images)
-        entries = json.dumps([images.shape[1], list(zip(named, hashes, numbers.tolist(), strict=True))])
+        entries = json.dumps([images.shape[1], list(zip(named, hashes, numbers, strict=True))])
         return cls(
             name=name,
-            classes=tuple(map(str, values.tolist())),
+            classes=classes,
             images=images,
-            labels=numbers.astype(np.int32),
+            labels=np.array(numbers, np.int32),
             ids=named,
             hashes=hashes,
             fingerprint=hashlib.sha256(entries.encode()).hexdigest(),
             groups=given[0],
         )
+
+
+def _text(value: Any) -> str:
+    """A label or a group as text; "" where it is missing, as None, NaN and the like are."""
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "surrogateescape")
+    return "" if value is None or known(str(value)) == "" else str(value)
+
+
+def _numbered(labels: np.ndarray) -> tuple[list[int], tuple[str, ...]]:
+    """Each label's place among the classes, and the classes.
+
+    Raises:
+      ValueError: a label is missing; names its image.
+    """
+    # NumPy's text of a number is the shortest that is it: 0.1 for float32 too.
+    names = [_text(value) for value in (labels.astype(str) if labels.dtype.kind in "iuf" else labels)]
+    if "" in names:
+        i = names.index("")
+        raise ValueError(f"label of image {i} is {labels[i]!r}, which is not a number or a name; expected one an image")
+    names, classes = classes_of(names)
+    place = {name: i for i, name in enumerate(classes)}
+    return [place[name] for name in names], classes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,27 @@ def list_source(config: DataConfig) -> Listing:
     listing = source(config.root)
     if not isinstance(listing, Listing):
         raise ValueError(f"data source {config.source!r} gives {listing!r}; expected a bmjax.Listing")
-    return listing
+    return _checked(config.source, listing)
+
+
+def _checked(source: str, listing: Listing) -> Listing:
+    """A listing of a source of one's own, whose parts fit together; `bmjax check` looks at more.
+
+    Raises:
+      ValueError: names the part.
+    """
+    n, k, labels = len(listing.ids), len(listing.classes), np.asarray(listing.labels)
+    for name in ("labels", "groups", "sides", "pixel_sizes"):
+        if (found := len(getattr(listing, name))) != n and (found or name == "labels"):
+            raise ValueError(f"data source {source!r}: {found} {name} for {n} ids; expected {n}, one an image")
+    if len(set(listing.ids)) < n:
+        raise ValueError(f"data source {source!r}: an id comes twice; expected ids that differ")
+    if labels.ndim != 1 or labels.dtype.kind not in "iu" or (n and not (labels.min() >= 0 and labels.max() < k)):
+        shown = f"{labels.dtype} {list(labels.shape)}" + (
+            f" from {labels.min()} to {labels.max()}" if n and labels.dtype.kind in "iuf" else ""
+        )
+        raise ValueError(f"data source {source!r}: labels are {shown}; expected int [{n}], 0 to {k - 1}")
+    return dataclasses.replace(listing, labels=labels.astype(np.int32))
 
 
 def load_dataset(config: DataConfig, *, progress: bool = True) -> Dataset:

@@ -24,6 +24,7 @@ from bmjax.config.data import DataConfig
 from bmjax.data.dataset import Dataset
 from bmjax.data.groups import connected
 from bmjax.data.sources.columns import read_columns
+from bmjax.data.sources.labels import known
 from bmjax.files import write_text
 
 log = logging.getLogger(__name__)
@@ -112,11 +113,21 @@ def _duplicates(path: str, dataset: Dataset) -> list[str]:
     columns = read_columns(path, ("path", "group"))
     rows = {name: i for i, name in enumerate(dataset.ids)}
     groups = list(dataset.hashes)
-    for name, group in zip(columns["path"], columns["group"], strict=True):
+    _check_once(path, columns["path"])
+    for row, (name, group) in enumerate(zip(columns["path"], columns["group"], strict=True), 1):
         if name not in rows:
             raise ValueError(f"{path}: {name!r} is no image of {dataset.name}; expected only images that are")
+        if not known(group):
+            raise ValueError(f"{path}: row {row}, column group: {group!r}; expected a group, or no row for the image")
         groups[rows[name]] = f"group {group}"
     return groups
+
+
+def _check_once(path: str | Path, names: Sequence[str]) -> None:
+    seen: dict[str, int] = {}
+    for row, name in enumerate(names, 1):
+        if (first := seen.setdefault(name, row)) != row:
+            raise ValueError(f"{path}: {name!r} stands in rows {first} and {row}; expected one row an image")
 
 
 def _units(dataset: Dataset, config: DataConfig) -> _Units:
@@ -283,6 +294,7 @@ def write_split(path: str | Path, dataset: Dataset, splits: Splits) -> None:
 def _read_sides(path: str | Path, dataset: Dataset) -> np.ndarray:
     """The side that a manifest gives each row, int [n], or _FREE."""
     columns = read_columns(path, ("path", "sha256", "label", "split"))
+    _check_once(path, columns["path"])
     rows = {name: i for i, name in enumerate(dataset.ids)}
     side = np.full(len(dataset), _FREE)
     for name, *found in zip(*columns.values(), strict=True):

@@ -152,7 +152,7 @@ def intervals_note(counts: np.ndarray) -> str:
     if absent:
         notes.append(
             f"{absent} of {len(counts)} classes have no image: the intervals of the means take them to be like the "
-            "others, the means leave them out"
+            "others, the means leave them out; no interval of the means then holds exactly 95 %"
         )
     if few:
         notes.append(

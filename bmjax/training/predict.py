@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
 from collections import deque
 from pathlib import Path
 from typing import Any, Literal
@@ -154,15 +155,28 @@ def evaluate(
 
 
 def data_of(run: Run, data_root: str | None = None) -> tuple[Dataset, Splits]:
-    """The data that a run was trained on, from where they are now.
+    """The data that a run was trained on, from where they are now. Where the training machine's `data.cache_dir` can't
+    be made here, this user's cache takes its place.
 
     Raises:
       ValueError: the data are not those the run began with.
     """
-    config = run.config
+    data = run.config.data
     if data_root is not None:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=data_root))
-    return load_data(run.run_dir, config)
+        data = dataclasses.replace(data, root=data_root)
+    if data.cache_dir and not _can_be_made(data.cache_dir):
+        log.warning("%s: data.cache_dir %r can't be made here; this user's cache is used", run.run_dir, data.cache_dir)
+        data = dataclasses.replace(data, cache_dir="")
+    return load_data(run.run_dir, dataclasses.replace(run.config, data=data))
+
+
+def _can_be_made(folder: str) -> bool:
+    """Whether a folder is there, or its nearest ancestor that is there lets this user make it."""
+    path = Path(folder).absolute()
+    if os.path.isdir(path):
+        return True
+    above = next(str(parent) for parent in path.parents if os.path.exists(parent))
+    return os.path.isdir(above) and os.access(above, os.W_OK | os.X_OK)
 
 
 def evaluate_run(

@@ -82,8 +82,8 @@ def train(
 
     Without `run_dir`, a name whose folder holds a run gets the next free number, and that is said. With `resume` the
     run in the folder goes on from its last checkpoint, bit for bit as if never stopped; where there is none yet, it
-    starts; a finished run is left as it is. `data` takes the place of what `config.data` names, see
-    `Dataset.from_arrays`. `callbacks` see each step and epoch, see `bmjax.training.progress.Event`.
+    starts; a finished run is left as it is, but for where its data are. `data` takes the place of what `config.data`
+    names, see `Dataset.from_arrays`. `callbacks` see each step and epoch, see `bmjax.training.progress.Event`.
 
     Nothing is written before all is checked.
 
@@ -135,6 +135,7 @@ def train_run(
             log.warning("%s: stopped by %s before the first step; nothing is written", run_dir, stop.name)
             return Result(run_dir, {}, 0, None, interrupted=stop.name)
         if resume and (found := hosts.told(_finished(config, run_dir, plan.splits))) is not None:
+            folder.write_config(run_dir, config)  # its data may have moved
             return Result(run_dir, found, next(iter(found.values()))["step"], (plan.dataset, plan.splits))
         with watched.gently():
             one = _One(resume, callbacks, watched, files, quiet=signals is not None or not hosts.leads())

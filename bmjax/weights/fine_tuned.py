@@ -8,14 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from bmjax.weights import catalog, keras_match
-from bmjax.weights.keras_files import KerasLayer
+from bmjax.weights.keras_files import Change, KerasLayer
 
 log = logging.getLogger(__name__)
 Tree = Any
 Head = Literal["drop", "keep"]
 HEADS: tuple[Head, ...] = ("drop", "keep")
-_OF_A_HEAD = ("dense", "norm")
+_SCALES = {"unit": (1 / 255, 0.0), "tf": (1 / 127.5, -1.0)}
+"""Scale and offset of a Rescaling that does what a mode of bmjax/weights/preprocess.py does."""
 _CONVOLUTIONS = ("conv", "depthwise", "separable")
 
 
@@ -58,8 +61,8 @@ def base_of(
         kernel = layer.arrays.get("kernel")
         if layer.kind in _CONVOLUTIONS and kernel is not None and kernel.ndim == 4 and kernel.shape[2] <= 4:
             raise ValueError(
-                f"{path}: layer {layer.stored!r} is a convolution of the image, before the base {ranked[0]!r}; "
-                "the backbone alone would see another input. Expected a base that takes the image itself"
+                f"{path}: layer {layer.stored!r} is a convolution of the image, before the base or beside the base "
+                f"{ranked[0]!r}, which might see another input. Expected one that takes the image itself: save it alone"
             )
         if "variance" in layer.arrays:
             log.warning(
@@ -98,7 +101,7 @@ def parts_of(path: Path, layers: Sequence[KerasLayer], shapes: Tree, order: Sequ
     ours = {id(layer) for layer in matched.values()}
     others = [layer for layer in base if id(layer) not in ours and layer.kind != "dense"]
     # Another member of the family has convolutions left over, or lacks some; its layers stay, to be named.
-    fits = not missing and all(layer.kind in _OF_A_HEAD for layer in others)
+    fits = not missing and all(map(_may_be_a_heads, others))
     if fits and others and top is not None and top.name != top_name:
         top = None  # a norm before it that the network hasn't: a head of its own
     left = {id(layer) for layer in dense if layer is not top} | {id(layer) for layer in others if fits}
@@ -116,6 +119,35 @@ def parts_of(path: Path, layers: Sequence[KerasLayer], shapes: Tree, order: Sequ
     if rest:
         log.info("%s: left out, as the head of a fine-tuned model: %s", path, _words(rest))
     return Parts(base, rest, top)
+
+
+def _may_be_a_heads(layer: KerasLayer) -> bool:
+    """Whether a layer that the network hasn't may stand in a head: of a kind or under a name that no backbone has, and
+    not of the image."""
+    if layer.kind not in _CONVOLUTIONS:
+        return True
+    kernel = layer.arrays.get("kernel", layer.arrays.get("depthwise_kernel"))
+    return layer.name is None and kernel is not None and kernel.ndim == 4 and kernel.shape[2] > 4
+
+
+def warn_of_changes(path: Path, changes: Sequence[Change], base: str, *, has_own: bool) -> None:
+    """Says which layers without weights the model has and the backbone has not: the base may have seen another input.
+
+    `has_own`: the backbone has such layers itself, within the model `base`.
+    """
+    foreign = [c for c in changes if not (has_own and (c.model == base or c.model.startswith(f"{base}/")))]
+    if not foreign:
+        return
+    one = (foreign[0].scale, foreign[0].offset or 0.0)
+    plain = len(foreign) == 1 and all(isinstance(value, (int, float)) for value in one)
+    saw = [mode for mode, scale in _SCALES.items() if plain and np.allclose(one, scale, rtol=1e-5, atol=0)]
+    log.warning(
+        "%s: the model has %s, which are left out; if the image goes through them before the base, tell what the base "
+        "saw by --preprocess%s",
+        path,
+        ", ".join(c.layer for c in foreign),
+        f" {saw[0]}" if saw else "",
+    )
 
 
 def _words(layers: Sequence[KerasLayer]) -> str:

@@ -36,6 +36,9 @@ _VARIABLES = {
 _KNOWN = {name for names in _VARIABLES.values() for name in names}
 # Keras 1's words. Its `running_std` holds the variance.
 _OLDER_WORDS = {"W": "kernel", "b": "bias", "running_mean": "moving_mean", "running_std": "moving_variance"}
+# Layers without weights that change values; the last two are operations of keras.applications' preprocess_input.
+_CHANGING = ("Rescaling", "Lambda", "TFOpLambda", "Divide", "TrueDivide")
+_CHANGING_PLACES = ("rescaling", "lambda", "normalization", "divide", "true_divide")
 _AUTOMATIC = re.compile(
     r"(depthwise_|separable_?)?conv(olution)?(2d|2d_transpose)(_\d+)?|(batch_?)?normalization(_\d+)?|dense(_\d+)?"
 )
@@ -62,6 +65,17 @@ class KerasLayer:
         return "norm" if "gamma" in self.arrays else ", ".join(self.arrays)
 
 
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A layer without weights that changes values: the model within the model that it belongs to, its name and class,
+    and, of a Rescaling, scale and offset."""
+
+    model: str
+    layer: str
+    scale: Any = None
+    offset: Any = None
+
+
 def normalise(name: str) -> str:
     """A published layer name as today's Keras writes it: `conv1/conv` -> `conv1_conv`."""
     return name.replace("/", "_")
@@ -85,6 +99,15 @@ def read(path: str | Path) -> list[KerasLayer]:
     Those of a model within the model carry its name.
 
     Raises:
+      FileNotFoundError, ValueError: as `read_model`.
+    """
+    return read_model(path)[0]
+
+
+def read_model(path: str | Path) -> tuple[list[KerasLayer], list[Change]]:
+    """`read`'s layers, and those without weights that change values, where the file tells them (not Keras 2's weights).
+
+    Raises:
       FileNotFoundError: no such file.
       ValueError: not a whole file in one of the three layouts, one made to harm, or a weight of an unknown kind; names
         the file.
@@ -93,12 +116,46 @@ def read(path: str | Path) -> list[KerasLayer]:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such weight file")
     with reading(path, "Keras weight file"), _opened(path) as (file, config):
-        layers = _keras_3(path, file, config) if "layers" in file else _older(path, file)
+        subclassed = any(isinstance(part, h5py.Group) and "layers" in part for part in file.values())
+        layers = _keras_3(path, file, config) if "layers" in file or subclassed else _older(path, file)
+        whole = file.attrs.get("model_config")  # of .h5
+        config = config if whole is None else json.loads(_text(whole)).get("config")
+        changes = _changes(config) if config else _changes_by_place(file)
     named = collections.Counter((layer.model, layer.name) for layer in layers if layer.name is not None)
     for (_, name), count in named.items():
         if count > 1:
             raise ValueError(f"{path}: two layers are named {name!r}")
-    return layers
+    return layers, changes
+
+
+def _changes_by_place(file: Any, model: str = "") -> list[Change]:
+    """Of a `.weights.h5`, which lists layers without weights by their class."""
+    found = []
+    for place, group in file.get("layers", {}).items():
+        if "layers" in group:
+            found += _changes_by_place(group, f"{model}/{_named(group, place)}".removeprefix("/"))
+        elif _place(place)[0] in _CHANGING_PLACES and not len(group.get("vars", ())):
+            found.append(Change(model, repr(place)))
+    return found
+
+
+def _named(group: Any, place: str) -> str:
+    return _text(group["vars"].attrs.get("name", place)) if "vars" in group else place
+
+
+def _changes(config: Any, model: str = "") -> list[Change]:
+    """Of a model's configuration, that of the models within included."""
+    found = []
+    for layer in (config.get("layers") or ()) if isinstance(config, dict) else ():
+        own, kind = layer.get("config"), layer.get("class_name")
+        if not isinstance(own, dict):
+            continue
+        name = own.get("name") or layer.get("name") or kind
+        if "layers" in own:
+            found += _changes(own, f"{model}/{name}" if model else name)
+        elif kind in _CHANGING or (kind == "Normalization" and own.get("mean") is not None):
+            found.append(Change(model, f"{name!r} ({kind})", own.get("scale"), own.get("offset")))
+    return found
 
 
 @contextlib.contextmanager
@@ -151,16 +208,23 @@ def _place(name: str) -> tuple[str, int]:
 
 
 def _keras_3(path: Path, file: Any, config: dict[str, Any], model: str = "") -> list[KerasLayer]:
-    root: Any = file["layers"]
+    # Of a subclassed model, its attributes stand beside the layers.
+    own = {
+        name: part
+        for name, part in file.items()
+        if name[0] != "_" and name not in ("layers", "optimizer", "vars") and isinstance(part, h5py.Group)
+        if "layers" in part or "vars" in part
+    }
+    root: Any = own | dict(file.get("layers", {}))
     configs = _by_place(config)
     layers = []
     for place in sorted(root, key=_place):
-        group, own = root[place], configs.get(place, {})
+        group, options = root[place], configs.get(place, {})
         variables = group.get("vars", {})
-        name = variables.attrs.get("name", own.get("name")) if "vars" in group else own.get("name")
+        name = variables.attrs.get("name", options.get("name")) if "vars" in group else options.get("name")
         if "layers" in group:
             within = _text(name or place)
-            layers += _keras_3(path, group, own, f"{model}/{within}" if model else within)
+            layers += _keras_3(path, group, options, f"{model}/{within}" if model else within)
             continue
         if not len(variables):
             continue

@@ -33,6 +33,8 @@ def _named(backbone: str, weights: str, include_top: bool) -> WeightRecord | Pat
     path = Path(weights).expanduser()
     if path.is_file():
         return path
+    if weights == "none":
+        raise ValueError("weights are 'none'; expected imagenet, imagenet-timm, a record's name or the path of a file")
     if path.suffix:
         raise FileNotFoundError(f"{path}: no such weight file")
     raise unknown("weights (a name, or the path of a file)", weights, [*_NAMES, "none", *by_name])
@@ -88,7 +90,7 @@ def read(
 def _read_keras(
     path: Path, backbone: str, record: WeightRecord | None, head: Head
 ) -> tuple[WeightRecord, dict[str, Tree]]:
-    layers = keras_files.read(path)
+    layers, changes = keras_files.read_model(path)
     if record is None:
         found = f"md5:{checksum(path, 'md5')}"
         record = next((_suitable(r, backbone, str(path)) for r in catalog.RECORDS if r.checksum == found), None)
@@ -96,11 +98,13 @@ def _read_keras(
     ours = [layer for layer in layers if not keras_match.is_unused(layer, rule.unused)]
     shapes, order = network_shapes(network(dataclasses.replace(rule, top=True)))
     parts = fine_tuned.parts_of(path, ours, shapes, order, head)
+    within = parts.base[0].model if parts.base else ""
+    fine_tuned.warn_of_changes(path, changes, within, has_own=bool(rule.unused))
     classes = None if parts.top is None else parts.top.arrays["kernel"].shape[1]
     if record is None:
         record = dataclasses.replace(rule, top=classes is not None)
-        within = [layer for layer in layers if not parts.base or layer.model == parts.base[0].model]
-        if (mode := keras_match.preprocess_within(path, within)) is not None:
+        of_base = [layer for layer in layers if not parts.base or layer.model == within]
+        if (mode := keras_match.preprocess_within(path, of_base)) is not None:
             record = dataclasses.replace(record, preprocess=mode)
     shapes, order = network_shapes(network(record, classes or 1000))
     matched, _ = keras_match.match(parts.base, shapes, order)

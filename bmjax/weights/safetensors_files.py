@@ -28,7 +28,7 @@ def read(path: Path) -> tuple[dict[str, np.ndarray], WeightRecord | None]:
     """Every tensor by its name, and the record where the file is a ported one.
 
     Raises:
-      ValueError: not a whole safetensors file, of a type that NumPy hasn't (bfloat16), or with an unreadable record;
+      ValueError: not a whole safetensors file, of a type that the library doesn't read, or with an unreadable record;
         names the file.
     """
     with reading(path, "safetensors file"):

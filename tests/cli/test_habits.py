@@ -1,5 +1,6 @@
 """What people expect of a command line: help, quiet, pipes, signals, clear errors in their own files."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -87,6 +88,14 @@ def test_a_closed_pipe_is_no_error():
 def test_quiet_says_only_what_went_wrong(tmp_path, capsys):
     assert main(["train", str(experiment(tmp_path)), "--quiet"]) == 0
     assert capsys.readouterr().err == ""
+
+
+def test_no_name_steers_the_terminal(capsys):
+    assert main(["show", "\x1b[31mcells\udce9.py"]) == 2
+    logging.getLogger("bmjax.data").warning("%s: 2 classes\n  B", "\x1b[31mcells\udce9")
+    err = capsys.readouterr().err
+    assert err.startswith(r"bmjax: \x1b[31mcells\xe9.py: no such experiment")
+    assert err.endswith("\\x1b[31mcells\\xe9: 2 classes\n  B\n")
 
 
 @pytest.mark.parametrize(

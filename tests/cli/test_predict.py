@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import bmjax
+import bmjax.training.predict  # binds load_run before a test replaces it
 from bmjax.cli import predict
 from bmjax.cli.main import main
 from bmjax.cli.prediction_table import Block, PredictionTable
@@ -41,7 +42,7 @@ def bmjax_predict(run, monkeypatch, tmp_path):
 
 
 def table_of(path):
-    if path.suffix == ".csv":
+    if path.suffix.lower() == ".csv":
         with path.open(encoding="utf-8", errors="surrogateescape", newline="") as f:
             columns, *rows = csv.reader(f)
         return rows, columns
@@ -89,6 +90,15 @@ def test_a_row_for_each_input_in_its_order(bmjax_predict, run, tmp_path, monkeyp
     assert not list(tmp_path.glob("*.part*"))
 
 
+def test_endings_in_capitals_and_tables_as_input(bmjax_predict, tmp_path):
+    draw(tmp_path / "a.png")
+    (tmp_path / "cells.csv").write_text("path,label\na.png,x\n")
+    (tmp_path / "cells.zip").write_bytes(b"PK")
+    status, rows, _ = bmjax_predict(*(tmp_path / name for name in ("cells.csv", "a.png", "cells.zip")), ending="CSV")
+    said = "a table or an archive; expected an image, or a folder of images"
+    assert (status, [row[-1] for row in rows]) == (0, [said, "", said])
+
+
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
 def test_columns_and_exit_codes(bmjax_predict, tmp_path, capsys, ending):
     draw(tmp_path / "a.png")
@@ -111,6 +121,7 @@ def test_columns_and_exit_codes(bmjax_predict, tmp_path, capsys, ending):
         ([tmp_path / "empty"], "expected images, or folders of images"),
         ([tmp_path / "a.png", "--batch-size", "0"], "--batch-size is 0; expected at least 1"),
         ([tmp_path / "a.png", "--maps", "/nowhere/maps"], "there is no folder /nowhere"),
+        ([tmp_path / "a.png", "--maps", tmp_path / "a.png"], "which is a file; expected a folder"),
     ):
         assert main(["predict", "RUN", *map(str, arguments), "--out", str(tmp_path / "no.csv")]) == 2
         assert message in capsys.readouterr().err

@@ -5,9 +5,20 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
-from bmjax.config import Config, ModelConfig, OptimConfig, StageConfig, TrackingConfig, from_json, to_json
+from bmjax.config import (
+    Config,
+    DataConfig,
+    HeadConfig,
+    ModelConfig,
+    OptimConfig,
+    StageConfig,
+    TrackingConfig,
+    from_json,
+    to_json,
+)
 from bmjax.config.experiment import load_experiment
 from bmjax.config.override import changed, field_types, override
 
@@ -201,6 +212,53 @@ def test_a_dict_sets_the_fields_of_its_group_and_leaves_the_others():
     assert (found.optim.clip_norm, found.stages[1].lr_scale) == (3.0, 0.5)
     with pytest.raises(ValueError, match="did you mean 'lr'"):
         override(base, ["--optim={'lrr': 1}"], "bmjax train e.py")
+
+
+@pytest.mark.parametrize(
+    ("made", "plain"),
+    [
+        (lambda: Config(seed=np.int64(3)), lambda: Config(seed=3)),
+        (lambda: OptimConfig(lr=np.float32(0.5)), lambda: OptimConfig(lr=0.5)),
+        (lambda: OptimConfig(name=np.str_("adam")), lambda: OptimConfig(name="adam")),
+        (lambda: DataConfig(strict=np.bool_(True)), lambda: DataConfig(strict=True)),
+        (lambda: DataConfig(split=np.array([0.5, 0.25, 0.25])), lambda: DataConfig(split=(0.5, 0.25, 0.25))),
+        (lambda: HeadConfig(widths=(np.int32(8),)), lambda: HeadConfig(widths=(8,))),
+        (
+            lambda: ModelConfig(attention_options={"sizes": (3, np.int64(5)), "on": np.bool_(False)}),
+            lambda: ModelConfig(attention_options={"sizes": [3, 5], "on": False}),
+        ),
+        (lambda: ModelConfig(weights="none"), lambda: ModelConfig(weights=None)),
+        (lambda: DataConfig(root="cells\udce9"), lambda: DataConfig(root="cells\udce9")),
+    ],
+)
+def test_values_as_numpy_and_others_give_them_are_those_of_the_record(made, plain):
+    assert repr(made()) == repr(plain())
+    group = {OptimConfig: "optim", DataConfig: "data", ModelConfig: "model"}.get(type(made()))
+    config = made() if isinstance(made(), Config) else Config(**{group: made()} if group else {})
+    assert from_json(to_json(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"data": {"rot": 1}}', r"'data\.rot': unknown field 'rot'; did you mean 'root'"),
+        ('{"optim": {"lr": NaN}}', r"'optim\.lr' is nan; expected a number or None"),
+        ('{"train": {"batch_size": "32"}}', r"'train\.batch_size' is '32'; expected a whole number"),
+        ('{"train": {"batch_size": true}}', r"'train\.batch_size' is True; expected a whole number"),
+        ('{"data": {"strict": "yes"}}', r"'data\.strict' is 'yes'; expected True or False"),
+        ('{"optim": {"options": {"b1": NaN}}}', r"'optim\.options\.b1' is nan; expected text, a finite number"),
+        ('{"seed": 1, "seed": 2}', r"'seed' stands twice in one JSON object"),
+        ('{"stages": null}', r"'stages' is None; expected a tuple, each a StageConfig"),
+        ('{"stages": [{"epoch": 3}]}', r"'stages\.0\.epoch': unknown field 'epoch'; did you mean 'epochs'"),
+        ("[1]", r"a configuration is '\[1\]'; expected a JSON object"),
+        ("[" * 100_000, r"no JSON"),
+    ],
+)
+def test_a_record_that_is_none_is_refused_in_one_line(text, message):
+    with pytest.raises(ValueError, match=message) as e:
+        from_json(text)
+    assert "\n" not in str(e.value)
+    assert from_json('{"train": {"batch_size": 32.0}}').train.batch_size == 32
 
 
 def test_configurations_need_no_jax():

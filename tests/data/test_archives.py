@@ -60,6 +60,33 @@ def test_as_the_folder_it_was_made_of(tmp_path, suffix, prefix):
 
 
 @pytest.mark.parametrize("suffix", ["zip", "tar"])
+def test_names_as_windows_and_others_write_them(tmp_path, suffix):
+    for change in (
+        lambda name: name.replace("/", "\\"),
+        lambda name: f"./{name}",
+        lambda name: name.replace("/", "//"),
+    ):
+        listing = list_archive(write(tmp_path / f"a.{suffix}", {change(name): data for name, data in FILES.items()}))
+        assert listing.ids == tuple(FILES)
+        assert listing.classes == ("BLA", "NGS")
+        assert [listing.read(i) for i in range(6)] == list(FILES.values())
+    path = write(tmp_path / "twice.zip", FILES | {"BLA\\0.png": b""})
+    with pytest.raises(ValueError, match=r"'BLA\\\\0\.png' is there twice"):
+        list_archive(path)
+
+
+@pytest.mark.parametrize("suffix", ["zip", "tar"])
+@pytest.mark.parametrize("name", ["top/PMO/notes.txt", "top/PMO/deep/x.doc"])
+def test_a_class_without_an_image_is_refused_as_in_a_folder(tmp_path, suffix, name):
+    path = write(tmp_path / f"a.{suffix}", {f"top/{name}": data for name, data in FILES.items()} | {name: b""})
+    with pytest.raises(ValueError, match=r"PMO holds no image"):
+        list_archive(path)
+    beside = {"top/@eaDir/x.txt": b"", "__MACOSX/top/._BLA": b"", "other/notes.txt": b"", "top/.git/config": b""}
+    path = write(tmp_path / f"a.{suffix}", {f"top/{name}": data for name, data in FILES.items()} | beside)
+    assert list_archive(path).classes == ("BLA", "NGS")
+
+
+@pytest.mark.parametrize("suffix", ["zip", "tar"])
 @pytest.mark.parametrize(
     "name", ["../out.png", "BLA/../../out.png", "/etc/out.png", "C:/out.png", "BLA\\..\\..\\out.png"]
 )

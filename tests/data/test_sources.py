@@ -15,7 +15,7 @@ from bmjax.config import DataConfig
 from bmjax.data.images import cache as cache_module
 from bmjax.data.images.cache import cached
 from bmjax.data.images.decode import decode_image
-from bmjax.data.load import load_dataset
+from bmjax.data.load import list_source, load_dataset
 from bmjax.data.sources.folder import list_folder
 from bmjax.files import unsealed_json
 
@@ -74,6 +74,28 @@ def test_errors_name_the_path_and_what_was_expected(tree, tmp_path):
     (tree / "PMO" / "a.doc").write_text("no image")
     with pytest.raises(ValueError, match=r"PMO holds no image; expected files ending in .*\.png"):
         list_folder(tree)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("labels=[0, 1]", None),
+        ("labels=[0]", "1 labels for 2 ids; expected 2, one an image"),
+        ("labels=[0, 2]", r"labels are int64 \[2\] from 0 to 2; expected int \[2\], 0 to 1"),
+        ("labels=[0.0, 1.0]", r"labels are float64 \[2\] from 0.0 to 1.0"),
+        ("labels=[0, 1], groups=('p',)", "1 groups for 2 ids"),
+        ("labels=[0, 1], ids=('a', 'a')", "an id comes twice"),
+    ],
+)
+def test_a_source_of_ones_own_is_held_to_its_form(tmp_path, change, message):
+    fields = "origin=root, classes=('x', 'y'), read=lambda i: b''" + ("" if "ids" in change else ", ids=('a', 'b')")
+    (tmp_path / "own.py").write_text(f"import bmjax\ndef cells(root):\n    return bmjax.Listing({fields}, {change})\n")
+    config = DataConfig(source=f"{tmp_path / 'own.py'}:cells", root="x")
+    if message is None:
+        assert list_source(config).labels.dtype == np.int32
+        return
+    with pytest.raises(ValueError, match=rf"data source '.*own\.py:cells': {message}"):
+        list_source(config)
 
 
 def test_resize_is_pillows_bilinear_to_a_square(tmp_path):

@@ -230,9 +230,16 @@ def test_near_duplicates_stay_together(tmp_path, options):
     assert all(found[dataset.ids[i]] == found[dataset.ids[j]] for i, j in pairs)
     alone = sides(dataset, DataConfig(**options))
     assert any(alone[dataset.ids[i]] != alone[dataset.ids[j]] for i, j in pairs)
-    (tmp_path / "near.csv").write_text("path,group\nz.png,1\n")
-    with pytest.raises(ValueError, match=r"'z\.png' is no image of d"):
-        split_dataset(dataset, DataConfig(duplicates=str(tmp_path / "near.csv")))
+    one = dataset.ids[0]
+    for text, message in (
+        ("z.png,1\n", r"'z\.png' is no image of d"),
+        (f"{one},1\n{one},2\n", r"stands in rows 1 and 2; expected one row an image"),
+        (f"{one},1\n{dataset.ids[1]},\n", r"row 2, column group: ''; expected a group"),
+        (f"{one},nan\n", r"row 1, column group: 'nan'"),
+    ):
+        (tmp_path / "near.csv").write_text("path,group\n" + text)
+        with pytest.raises(ValueError, match=message):
+            split_dataset(dataset, DataConfig(duplicates=str(tmp_path / "near.csv")))
 
 
 def test_a_source_may_bring_its_split_and_leave_some_open(caplog):
@@ -306,7 +313,7 @@ def test_settings_of_before_and_wrong_ones():
         with pytest.raises(ValueError, match=r"config field 'data\.(folds|fold|block_size)' is \d"):
             DataConfig(**wrong)
     old["data"]["split_by"] = "patient"
-    with pytest.raises(ValueError, match=r"data\.split_by\s+Input should be 'image', 'group' or 'block'"):
+    with pytest.raises(ValueError, match=r"'data\.split_by' is 'patient'; expected one of 'image', 'group', 'block'"):
         from_json(json.dumps(old))
 
 

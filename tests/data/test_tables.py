@@ -196,6 +196,30 @@ def test_what_hugging_face_datasets_lack_is_named(folder, tmp_path):
         list_source(DataConfig(source="huggingface", root=str(tmp_path / "odd")))
 
 
+def test_labels_and_groups_of_hugging_face_are_those_of_tables(folder, tmp_path):
+    datasets = pytest.importorskip("datasets")
+
+    def saved(name, labels, groups):
+        images = [str(folder / row[0]) for row in ROWS[: len(labels)]]
+        features = datasets.Features(
+            {
+                "image": datasets.Image(),
+                "label": datasets.Value("float64" if isinstance(labels[0], float) else "string"),
+                "group": datasets.Value("int64"),
+            }
+        )
+        whole = datasets.Dataset.from_dict({"image": images, "label": labels, "group": groups}, features=features)
+        whole.save_to_disk(str(tmp_path / name))
+        return DataConfig(source="huggingface", root=str(tmp_path / name))
+
+    listing = list_source(saved("a", [2.0, 10.0, 1.0, 10.0], [0, 1, None, 0]))
+    assert (listing.classes, listing.labels.tolist()) == (("1", "2", "10"), [1, 2, 0, 2])
+    assert listing.groups == ("0", "1", "", "0")
+    for name, labels in (("b", [1.0, 2.0, float("nan")]), ("c", ["x", "y", "NA"])):
+        with pytest.raises(ValueError, match=r"000002/2\.png has label None; expected one of the classes"):
+            list_source(saved(name, labels, [1, 1, 1]))
+
+
 def test_a_folder_that_hugging_face_did_not_write_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="expected a folder made by save_to_disk"):
         list_source(DataConfig(source="huggingface", root=str(tmp_path)))
@@ -209,9 +233,10 @@ def test_without_the_library_the_error_says_what_to_install(tmp_path, monkeypatc
 
 
 def test_labels_that_are_missing_are_refused_by_row_and_column(folder):
-    for label in ("nan", "NaN", "NA", "N/A", "null", "NULL", "<NA>", "None", "NaT", "#DIV/0!", "-nan", "?"):
+    spellings = ("nan", "NaN", "NA", "N/A", "n.a.", "null", "NULL", "<NA>", "<null>", "None", "NaT", "#DIV/0!", "-nan")
+    for label in (*spellings, "?", ".", "\\N", "inf", "-inf"):
         rows = [(path, label if path == "b/1.png" else name) for path, name, *_ in ROWS]
-        said = rf"row 8, column label: '{re.escape(label)}' is how .* missing.*'class {re.escape(label)}'"
+        said = rf"row 8, column label: {re.escape(repr(label))} is how .* missing.*'class {re.escape(label)}'"
         with pytest.raises(ValueError, match=said):
             list_table(write(folder / "t.csv", rows, ("path", "label")))
     for values in (
@@ -267,6 +292,7 @@ def test_labels_that_are_numbers_are_sorted_as_numbers(folder):
         (["1e0", "2E+00", "1e1"] * 4, ("1", "2", "10")),
         (["1,0", "2,0", "10,0"] * 4, ("1", "2", "10")),
         (["1e-2", "2.5e0"] * 6, ("1e-2", "2.5e0")),
+        (["1,000", "10,000"] * 6, ("1,000", "10,000")),  # thousands, or a decimal comma
     ):
         assert list_table(write(folder / "t.csv", list(zip(paths, values)), ("path", "label"))).classes == classes  # noqa: B905
 
@@ -283,6 +309,24 @@ def test_tables_as_people_write_them(folder, encoding, separator, before, end):
     listing = list_table(folder / "t.csv")
     assert listing.ids == tuple(row[0] for row in ROWS)
     assert listing.classes == ("BLA", "NGS")
+
+
+def test_rows_of_separators_and_decimal_commas_are_excels(folder):
+    (folder / "t.csv").write_text("path;label;pixel_size\na/0.png;x;0,1\n;;\nb/0.png;y;0,25\n;;\n;;\n")
+    listing = list_table(folder / "t.csv")
+    assert (listing.ids, listing.pixel_sizes) == (("a/0.png", "b/0.png"), (0.1, 0.25))
+
+
+def test_numbers_of_single_precision_are_shown_as_they_were_written(folder):
+    labels = pa.array([0.1, 0.2, 2.5] * 4, pa.float32())
+    pa.parquet.write_table(pa.table({"path": [row[0] for row in ROWS], "label": labels}), folder / "t.parquet")
+    assert list_table(folder / "t.parquet").classes == ("0.1", "0.2", "2.5")
+
+
+def test_accents_in_the_other_form_are_read_where_only_that_is_there(folder):
+    save(folder / "a/e\u0301.png", 7)
+    listing = list_table(write(folder / "t.csv", [("a\\\u00e9.png", "x"), ("b/0.png", "y")], ("path", "label")))
+    assert listing.ids == ("a/e\u0301.png", "b/0.png")
 
 
 def test_windows_paths_are_read_where_the_file_is_there(folder):
@@ -334,6 +378,9 @@ def test_labels_that_look_alike_are_said(folder, tmp_path, caplog):
     config = DataConfig(source="table", root=str(table), image_size=16, cache_dir=str(tmp_path / "cache"))
     load_dataset(config, progress=False)
     assert "labels 'BLA' and 'bla' are taken for two classes" in caplog.text
+    table = write(folder / "t.csv", [("a/0.png", "1.5"), ("a/1.png", "1.50"), ("b/0.png", "2.5")], ("path", "label"))
+    load_dataset(config, progress=False)
+    assert "labels '1.5' and '1.50' are taken for two classes" in caplog.text
 
 
 _WORD = st.text(st.characters(codec="utf-8", exclude_characters="\0/\\", exclude_categories=["Cc", "Zs", "Zl", "Zp"]))

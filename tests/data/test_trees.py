@@ -68,7 +68,9 @@ def test_folders_named_as_sides_are_a_given_split(tmp_path, caplog):
     assert (packed.seen.files, packed.seen.used, packed.seen.system) == (14, 12, 2)
 
 
-@pytest.mark.parametrize("names", [["train", "val"], ["training", "testing"], ["valid", "test"], ["TRAINING", "Valid"]])
+@pytest.mark.parametrize(
+    "names", [["train", "val"], ["training", "testing"], ["valid", "test"], ["TRAINING", "Valid"], ["train ", "Test"]]
+)
 def test_two_sides_are_enough_in_any_spelling(tmp_path, names):
     listing = list_folder(write(tmp_path, *(f"{side}/{c}/0.png" for side in names for c in "AB")))
     assert listing.classes == ("A", "B")
@@ -96,6 +98,9 @@ def test_two_sides_are_enough_in_any_spelling(tmp_path, names):
             [f"{s}/{c}/0.png" for c in "AB" for s in ("TrainSet", "dev")],
             r"TrainSet, dev look like sides of a split, for",
         ),
+        ([f"{s}/{c}/0.png" for c in "AB" for s in ("Trainingsdaten", "Testdaten")], r"look like sides of a split"),
+        ([f"{s}/{c}/0.png" for c in "AB" for s in ("tr", "te")], r"te, tr look like sides of a split"),
+        (["cells/A/0.png", "cells/B/0.png"], r"found: cells; expected at least two, .*lie in .*cells"),
         (["train/A/0.png", "test/B/0.png", "test/C/x.doc"], r"class 'C' of the given split holds no image"),
     ],
 )

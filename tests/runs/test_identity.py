@@ -9,6 +9,7 @@ import pytest
 
 import bmjax
 from bmjax.cli.main import main
+from bmjax.config import to_json
 from bmjax.files import checksum
 from bmjax.runs.folder import read_config
 from bmjax.runs.identity import part_names, read_environment
@@ -126,6 +127,16 @@ def test_a_run_is_read_from_any_folder_on_any_number_of_devices(quick_config, tm
         assert again["loss"] == pytest.approx(expected["loss"], abs=1e-5)
     shutil.move(tmp_path / "cells", tmp_path / "moved")
     assert bmjax.evaluate(result.run_dir, "val", data_root=str(tmp_path / "moved"))["n"] == expected["n"]
+    config = read_config(result.run_dir)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, root=str(tmp_path / "moved")))
+    bmjax.train(dataclasses.replace(config, run_dir=str(result.run_dir)), resume=True)
+    assert read_config(result.run_dir).data.root == str(tmp_path / "moved"), "also of a finished run"
+    monkeypatch.setenv("BMJAX_CACHE", str(tmp_path / "own"))
+    (tmp_path / "file").touch()
+    data = dataclasses.replace(read_config(result.run_dir).data, cache_dir=str(tmp_path / "file/cache"))
+    (result.run_dir / "config.json").write_text(to_json(dataclasses.replace(config, data=data)))
+    assert bmjax.evaluate(result.run_dir, "val", trust=True)["n"] == expected["n"]
+    assert (tmp_path / "own/images").is_dir(), "the training machine's cache folder can't be made here"
 
 
 def test_code_of_a_run_from_elsewhere_runs_only_when_trusted(trained, tmp_path, monkeypatch):

@@ -149,6 +149,46 @@ def test_a_dataset_takes_what_is_as_good():
 
 
 @pytest.mark.parametrize(
+    ("labels", "classes"),
+    [
+        ([2.0, 10.0, 1.0, 2.0], ("1", "2", "10")),
+        (["2", "10", "1", "2"], ("1", "2", "10")),
+        (np.float32([0.1, 2.5, 0.1, 2.5]), ("0.1", "2.5")),
+        ([True, False, True, True], ("False", "True")),
+        (np.array([b"x", b"y", b"x", b"x"]), ("x", "y")),
+        (np.array(["b", "a", "c", "b"], object), ("a", "b", "c")),
+        (np.array([3, 1, 2, 3], np.uint8), ("1", "2", "3")),
+    ],
+)
+def test_labels_of_arrays_become_classes_as_in_a_table(labels, classes):
+    found = bmjax.Dataset.from_arrays(pixels(4, 8, 8, 3), labels, groups=["p", None, float("nan"), 0])
+    assert found.classes == classes
+    again = {
+        str(label): found.classes[i] for label, i in zip(np.asarray(labels).astype(str), found.labels, strict=True)
+    }
+    assert len(set(again.values())) == len(again) == len(classes)
+    assert all(float(key) == float(name) if name[0].isdigit() else key == name for key, name in again.items())
+    assert found.groups == ("p", "", "", "0"), "a group that is missing is not known"
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.array(["a", "b", None, "a"], object), "label of image 2 is None"),
+        (np.array(["a", "b", float("nan"), "a"], object), "label of image 2 is nan"),
+        (["a", "b", float("nan"), "a"], "label of image 2 is np.str_('nan')"),
+        ([1.0, 2.0, float("inf"), 1.0], "label of image 2 is np.float64(inf), which is not a number"),
+        (np.ma.masked_array([1, 2, 1, 2], [0, 0, 1, 0]), "labels are a masked array"),
+        (np.eye(4), "labels have shape [4, 4]; expected [4], one an image; of one-hot labels it is labels.argmax(-1)"),
+    ],
+)
+def test_labels_that_are_missing_are_refused(labels, message):
+    with pytest.raises((TypeError, ValueError)) as e:
+        bmjax.Dataset.from_arrays(pixels(4, 8, 8, 3), labels)
+    assert message in str(e.value)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"images": np.zeros((4, 8, 8, 3))}, "images are float64"),

@@ -35,6 +35,13 @@ from bmjax.data.dataset import Dataset
         (lambda: TrainConfig(batch_size="32"), r"'train\.batch_size' is '32'; expected a whole number"),
         (lambda: TrainConfig(batch_size=True), r"'train\.batch_size' is True; expected a whole number"),
         (lambda: DataConfig(root=Path("x")), r"'data\.root' is .*; expected text"),
+        (
+            lambda: ModelConfig(attention=Path("x.py")),
+            r"'model\.attention' is .*; expected text, as str\(\) of it is 'x\.py'",
+        ),
+        (lambda: ModelConfig(attention_options={"f": print}), r"'model\.attention_options\.f' is .*: a run records it"),
+        (lambda: Config(name=""), r"'name' is ''; expected a name, for the run's folder is runs/<name>"),
+        (lambda: Config(name="../x"), r"'name' is '\.\./x'; expected a name"),
         (lambda: OptimConfig(lr=float("nan")), r"'optim\.lr' is nan; expected a number or None"),
         (lambda: AugmentConfig(flip=1), r"'augment\.flip' is 1; expected True or False"),
         (lambda: Config(data={"root": "x"}), r"'data' is \{'root': 'x'\}; expected a DataConfig"),

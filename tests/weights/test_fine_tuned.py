@@ -69,6 +69,61 @@ def test_the_input_of_a_nested_efficientnet_is_its_own(tmp_path):
     assert_equal(variables, keras_model("efficientnet")[1])
 
 
+@pytest.mark.parametrize(
+    ("family", "before", "said"),
+    [
+        ("resnet", keras.layers.Rescaling(1 / 127.5, offset=-1), "'before' (Rescaling)"),
+        ("resnet", keras.layers.Rescaling(1 / 255), "'before' (Rescaling)"),
+        ("efficientnet", keras.layers.Rescaling(255.0), "'before' (Rescaling)"),
+        ("resnet", keras.layers.RandomFlip(), None),
+    ],
+)
+def test_layers_that_change_the_image_before_the_base_are_said(tmp_path, caplog, family, before, said):
+    before = type(before).from_config(before.get_config() | {"name": "before"})
+    base, expected = keras_model(family)
+    with jax.numpy_rank_promotion("allow"):
+        inputs = keras.Input((SIZE, SIZE, 3))
+        model = keras.Model(inputs, keras.layers.GlobalAveragePooling2D()(base(before(inputs))))
+    for layout in ("keras", "h5", "weights.h5"):
+        caplog.clear()
+        _, variables = weights.read(save(model, tmp_path / f"w.{layout}", layout), f"{family}_test")
+        assert_equal(variables, expected)
+        if said is None:
+            assert "--preprocess" not in caplog.text
+            continue
+        if layout == "weights.h5":
+            assert "the model has 'rescaling', which are left out; if the image goes through them" in caplog.text
+            continue
+        assert f"the model has {said}, which are left out; if the image goes through them" in caplog.text
+        saw = {1 / 127.5: "--preprocess tf", 1 / 255: "--preprocess unit"}.get(before.scale, "--preprocess")
+        assert caplog.text.rstrip().endswith(saw)
+
+
+class Own(keras.Model):
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.out = base, keras.layers.Dense(3)
+
+    def call(self, x):
+        return self.out(keras.ops.mean(self.base(x), (1, 2)))
+
+    def get_config(self):
+        return {}  # enough to be saved
+
+
+def test_heads_of_other_layers_and_subclassed_models(tmp_path):
+    layers, (base, expected) = keras.layers, keras_model("densenet")
+    with jax.numpy_rank_promotion("allow"):
+        x = layers.LayerNormalization()(layers.Conv2D(8, 1)(base.output))
+        flat = keras.Model(base.input, layers.Dense(3)(layers.GlobalAveragePooling2D()(x)))
+        own = Own(base)
+        own(np.zeros((1, SIZE, SIZE, 3), np.float32))
+    for model, layout in ((flat, "h5"), (flat, "keras"), (flat, "weights.h5"), (own, "weights.h5"), (own, "keras")):
+        record, variables = weights.read(save(model, tmp_path / f"w.{layout}", layout), "densenet_test")
+        assert_equal(variables, expected)
+        assert not record.top
+
+
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "flat"])
 def test_a_single_dense_is_kept_as_the_top(tmp_path, nested):
     model = tuned("resnet", nested, norm=False)
@@ -105,7 +160,7 @@ def test_a_convolution_before_the_base_is_refused(tmp_path):
         base = keras_model("resnet")[0]
         model = keras.Model(inputs, base(keras.layers.Conv2D(3, 1)(inputs)))
     path = save(model, tmp_path / "w.keras", "keras")
-    with pytest.raises(ValueError, match="is a convolution of the image, before the base"):
+    with pytest.raises(ValueError, match="is a convolution of the image, before the base or beside"):
         weights.read(path, "resnet_test")
 
 

@@ -1,12 +1,14 @@
 """safetensors in timm's naming: whole, without what torch alone needs, and strictly."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from bmjax import weights
-from bmjax.weights import catalog
+from bmjax.weights import catalog, safetensors_files
 from tests.helpers.timm_golden import state_dict
 
 TAGS = {r.name: r for r in catalog.RECORDS if r.source == "timm"}
@@ -87,3 +89,11 @@ def test_a_truncated_file_says_so(densenet):
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match="not a readable safetensors file, or truncated"):
         weights.read(path, "densenet121")
+
+
+def test_bfloat16_is_read_as_the_values_it_is(tmp_path):
+    pytest.importorskip("safetensors", minversion="0.8", reason="older ones may not read it")
+    header = json.dumps({"x": {"dtype": "BF16", "shape": [2], "data_offsets": [0, 4]}}).encode()
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + np.array([0x3FC0, 0xC010], "<u2").tobytes())
+    np.testing.assert_array_equal(safetensors_files.read(path)[0]["x"].astype(np.float32), [1.5, -2.25])

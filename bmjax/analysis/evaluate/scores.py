@@ -195,7 +195,7 @@ def text(scores: Scores) -> str:
     lines = [f"{'score':20}{'value':>8}  95 % interval"]
     lines += [f"{name:20}{_numbers(s)}   {s.by}" for name, s in scores.scores.items()]
     names = [printable(name) for name in scores.classes]
-    width = max(5, *(len(name) + 1 for name in names))
+    width = max(6, *(len(name) + 1 for name in names))  # 100.0 and a space
     kinds = list(next(iter(scores.classes.values())))
     lines += ["", "class".ljust(width) + "".join(kind.rjust(25) for kind in kinds)]
     for name, own in zip(names, scores.classes.values(), strict=True):

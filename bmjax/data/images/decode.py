@@ -59,7 +59,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     White is the empty field of a bright-field microscope. Colour profiles are not applied.
 
     Raises:
-      ValueError: a mode that has no RGB (such as LAB), or values out of range.
+      ValueError: a mode that Pillow can't turn into RGB, or values out of range.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":

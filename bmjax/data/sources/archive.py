@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import itertools
+import posixpath
 import stat
 import tarfile
 import zipfile
@@ -14,7 +15,7 @@ import numpy as np
 
 from bmjax.data.images.decode import MAX_BYTES
 from bmjax.data.sources.layout import arrange
-from bmjax.data.sources.listing import Listing, Seen, why_passed_over
+from bmjax.data.sources.listing import Listing, Seen, why_folder_passed_over, why_passed_over
 from bmjax.files import printable, reading
 
 Read = Callable[[], bytes]
@@ -24,7 +25,7 @@ def list_archive(path: str | Path) -> Listing:
     """A .zip or uncompressed .tar whose folders are classes or sides, as in `list_folder`; ids are paths in it.
 
     Folders that all images have in common are passed over: the classes are those below. Archives inside the archive,
-    and other files that aren't images, are not opened.
+    and other files that aren't images, are not opened. Backslashes, as Windows writes them, count as slashes.
 
     Raises:
       FileNotFoundError: no such file.
@@ -36,9 +37,9 @@ def list_archive(path: str | Path) -> Listing:
     path = Path(path)
     with reading(path, "zip or tar file"):
         if zipfile.is_zipfile(path):
-            members = _zip_members(path)
+            members, folders = _zip_members(path)
         elif _is_tar(path):
-            members = _tar_members(path)
+            members, folders = _tar_members(path)
         else:
             raise ValueError(f"{path}: neither a zip nor a tar file; expected one of them")
     reasons = {name: why_passed_over(name) for name in members}
@@ -46,15 +47,17 @@ def list_archive(path: str | Path) -> Listing:
     # Sorted paths have in common what the first and the last have.
     ends = [name.split("/")[:-1] for name in (images[:1] + images[-1:])]
     depth = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*ends, strict=False)))
-    cut = len("".join(f"{part}/" for part in ends[0][:depth])) if ends else 0
-    inner = [name[cut:] for name in images]
-    folders = {name.rsplit("/", 1)[0] for name in inner if "/" in name}
-    tops = sorted({folder.split("/")[0] for folder in folders})
+    above = "".join(f"{part}/" for part in ends[0][:depth]) if ends else ""
+    inner = [name.removeprefix(above) for name in images]
+    folders |= {posixpath.dirname(name) for name in members}
+    folders = {name for name in folders if not any(map(why_folder_passed_over, name.split("/")))}
+    below = {name.removeprefix(above) for name in folders if name.startswith(above)} - {""}
+    tops = sorted({name.split("/")[0] for name in inner if "/" in name})
     if len(tops) < 2:
         found = ", ".join(map(printable, tops)) or "none"
         raise ValueError(f"{path}: folders of images found: {found}; expected at least two")
-    layout = arrange(str(path), inner, folders)
-    ids = [images[0][:cut] + inside for inside in layout.ids]
+    layout = arrange(str(path), inner, below)
+    ids = [above + inside for inside in layout.ids]
     counts = collections.Counter(reason for reason in reasons.values() if reason)
     seen = Seen(len(members), len(ids), outside=len(images) - len(ids), **counts)
     reads = [members[name] for name in ids]
@@ -77,33 +80,42 @@ def _check_name(archive: Path, name: str) -> None:
         raise ValueError(f"{archive}: member {name!r} is absolute or leads out of the archive; expected none that does")
 
 
+def _plain(name: str) -> str:
+    """A member's name with slashes alone and without parts that say nothing: `.\\A\\0.png` -> `A/0.png`."""
+    return posixpath.normpath(name.replace("\\", "/"))
+
+
 def _limited(size: int) -> None:
     if size > MAX_BYTES:
         raise ValueError(f"{size} bytes; expected at most {MAX_BYTES}")
 
 
-def _zip_members(path: Path) -> dict[str, Read]:
+def _zip_members(path: Path) -> tuple[dict[str, Read], set[str]]:
+    """The files, and the folders that have an entry of their own."""
     try:
         archive = zipfile.ZipFile(path)  # stays open: it is read by many threads until the listing is gone
     except zipfile.BadZipFile as e:
         raise ValueError(f"{path}: {e}") from e
     members: dict[str, Read] = {}
+    folders: set[str] = set()
     for info in archive.infolist():
         _check_name(path, info.filename)
+        name = _plain(info.filename)
         if b"PK\x01\x02" in info.comment + info.extra:
             raise ValueError(f"{path}: member {info.filename!r} swallows the one after it: the list is damaged")
-        if why_passed_over(info.filename):  # never opened, so a damaged name would lose an image without a word
+        if why_passed_over(name):  # never opened, so a damaged name would lose an image without a word
             _check_entry(path, info)
-        if info.is_dir():
+        if info.filename.endswith(("/", "\\")):
+            folders.add(name)
             continue
         if stat.S_ISLNK(info.external_attr >> 16):
             raise ValueError(f"{path}: member {info.filename!r} is a link; expected files only")
         if info.flag_bits & 1:
             raise ValueError(f"{path}: member {info.filename!r} is encrypted; expected files that can be read")
-        if info.filename in members:
+        if name in members:
             raise ValueError(f"{path}: member {info.filename!r} is there twice; expected one of a name")
-        members[info.filename] = lambda info=info: _read_zipped(archive, info)
-    return members
+        members[name] = lambda info=info: _read_zipped(archive, info)
+    return members, folders
 
 
 def _check_entry(path: Path, info: zipfile.ZipInfo) -> None:
@@ -125,22 +137,25 @@ def _read_zipped(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
         raise ValueError(f"{info.filename}: damaged in the archive: {str(e) or type(e).__name__}") from e
 
 
-def _tar_members(path: Path) -> dict[str, Read]:
+def _tar_members(path: Path) -> tuple[dict[str, Read], set[str]]:
+    """As `_zip_members`."""
     try:
         archive = tarfile.open(path, "r:")  # noqa: SIM115  (its file is closed below)
     except tarfile.ReadError as e:
         raise ValueError(f"{path}: a compressed tar has no random access; expected a plain .tar or a .zip") from e
     members: dict[str, Read] = {}
+    folders: set[str] = set()
     with archive:
         for info in _infos(path, archive):
             _check_name(path, info.name)
             if info.isdir():
+                folders.add(_plain(info.name))
                 continue
             if not info.isreg() or info.issparse():
                 raise ValueError(f"{path}: member {info.name!r} is a link or a device; expected files only")
             # Of two of a name the later one counts, as in unpacking.
-            members[info.name.removeprefix("./")] = lambda info=info: _read_tarred(path, info)
-    return members
+            members[_plain(info.name)] = lambda info=info: _read_tarred(path, info)
+    return members, folders
 
 
 def _infos(path: Path, archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:

@@ -106,7 +106,7 @@ def _read_text(path: Path, needed: Sequence[str]) -> tuple[list[str], list[list[
     try:
         names = next(reader, [])
         for row in reader:
-            if not any(cell.strip() for cell in row) and len(row) != len(names):  # an empty line
+            if not any(cell.strip() for cell in row):  # an empty line; Excel may leave its separators
                 continue
             rows.append(row)
             if len(row) != len(names):
@@ -131,11 +131,12 @@ def _read_parquet(path: Path, needed: Sequence[str]) -> tuple[list[str], list[li
     for name, kind in zip(table.schema.names, table.schema.types, strict=True):
         if pa.types.is_nested(kind) and name.strip().lower() in needed:
             raise ValueError(f"{path}: column {name!r} holds {kind}; expected one text or number in each row")
-    return table.column_names, [[_text(value) for value in column.to_pylist()] for column in table.columns]
+    columns = [column.cast(pa.string()) if column.type == pa.float32() else column for column in table.columns]
+    return table.column_names, [[as_text(value) for value in column.to_pylist()] for column in columns]
 
 
-def _text(value: Any) -> str:
-    """A value of parquet as text; "" where it is missing."""
+def as_text(value: Any) -> str:
+    """A value of Arrow as text; "" where it is missing."""
     if value is None or (isinstance(value, float) and not math.isfinite(value)) or value != value:
         return ""
     if isinstance(value, bytes):

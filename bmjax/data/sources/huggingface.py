@@ -7,6 +7,8 @@ from typing import Any
 
 import pyarrow.compute
 
+from bmjax.data.sources.columns import as_text
+from bmjax.data.sources.labels import classes_of, known
 from bmjax.data.sources.listing import Listing
 from bmjax.data.sources.parts import _listing, _Part
 
@@ -39,24 +41,29 @@ def list_huggingface(root: str | Path) -> Listing:
     if isinstance(label, datasets.ClassLabel):
         classes = label.names
     else:
-        found = {v for table in tables.values() for v in table["label"].to_pylist() if v is not None}
-        classes = sorted(map(str, found))
+        found = {split: _texts(table["label"]) for split, table in tables.items()}
+        names, classes = classes_of([name for part in found.values() for name in part if name])
+        # In the order of the rows: what is missing has no class.
+        following = iter(names)
+        of_row = {split: [next(following) if name else None for name in part] for split, part in found.items()}
     parts = {}
     for split, table in tables.items():
         images = table["image"]
-        values = table["label"].to_pylist()
-        labels = (
-            values
-            if isinstance(label, datasets.ClassLabel)
-            else [None if v is None else classes.index(str(v)) for v in values]
-        )
+        if isinstance(label, datasets.ClassLabel):
+            labels = table["label"].to_pylist()
+        else:
+            number = {name: i for i, name in enumerate(classes)}
+            labels = [None if name is None else number[name] for name in of_row[split]]
         paths = pyarrow.compute.struct_field(images, "path").to_pylist()  # pyright: ignore[reportAttributeAccessIssue]
         names = [f"{i:06d}/{Path(path).name}" if path else f"{i:06d}" for i, path in enumerate(paths)]
-        groups = (
-            [str(g or "") for g in table["group"].to_pylist()] if "group" in table.column_names else [""] * len(names)
-        )
+        groups = _texts(table["group"]) if "group" in table.column_names else [""] * len(names)
         parts[split] = _Part(names, labels, groups, lambda i, images=images: _bytes_of(images[i].as_py()))
     return _listing(str(root), classes, parts)
+
+
+def _texts(column: Any) -> list[str]:
+    """The values as text, "" where one is missing."""
+    return [known(as_text(value)) for value in column.to_pylist()]
 
 
 def _bytes_of(image: dict[str, Any] | None) -> bytes:

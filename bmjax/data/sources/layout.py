@@ -39,7 +39,7 @@ def arrange(where: str, images: Sequence[str], folders: Iterable[str]) -> Layout
         outer.add(first)
         if rest:
             inner.add((first, rest[0]))
-    sides = {name: SIDES[name.lower()] for name in outer if name and name.lower() in SIDES}
+    sides = {name: side for name in outer if (side := _side(name))}
     _check_depth_of_sides(where, outer, inner)
     given = _is_split(where, outer, inner, sides, images)
     depth = int(given)
@@ -48,7 +48,8 @@ def arrange(where: str, images: Sequence[str], folders: Iterable[str]) -> Layout
     classes = tuple(sorted({name for _, name in inner} if given else outer))
     if len(classes) < 2:
         place = f"class folders within {_names(outer)}" if given else "sub-folders found"
-        inside = f"; the classes may lie in {where}/{next(iter(sides))}" if sides and not given else ""
+        deeper = next(iter(sides or outer)) if not given and len(inner) > 1 else ""
+        inside = f"; the classes may lie in {where}/{printable(deeper)}" if deeper else ""
         raise ValueError(f"{where}: {place}: {_names(classes) or 'none'}; expected at least two, one a class{inside}")
     filled = {part[depth] for part in parts} | ({part[0] for part in parts} if given else set())
     for name in sorted(set(classes) | (outer if given else set())):
@@ -74,7 +75,7 @@ def _check_depth_of_sides(where: str, outer: set[str], inner: set[tuple[str, str
     for first, second in inner:
         within.setdefault(first, set()).add(second)
     for name, folders in sorted(within.items()):
-        if len({SIDES[f.lower()] for f in folders if f.lower() in SIDES}) > 1 and folders <= _spelled(folders):
+        if len(set(map(_side, folders))) > 1 and all(map(_side, folders)):
             if len(outer) == 1:
                 raise ValueError(
                     f"{where}: the split {_names(folders)} lies in {printable(name)}; expected it outermost: give "
@@ -85,10 +86,8 @@ def _check_depth_of_sides(where: str, outer: set[str], inner: set[tuple[str, str
                 f"expected the sides outermost and the classes within them, as in train/{printable(name)}: move "
                 f"them, {_TABLE}"
             )
-    others = outer - _spelled(outer)
-    like = {
-        name: side for name in others for word in re.findall("[a-z]+", name.lower()) if (side := _SIDE_OF.get(word))
-    }
+    others = {name for name in outer if not _side(name)}
+    like = {name: side for name in others if (side := _like_a_side(name))}
     shared = set.intersection(*(within.get(name, set()) for name in like)) if len(set(like.values())) > 1 else set()
     if len(shared) > 1:
         raise ValueError(
@@ -107,16 +106,19 @@ def _check_depth_of_sides(where: str, outer: set[str], inner: set[tuple[str, str
         )
 
 
-_SIDE_OF = {word: side for word, side in SIDES.items() if word} | {
-    **dict.fromkeys(("trainset", "trainingset", "traindata"), "train"),
-    **dict.fromkeys(("dev", "eval", "evaluation", "valset", "validationset", "validate"), "val"),
-    **dict.fromkeys(("tests", "testset", "testdata", "holdout"), "test"),
-}
+def _side(name: str) -> str:
+    """The side of a split that a folder is called, or ""."""
+    return SIDES.get(name.strip().lower(), "")
 
 
-def _spelled(names: set[str]) -> set[str]:
-    """Those of the names that are a side's."""
-    return {name for name in names if name and name.lower() in SIDES}
+def _like_a_side(name: str) -> str:
+    """The side that a word of a folder's name begins as, in English or German, or ""."""
+    starts = {"train": "train", "val": "val", "eval": "val", "test": "test", "holdout": "test"}
+    short = {"tr": "train", "trn": "train", "dev": "val", "te": "test", "tst": "test", "ts": "test"}
+    for word in re.findall("[a-z]+", name.lower()):
+        if side := short.get(word) or next((side for start, side in starts.items() if word.startswith(start)), ""):
+            return side
+    return ""
 
 
 def _is_split(

@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from pathlib import Path
 from typing import TypeVar
 
@@ -50,7 +51,7 @@ SYSTEM_FOLDERS = frozenset(
         *("$recycle.bin", "recycler", "recycled", "system volume information", "found.000", "lost+found", "thumbs"),
         *(".ipynb_checkpoints", ".appledouble", ".trashes", ".spotlight-v100", ".fseventsd", ".temporaryitems"),
         *(".documentrevisions-v100", ".git", ".svn", ".cache", ".thumbnails", ".trash"),
-        *("thumbnails", "_thumbs", "cvs"),
+        *("thumb", "_thumb", "_thumbs", "thumbnails", "_thumbnails", "cvs"),
     )
 )
 
@@ -124,14 +125,15 @@ class Listing:
 
 
 def alike(classes: Sequence[str]) -> list[tuple[str, str]]:
-    """Pairs of names that differ in case, spaces or the form of their accents alone, or as numbers not at all: most
-    often one class."""
+    """Pairs of names that differ in case, spaces or the form of their accents alone, or as numbers not at all, as 1.5
+    and 1.50: most often one class."""
     seen: dict[str, str] = {}
     pairs = []
     for name in classes:
         key = unicodedata.normalize("NFKC", "".join(name.lower().split()))
         key = "".join(c for c in key if unicodedata.category(c) != "Cf")  # of no width
-        key = str(int(key)) if re.fullmatch(r"[+-]?\d{1,300}", key, re.ASCII) else key
+        if re.fullmatch(r"[+-]?\d{1,300}(\.\d{0,300})?", key, re.ASCII):
+            key = str(Fraction(key.rstrip(".")))
         if (other := seen.setdefault(key, name)) != name:
             pairs.append((other, name))
     return pairs

@@ -22,7 +22,7 @@ class _Part:
 
 def _listing(root: str, classes: Sequence[str], parts: dict[str, _Part]) -> Listing:
     several = len(parts) > 1  # one split alone is no split yet
-    if several and (odd := sorted(set(parts) - set(SIDES))):
+    if several and (odd := sorted(split for split in parts if split.lower() not in SIDES)):
         raise ValueError(f"{root}: splits {', '.join(odd)}; expected {', '.join(filter(None, SIDES))}, or only one")
     for split, part in parts.items():
         for name, label in zip(part.names, part.labels, strict=True):
@@ -39,5 +39,5 @@ def _listing(root: str, classes: Sequence[str], parts: dict[str, _Part]) -> List
         labels=np.array([label for part in parts.values() for label in part.labels], np.int32),
         read=lambda i: places[i][0].get(places[i][1]),
         groups=groups if any(groups) else (),
-        sides=tuple(SIDES[split] for split, part in parts.items() for _ in part.names) if several else (),
+        sides=tuple(SIDES[split.lower()] for split, part in parts.items() for _ in part.names) if several else (),
     )

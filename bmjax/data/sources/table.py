@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
 from bmjax.data.sources.columns import read_columns
+from bmjax.data.sources.labels import classes_of, known
 from bmjax.data.sources.listing import SIDES, Listing, _listing_of_files
-
-# How tables spell a value that is missing, in any case.
-_MISSING = frozenset(
-    (
-        *("", "?", "na", "#na", "<na>", "n/a", "#n/a", "#n/a n/a", "nan", "-nan", "nat", "null"),
-        *("1.#ind", "-1.#ind", "1.#qnan", "-1.#qnan"),
-        *("#div/0!", "#name?", "#null!", "#num!", "#ref!", "#value!"),
-    )
-)
 
 
 def list_table(path: str | Path) -> Listing:
@@ -33,13 +25,13 @@ def list_table(path: str | Path) -> Listing:
     """
     columns = read_columns(path, ("path", "label"), ("split", "group", "pixel_size"))
     columns = {name: [value.strip() for value in values] for name, values in columns.items()}  # "a.png, BLA"
-    groups, splits = ([_known(value) for value in columns[name]] for name in ("group", "split"))
+    groups, splits = ([known(value) for value in columns[name]] for name in ("group", "split"))
     _check_rows(path, columns["path"], columns["label"], splits)
     pixel_sizes = _pixel_sizes(path, columns["pixel_size"])
     folder = Path(path).parent
     ids = [_as_it_is_there(folder, image) for image in columns["path"]]
     _check_once(path, folder, ids, columns["label"])
-    names, classes = _classes(columns["label"])
+    names, classes = classes_of(columns["label"])
     if len(classes) < 2:
         raise ValueError(f"{path}: labels found: {', '.join(classes) or 'none'}; expected at least two")
     if absent := [i for i, image in enumerate(ids) if not os.path.isfile(os.path.join(folder, image))]:
@@ -55,15 +47,11 @@ def list_table(path: str | Path) -> Listing:
     )
 
 
-def _known(value: str) -> str:
-    return "" if value.lower() in _MISSING or value == "None" else value  # "none" may be a class
-
-
 def _check_rows(path: str | Path, ids: Sequence[str], names: Sequence[str], splits: Sequence[str]) -> None:
     for row, (image, label, split) in enumerate(zip(ids, names, splits, strict=True), 1):
         if not image or not label:
             raise ValueError(f"{path}: row {row} has path {image!r} and label {label!r}; expected both")
-        if not _known(label):
+        if not known(label):
             raise ValueError(
                 f"{path}: row {row}, column label: {label!r} is how tables write a missing value; expected a class: "
                 f"leave the row out, or if a class is called so, name it otherwise, such as 'class {label}'"
@@ -79,10 +67,10 @@ def _pixel_sizes(path: str | Path, values: Sequence[str]) -> list[float]:
     found = []
     for row, value in enumerate(values, 1):
         try:
-            size = float(_known(value) or 0)
+            size = float(known(value).replace(",", ".") or 0)
         except ValueError:
             size = -1.0
-        if not 0 <= size < 1000 or (size == 0 and _known(value)):
+        if not 0 <= size < 1000 or (size == 0 and known(value)):
             raise ValueError(
                 f"{path}: row {row} has pixel_size {value!r}; expected micrometres, such as 0.1, or nothing"
             )
@@ -91,11 +79,14 @@ def _pixel_sizes(path: str | Path, values: Sequence[str]) -> list[float]:
 
 
 def _as_it_is_there(folder: Path, image: str) -> str:
-    """A path with backslashes as one with slashes, where only that is there."""
-    if "\\" not in image or os.path.isfile(os.path.join(folder, image)):
+    """A path with backslashes as one with slashes, and accents in the other form, where only that is there."""
+    if ("\\" not in image and image.isascii()) or os.path.isfile(os.path.join(folder, image)):
         return image
-    slashes = image.replace("\\", "/")
-    return slashes if os.path.isfile(os.path.join(folder, slashes)) else image
+    for path in (image, image.replace("\\", "/")):
+        for form in ("NFC", "NFD"):
+            if os.path.isfile(os.path.join(folder, other := unicodedata.normalize(form, path))):
+                return other
+    return image
 
 
 def _check_once(path: str | Path, folder: Path, ids: Sequence[str], names: Sequence[str]) -> None:
@@ -110,19 +101,3 @@ def _check_once(path: str | Path, folder: Path, ids: Sequence[str], names: Seque
             raise ValueError(
                 f"{path}: {ids[found[0]]!r} stands in {len(found)} rows; expected one row an image: {which}"
             )
-
-
-def _classes(names: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
-    """Each row's class, and the classes in order."""
-    if all(re.fullmatch(r"[+-]?\d+,\d+", name, re.ASCII) for name in names):
-        names = [name.replace(",", ".") for name in names]
-    if all(re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d\d?)?", name.lower(), re.ASCII) for name in names):
-        names = [f"{float(name):.0f}" if "e" in name.lower() and float(name) % 1 == 0 else name for name in names]
-    if all(re.fullmatch(r"[+-]?\d{1,300}(\.0*)?", name, re.ASCII) for name in names):
-        names = [name.split(".")[0] for name in names]
-        return list(names), tuple(sorted(set(names), key=lambda name: (int(name), name)))
-    if all(re.fullmatch(r"[+-]?\d*\.?\d+", name, re.ASCII) for name in names):
-        return list(names), tuple(sorted(set(names), key=lambda name: (float(name), name)))
-    if all(name.lower() in ("true", "false") for name in names):
-        names = [name.capitalize() for name in names]
-    return list(names), tuple(sorted(set(names)))
