@@ -1,0 +1,87 @@
+"""Shares of the classes among cells, from a classifier's counts and its confusion matrix, with credible intervals.
+
+How often the intervals hold the truth: docs/differential.md, printed by tools/simulate_differential.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+FEW = 10
+"""Labelled cells of a class below which nothing vouches for its interval."""
+_CHAINS, _BURN_IN, _KEPT = 100, 40, 40
+_EACH, _ALL = 0.5, 3.5  # cells that the prior adds to each class, and to all together at most
+_ROW = 2.0  # cells that the prior adds to each row of the confusion matrix
+_MAYBE_NONE = 0.025  # probability of no cell of a class above which its interval begins at 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Shares:
+    """Of each class [k]: the mean of its share, 0..1, and the bounds of its interval."""
+
+    mean: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def row_prior(confusion: np.ndarray) -> np.ndarray:
+    """Cells [k, k] that the prior adds to the confusion matrix: recall as that of all classes together, errors to the
+    classes that errors went to. It decides where a class has few labelled cells."""
+    k, hits = len(confusion), np.diag(confusion)
+    recall = (hits.sum() + 0.5 * k) / (confusion.sum() + k)
+    to = np.tile((confusion - np.diag(hits)).sum(0) + 1.0, (k, 1))
+    np.fill_diagonal(to, 0)
+    to /= np.maximum(to.sum(1, keepdims=True), 1e-300)
+    return _ROW * (recall * np.eye(k) + (1 - recall) * to)
+
+
+def draw_shares(
+    counts: np.ndarray, confusion: np.ndarray, *, seed: int = 0, chains: int = _CHAINS
+) -> tuple[np.ndarray, np.ndarray]:
+    """(shares [draws, k] of the true classes, probabilities [k] that the cells hold none of a class).
+
+    `counts` int [k]: cells by predicted class. `confusion` int [k, k]: labelled cells, rows the true class. Gibbs
+    sampling of a multinomial mixture: the true class of each cell, the shares (Dirichlet) and the rows of the confusion
+    matrix (Dirichlet around the labelled cells) in turn, so that what the matrix leaves open widens the intervals.
+    """
+    rng, k = np.random.default_rng(seed), len(counts)
+    at_first = confusion + row_prior(confusion)
+    prior, cells = min(_EACH, _ALL / k), np.broadcast_to(counts, (chains, k))
+
+    def dirichlet(parameters: np.ndarray) -> np.ndarray:
+        drawn = rng.standard_gamma(parameters) + 1e-300
+        return drawn / drawn.sum(-1, keepdims=True)
+
+    rows = dirichlet(np.broadcast_to(at_first, (chains, k, k)))
+    shares, kept, none = dirichlet(cells + 1.0), [], np.zeros(k)
+    for step in range(_BURN_IN + _KEPT):
+        joint = (shares[:, :, None] * rows).swapaxes(1, 2)  # [chains, predicted, true]
+        true = rng.multinomial(cells, joint / joint.sum(-1, keepdims=True))
+        there = true.sum(1)
+        shares = dirichlet(there + prior)
+        rows = dirichlet(at_first + true.swapaxes(1, 2))
+        if step >= _BURN_IN:
+            kept.append(shares)
+            none += (there == 0).mean(0) / _KEPT
+    return np.concatenate(kept), none
+
+
+def estimate_shares(
+    counts: np.ndarray, confusion: np.ndarray, *, level: float = 0.95, seed: int = 0, chains: int = _CHAINS
+) -> Shares:
+    """The shares of the true classes in what the cells are a sample of, as `draw_shares`; equal-tailed intervals that
+    begin at 0 where there may be no cell of the class.
+
+    Raises:
+      ValueError: no cell, or shapes that do not fit.
+    """
+    k = len(counts)
+    if confusion.shape != (k, k):
+        raise ValueError(f"the confusion matrix is {list(confusion.shape)}; expected {[k, k]}")
+    if not counts.sum():
+        raise ValueError("no cell to count; expected at least one")
+    drawn, none = draw_shares(counts, confusion, seed=seed, chains=chains)
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return Shares(drawn.mean(0), np.where(none > _MAYBE_NONE, 0.0, low), high)
