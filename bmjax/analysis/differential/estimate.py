@@ -11,9 +11,9 @@ import numpy as np
 
 FEW = 10
 """Labelled cells of a class below which nothing vouches for its interval."""
-_CHAINS, _BURN_IN, _KEPT = 100, 40, 40
+_CHAINS, _BURN_IN, _KEPT = 200, 30, 20
 _EACH, _ALL = 0.5, 3.5  # cells that the prior adds to each class, and to all together at most
-_ROW = 2.0  # cells that the prior adds to each row of the confusion matrix
+_ROW = 1.0  # cells that the prior adds to each row of the confusion matrix, spread evenly
 _MAYBE_NONE = 0.025  # probability of no cell of a class above which its interval begins at 0
 
 
@@ -26,17 +26,6 @@ class Shares:
     high: np.ndarray
 
 
-def row_prior(confusion: np.ndarray) -> np.ndarray:
-    """Cells [k, k] that the prior adds to the confusion matrix: recall as that of all classes together, errors to the
-    classes that errors went to. It decides where a class has few labelled cells."""
-    k, hits = len(confusion), np.diag(confusion)
-    recall = (hits.sum() + 0.5 * k) / (confusion.sum() + k)
-    to = np.tile((confusion - np.diag(hits)).sum(0) + 1.0, (k, 1))
-    np.fill_diagonal(to, 0)
-    to /= np.maximum(to.sum(1, keepdims=True), 1e-300)
-    return _ROW * (recall * np.eye(k) + (1 - recall) * to)
-
-
 def draw_shares(
     counts: np.ndarray, confusion: np.ndarray, *, seed: int = 0, chains: int = _CHAINS
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -44,24 +33,27 @@ def draw_shares(
 
     `counts` int [k]: cells by predicted class. `confusion` int [k, k]: labelled cells, rows the true class. Gibbs
     sampling of a multinomial mixture: the true class of each cell, the shares (Dirichlet) and the rows of the confusion
-    matrix (Dirichlet around the labelled cells) in turn, so that what the matrix leaves open widens the intervals.
+    matrix (Dirichlet, the labelled cells and one more cell spread evenly) in turn, so that what the matrix leaves open widens the intervals.
     """
     rng, k = np.random.default_rng(seed), len(counts)
-    at_first = confusion + row_prior(confusion)
-    prior, cells = min(_EACH, _ALL / k), np.broadcast_to(counts, (chains, k))
+    at_first, prior, seen = confusion + _ROW / k, min(_EACH, _ALL / k), np.flatnonzero(counts)
+    cells = np.broadcast_to(counts[seen], (chains, len(seen)))
 
-    def dirichlet(parameters: np.ndarray) -> np.ndarray:
-        drawn = rng.standard_gamma(parameters) + 1e-300
+    def dirichlet(given: np.ndarray) -> np.ndarray:
+        drawn = rng.standard_gamma(given) + 1e-300
         return drawn / drawn.sum(-1, keepdims=True)
 
     rows = dirichlet(np.broadcast_to(at_first, (chains, k, k)))
-    shares, kept, none = dirichlet(cells + 1.0), [], np.zeros(k)
+    shares, kept, none = dirichlet(np.broadcast_to(counts + 1.0, (chains, k))), [], np.zeros(k)
+    parameters = np.empty((chains, k, k))
     for step in range(_BURN_IN + _KEPT):
-        joint = (shares[:, :, None] * rows).swapaxes(1, 2)  # [chains, predicted, true]
+        joint = (shares[:, :, None] * rows[:, :, seen]).swapaxes(1, 2)  # [chains, predicted, true]
         true = rng.multinomial(cells, joint / joint.sum(-1, keepdims=True))
         there = true.sum(1)
         shares = dirichlet(there + prior)
-        rows = dirichlet(at_first + true.swapaxes(1, 2))
+        parameters[:] = at_first
+        parameters[:, :, seen] += true.swapaxes(1, 2)
+        rows = dirichlet(parameters)
         if step >= _BURN_IN:
             kept.append(shares)
             none += (there == 0).mean(0) / _KEPT

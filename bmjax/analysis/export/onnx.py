@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,8 @@ def export_onnx(function: Callable[[jax.Array], jax.Array], facts: Facts) -> Any
     Raises:
       ValueError: the converter does not know an operation; names it.
     """
+    for noisy in ("onnx_ir", "jax2onnx"):  # they warn of what concerns themselves
+        logging.getLogger(noisy).setLevel(logging.ERROR)
     from jax2onnx import to_onnx
 
     size = facts.image_size
@@ -57,8 +60,8 @@ def export_onnx(function: Callable[[jax.Array], jax.Array], facts: Facts) -> Any
 def _pool_over_places(model: Any) -> None:
     """Max-pools as ONNX Runtime has them, over the last two axes.
 
-    The converter takes the window (1, k, k, 1) over [b, h, w, c] for one over four axes of places, Unsqueeze, MaxPool,
-    Squeeze, which runtimes refuse. Here it becomes Transpose, MaxPool over h and w, Transpose.
+    The converter takes the window (1, k, k, 1) over [b, h, w, c] for one over four axes of places, two Unsqueezes,
+    MaxPool, Squeeze, which runtimes refuse. Here it becomes Transpose, MaxPool over h and w, Transpose.
     """
     from onnx import helper
 
@@ -69,20 +72,24 @@ def _pool_over_places(model: Any) -> None:
         given = {a.name: list(a.ints) for a in pool.attribute if a.ints}
         if len(window := given["kernel_shape"]) != 4 or (window[0], window[3]) != (1, 1):
             continue
-        before, after = made_by[pool.input[0]], used_by[pool.output[0]]
+        before, after = [], used_by[pool.output[0]]
+        source = pool.input[0]
+        while source in made_by and made_by[source].op_type == "Unsqueeze":
+            before.append(made_by[source])
+            source = before[-1].input[0]
         given = {name: [*v[1:3], *v[5:7]] if name == "pads" else v[1:3] for name, v in given.items()}
         inside = f"{pool.name}_channels_first"
         new = [
-            helper.make_node("Transpose", [before.input[0]], [f"{inside}_in"], f"{inside}_to", perm=[0, 3, 1, 2]),
+            helper.make_node("Transpose", [source], [f"{inside}_in"], f"{inside}_to", perm=[0, 3, 1, 2]),
             helper.make_node("MaxPool", [f"{inside}_in"], [f"{inside}_out"], inside, **given),
             helper.make_node("Transpose", [f"{inside}_out"], [after.output[0]], f"{inside}_back", perm=[0, 2, 3, 1]),
         ]
-        place = list(nodes).index(before)
-        for old in (before, pool, after):
+        place = list(nodes).index(pool) - len(before)
+        for old in (*before, pool, after):
             nodes.remove(old)
         for node in reversed(new):
             nodes.insert(place, node)
-        stale = {*before.output, *pool.output}
+        stale = {name for node in (*before, pool) for name in node.output}
         for info in [v for v in model.graph.value_info if v.name in stale]:
             model.graph.value_info.remove(info)
 
