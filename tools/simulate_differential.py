@@ -88,11 +88,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=200, help="of 7 classes (default: %(default)s)")
     parser.add_argument("--many-repeats", type=int, default=40, help="of 21 classes, slower (default: %(default)s)")
+    parser.add_argument("--cells", type=int, nargs="+", default=CELLS, help="of a smear (default: %(default)s)")
     options = parser.parse_args()
     print("| classes | labelled cells | smear | cells | 5 % and more | rarer | absent | raw, 5 % and more | length, points |")
     print("|---" * 9 + "|")
     for population, repeats in ((SEVEN, options.repeats), (MARROW, options.many_repeats)):
-        for cells in CELLS:
+        for cells in options.cells if repeats else ():
             for name, tally in simulate(population, cells, repeats).items():
                 row = [str(population.k), str(population.n), name, str(cells), *tally.cells()]
                 print("| " + " | ".join(row) + " |", flush=True)

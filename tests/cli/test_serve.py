@@ -10,7 +10,6 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 import zlib
 
 import numpy as np
@@ -144,7 +143,7 @@ def test_bad_uploads_are_answered_and_the_next_is_served(server):
         b"text.png": (b"hello", "not an image"),
         b"cut.png": (as_png(noise(0))[:200], ""),
         b"svg.png": (b"<svg xmlns='http://www.w3.org/2000/svg' onload='alert(1)'/>", "not an image"),
-        b"bomb.png": (bomb(60_000), "3600000000 pixels; expected at most 25000000"),
+        b"bomb.png": (bomb(60_000), "far too many pixels; expected at most 25000000"),
         b"large.png": (bomb(5_001), "25010001 pixels; expected at most 25000000"),
         b"text-bomb.png": (bomb(32, text), ""),
         b"profile-bomb.png": (bomb(32, profile), ""),
@@ -177,7 +176,7 @@ def test_a_body_without_a_length_is_cut_off(server, monkeypatch):
         guard = guard.app
     monkeypatch.setattr(guard, "_most", 1000)
     chunks = iter([bytes(600)] * 3)
-    assert server.ask("POST", "/api/classify", chunks, {"Transfer-Encoding": "chunked", "Content-Type": "image/png"})[0] == 413
+    assert server.ask("POST", "/api/classify", chunks, {"Content-Type": "image/png"})[0] == 413
 
 
 def test_other_sites_get_nothing(server):
@@ -250,17 +249,11 @@ def test_it_ends_on_a_signal(run, tmp_path, number, code):
         assert process.stdout is not None
         line = process.stdout.readline()
         assert line.startswith(f"http://127.0.0.1:{port} serves small, 3 classes, without attention maps"), line
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-        until = time.monotonic() + 30
-        while True:
-            try:
-                connection.request("GET", "/api/model")
-                break
-            except ConnectionRefusedError:
-                assert time.monotonic() < until
-        assert connection.getresponse().status == 200  # and the connection stays open
-        process.send_signal(number)
-        assert process.wait(30) == code
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
+            connection.request("GET", "/api/model")
+            assert connection.getresponse().read()  # and the connection stays open
+            process.send_signal(number)
+            assert process.wait(30) == code
     finally:
         process.kill()
         process.communicate()

@@ -12,7 +12,7 @@ import numpy as np
 FEW = 10
 """Labelled cells of a class below which nothing vouches for its interval."""
 _CHAINS, _BURN_IN, _KEPT = 200, 30, 20
-_EACH, _ALL = 0.5, 3.5  # cells that the prior adds to each class, and to all together at most
+_EACH, _ALL = 0.5, 3.5  # cells that the prior adds to each class, and to all that are known together at most
 _ROW = 1.0  # cells that the prior adds to each row of the confusion matrix, spread evenly
 _MAYBE_NONE = 0.025  # probability of no cell of a class above which its interval begins at 0
 
@@ -36,7 +36,10 @@ def draw_shares(
     matrix (Dirichlet, the labelled cells and one more cell spread evenly) in turn, so that what the matrix leaves open widens the intervals.
     """
     rng, k = np.random.default_rng(seed), len(counts)
-    at_first, prior, seen = confusion + _ROW / k, min(_EACH, _ALL / k), np.flatnonzero(counts)
+    at_first, seen, labelled = confusion + _ROW / k, np.flatnonzero(counts), confusion.sum(1)
+    known = max(int((labelled >= FEW).sum()), 1)
+    # A class with few labelled cells could pass for any other, and would take from all of them: it is taken to be rare.
+    prior = min(_EACH, _ALL / known) * np.minimum((labelled + 0.5) / FEW, 1)
     cells = np.broadcast_to(counts[seen], (chains, len(seen)))
 
     def dirichlet(given: np.ndarray) -> np.ndarray:

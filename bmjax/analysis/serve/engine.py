@@ -76,6 +76,8 @@ def read_upload(data: bytes, facts: Facts) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # reads the header alone
             pixels = image.width * image.height
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+        raise ValueError(f"far too many pixels; expected at most {MAX_PIXELS}") from e
     except Exception as e:  # over damaged bytes Pillow raises nearly anything
         raise ValueError("not an image of a known kind, or damaged") from e
     if pixels > MAX_PIXELS:
