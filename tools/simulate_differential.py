@@ -65,7 +65,11 @@ class Tally:
 
     def cells(self) -> list[str]:
         shown = ["" if np.isnan(c) else f"{c:.1f}" for c in self.coverage]
-        return [*shown, f"{100 * self.raw[0] / max(self.all[0], 1):.1f}", f"{100 * self.length / max(self.all[0], 1):.0f}"]
+        return [
+            *shown,
+            f"{100 * self.raw[0] / max(self.all[0], 1):.1f}",
+            f"{100 * self.length / max(self.all[0], 1):.0f}",
+        ]
 
 
 def simulate(population: Population, cells: int, repeats: int, seed: int = 0, chains: int = 100) -> dict[str, Tally]:
@@ -90,7 +94,10 @@ def main() -> None:
     parser.add_argument("--many-repeats", type=int, default=40, help="of 21 classes, slower (default: %(default)s)")
     parser.add_argument("--cells", type=int, nargs="+", default=CELLS, help="of a smear (default: %(default)s)")
     options = parser.parse_args()
-    print("| classes | labelled cells | smear | cells | 5 % and more | rarer | absent | raw, 5 % and more | length, points |")
+    print(
+        "| classes | labelled cells | smear | cells | 5 % and more | rarer | absent | raw, 5 % and more "
+        "| length, points |"
+    )
     print("|---" * 9 + "|")
     for population, repeats in ((SEVEN, options.repeats), (MARROW, options.many_repeats)):
         for cells in options.cells if repeats else ():

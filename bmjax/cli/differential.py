@@ -111,7 +111,8 @@ def _print(result: Differential, threshold: float) -> None:
     print("class".ljust(width) + "   count  undecided   raw %  adjusted %  95 % interval")
     for name, count, undecided, raw, adjusted, low, high, _ in rows:
         print(
-            printable(name).ljust(width) + f"{count:8d}{undecided:11d}{raw:8.1f}{adjusted:12.1f}  {low:.1f} to {high:.1f}"
+            printable(name).ljust(width)
+            + f"{count:8d}{undecided:11d}{raw:8.1f}{adjusted:12.1f}  {low:.1f} to {high:.1f}"
         )
     if few := [f"{printable(row[0])} ({row[-1]})" for row in rows if int(row[-1]) < FEW]:
         print(

@@ -73,7 +73,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     largest = write(found, calibration, program.facts_of(found, calibration, threshold), out)
     kind = "uncalibrated" if calibration is None else f"calibrated ({calibration.method})"
     print(
-        f"{out}: {out.stat().st_size / 1e6:.1f} MB, {len(found.classes)} classes, {kind}, \"don't know\" below "
+        f'{out}: {out.stat().st_size / 1e6:.1f} MB, {len(found.classes)} classes, {kind}, "don\'t know" below '
         f"{threshold:.3f}; largest difference from the run's own probabilities {largest:.1e} "
         f"({time.monotonic() - began:.0f} s)"
     )

@@ -26,7 +26,7 @@ def add_parser(verbs: Any) -> None:
         "serve",
         help="a page and a JSON API on a run or an exported model (extra serve)",
         description="Drop cells on the page and see class, probability, where the attention looked, and \"don't "
-        'know". A run shows its attention\'s map; a file of `bmjax export` has none. Nothing that is sent is kept. '
+        "know\". A run shows its attention's map; a file of `bmjax export` has none. Nothing that is sent is kept. "
         "Not for diagnosis.",
     )
     p.add_argument("model", metavar="run", help="folder of a run, or a .zip file of `bmjax export`")
@@ -49,7 +49,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if not Path(options.model).exists():
         raise FileNotFoundError(f"{options.model} is not there; expected a run's folder or a file of `bmjax export`")
     try:
-        import multipart  # noqa: F401
+        import python_multipart  # noqa: F401
         import starlette  # noqa: F401
         import uvicorn
     except ImportError as e:
@@ -70,8 +70,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         name = f"[{options.host}]" if ":" in options.host else options.host
         maps = "with" if engine.has_maps else "without"
         print(
-            f"http://{name}:{listener.getsockname()[1]} serves {engine.facts.run}, {len(engine.facts.classes)} classes, "
-            f"{maps} attention maps ({time.monotonic() - began:.0f} s); Ctrl-C ends it",
+            f"http://{name}:{listener.getsockname()[1]} serves {engine.facts.run}, {len(engine.facts.classes)} "
+            f"classes, {maps} attention maps ({time.monotonic() - began:.0f} s); Ctrl-C ends it",
             flush=True,
         )
         if not here:

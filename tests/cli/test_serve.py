@@ -16,13 +16,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-pytest.importorskip("starlette", reason='the server needs pip install -e ".[serve]"')
-uvicorn = pytest.importorskip("uvicorn", reason='the server needs pip install -e ".[serve]"')
-pytest.importorskip("multipart", reason='the server needs pip install -e ".[serve]"')
-
 from bmjax.analysis.export.program import facts_of, make_function, portable
 from bmjax.analysis.export.stablehlo import export_stablehlo, write_stablehlo
-from bmjax.analysis.serve import app as served
 from bmjax.analysis.serve.engine import MAX_PIXELS, engine_of_export, engine_of_run, read_upload
 from bmjax.cli import serve
 from bmjax.cli.main import main
@@ -31,6 +26,11 @@ from bmjax.training.predict import predict_probs
 from tests.helpers.browser import chromium
 from tests.helpers.processes import environment, free_port
 from tests.helpers.small_run import CLASSES, SIZE, small_run
+
+WITHOUT = 'the server needs pip install -e ".[serve]"'
+uvicorn = pytest.importorskip("uvicorn", reason=WITHOUT)
+pytest.importorskip("python_multipart", reason=WITHOUT)
+served = pytest.importorskip("bmjax.analysis.serve.app", reason=WITHOUT)
 
 
 def as_png(image):
@@ -50,7 +50,9 @@ def chunk(kind, data):
 def bomb(side, text=b""):
     """A PNG of so many pixels a side, of a few bytes: one row is there."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + text + chunk(b"IDAT", zlib.compress(bytes(3 * side + 1))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + header + text + chunk(b"IDAT", zlib.compress(bytes(3 * side + 1))) + chunk(b"IEND", b"")
+    )
 
 
 class Server:
@@ -161,7 +163,10 @@ def test_limits_of_a_request(server):
     many = [(b"a.png", as_png(noise(0)))] * (served.MAX_FILES + 1)
     assert server.post(*many)[0] == 400
     assert server.post()[0] == 400
-    assert server.ask("POST", "/api/classify", b"--x\r\ncut", {"Content-Type": "multipart/form-data; boundary=x"})[0] == 400
+    assert (
+        server.ask("POST", "/api/classify", b"--x\r\ncut", {"Content-Type": "multipart/form-data; boundary=x"})[0]
+        == 400
+    )
     size = {"Content-Length": str(served.MAX_BODY_BYTES + 1)}
     status, _, body = server.ask("POST", "/api/classify", b"", size)
     assert status == 413

@@ -33,7 +33,8 @@ def draw_shares(
 
     `counts` int [k]: cells by predicted class. `confusion` int [k, k]: labelled cells, rows the true class. Gibbs
     sampling of a multinomial mixture: the true class of each cell, the shares (Dirichlet) and the rows of the confusion
-    matrix (Dirichlet, the labelled cells and one more cell spread evenly) in turn, so that what the matrix leaves open widens the intervals.
+    matrix (Dirichlet: the labelled cells, and one more spread evenly) in turn, so that what the matrix leaves open
+    widens the intervals.
     """
     rng, k = np.random.default_rng(seed), len(counts)
     at_first, seen, labelled = confusion + _ROW / k, np.flatnonzero(counts), confusion.sum(1)

@@ -44,7 +44,9 @@ def export_onnx(function: Callable[[jax.Array], jax.Array], facts: Facts) -> Any
     size = facts.image_size
     images = jax.ShapeDtypeStruct(jax.export.symbolic_shape(f"b, {size}, {size}, 3"), np.uint8)
     try:
-        model: Any = to_onnx(function, [images], model_name="bmjax", input_names=["images"], output_names=["probabilities"])
+        model: Any = to_onnx(
+            function, [images], model_name="bmjax", input_names=["images"], output_names=["probabilities"]
+        )
     except Exception as e:  # the converter raises its own kinds, NotImplementedError, KeyError, TypeError...
         raise ValueError(
             f"jax2onnx can't convert {facts.backbone}: {str(e).splitlines()[0] or type(e).__name__}; expected "
