@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import logging
 import os
@@ -25,8 +26,8 @@ def check_extra() -> None:
       ValueError: says how to install it.
     """
     try:
-        import jax2onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
+        for name in ("jax2onnx", "onnxruntime"):
+            importlib.import_module(name)
     except ImportError as e:
         raise ValueError(f"--format onnx needs {e.name}; install it: pip install 'bmjax[export]'") from e
 
@@ -39,8 +40,7 @@ def export_onnx(function: Callable[[jax.Array], jax.Array], facts: Facts) -> Any
     """
     for noisy in ("onnx_ir", "jax2onnx"):  # they warn of what concerns themselves
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    from jax2onnx import to_onnx
-
+    to_onnx = importlib.import_module("jax2onnx").to_onnx
     size = facts.image_size
     images = jax.ShapeDtypeStruct(jax.export.symbolic_shape(f"b, {size}, {size}, 3"), np.uint8)
     try:
@@ -65,8 +65,7 @@ def _pool_over_places(model: Any) -> None:
     The converter takes the window (1, k, k, 1) over [b, h, w, c] for one over four axes of places, two Unsqueezes,
     MaxPool, Squeeze, which runtimes refuse. Here it becomes Transpose, MaxPool over h and w, Transpose.
     """
-    from onnx import helper
-
+    helper = importlib.import_module("onnx.helper")
     nodes = model.graph.node
     made_by = {name: node for node in nodes for name in node.output}
     used_by = {name: node for node in nodes for name in node.input}
@@ -107,8 +106,7 @@ def onnx_session(path: Path, threads: int | None = None) -> Callable[[np.ndarray
     Raises:
       ValueError: the runtime refuses the model; says why.
     """
-    import onnxruntime
-
+    onnxruntime = importlib.import_module("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or os.cpu_count() or 1
     options.log_severity_level = 3

@@ -82,7 +82,8 @@ def read_upload(data: bytes, facts: Facts) -> np.ndarray:
         raise ValueError("not an image of a known kind, or damaged") from e
     if pixels > MAX_PIXELS:
         raise ValueError(f"{pixels} pixels; expected at most {MAX_PIXELS}")
-    config = DataConfig(**facts.reading | {"stain_reference": tuple(facts.reading["stain_reference"])})
+    reading: dict[str, Any] = facts.reading | {"stain_reference": tuple(facts.reading["stain_reference"])}
+    config = DataConfig(**reading)
     found = next(iter(stained([decode_image(data, config.image_size, config.field_pixels())], config)))
     if isinstance(found, str):
         raise ValueError(found)
