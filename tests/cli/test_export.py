@@ -5,11 +5,12 @@ import subprocess
 import sys
 import zipfile
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bmjax.analysis.export.program import TOLERANCE, check_equal, sample_images
-from bmjax.analysis.export.stablehlo import FACTS, PROGRAM, read_stablehlo
+from bmjax.analysis.export.program import TOLERANCE, check_equal, facts_of, sample_images
+from bmjax.analysis.export.stablehlo import FACTS, PROGRAM, export_stablehlo, read_stablehlo, write_stablehlo
 from bmjax.cli.main import main
 from bmjax.training.predict import predict_probs
 from tests.helpers import pages
@@ -106,6 +107,16 @@ def test_damaged_files_are_named(exported, tmp_path):
             read_stablehlo(written(*given))
     (tmp_path / "m.zip").write_bytes(exported.read_bytes()[:500])
     with pytest.raises(ValueError, match="not a readable export of bmjax"):
+        read_stablehlo(tmp_path / "m.zip")
+
+
+def test_a_program_that_calls_other_code_is_refused(run, tmp_path):
+    def calls(images):
+        means = images.astype(np.float32).mean((1, 2))
+        return means + jnp.linalg.eigh(jnp.eye(3))[0][None]
+
+    write_stablehlo(tmp_path / "m.zip", *export_stablehlo(calls, facts_of(run, None, 0.5)))
+    with pytest.raises(ValueError, match="its program calls other code: custom_call @"):
         read_stablehlo(tmp_path / "m.zip")
 
 
