@@ -13,7 +13,7 @@ FEW = 10
 """Labelled cells of a class below which nothing vouches for its interval."""
 _CHAINS, _BURN_IN, _KEPT = 200, 30, 20
 _EACH, _ALL = 0.5, 3.5  # cells that the prior adds to each class, and to all that are known together at most
-_ROW = 1.0  # cells that the prior adds to each row of the confusion matrix, spread evenly
+_ENTRY = 1 / 7  # cells that the prior adds to each entry of the confusion matrix
 _MAYBE_NONE = 0.025  # probability of no cell of a class above which its interval begins at 0
 
 
@@ -33,11 +33,11 @@ def draw_shares(
 
     `counts` int [k]: cells by predicted class. `confusion` int [k, k]: labelled cells, rows the true class. Gibbs
     sampling of a multinomial mixture: the true class of each cell, the shares (Dirichlet) and the rows of the confusion
-    matrix (Dirichlet: the labelled cells, and one more spread evenly) in turn, so that what the matrix leaves open
+    matrix (Dirichlet: the labelled cells and `_ENTRY`) in turn, so that what the matrix leaves open
     widens the intervals.
     """
     rng, k = np.random.default_rng(seed), len(counts)
-    at_first, seen, labelled = confusion + _ROW / k, np.flatnonzero(counts), confusion.sum(1)
+    at_first, seen, labelled = confusion + _ENTRY, np.flatnonzero(counts), confusion.sum(1)
     known = max(int((labelled >= FEW).sum()), 1)
     # A class with few labelled cells could pass for any other, and would take from all of them: it is taken to be rare.
     prior = min(_EACH, _ALL / known) * np.minimum((labelled + 0.5) / FEW, 1)
