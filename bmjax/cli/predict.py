@@ -75,10 +75,10 @@ def predict(options: argparse.Namespace, rest: Sequence[str]) -> int:
     paths = options.paths[len(others) :]
     if not paths:
         raise ValueError("predict: expected images, or folders of images, after the runs")
-    inputs, listed = _inputs(paths), []
+    inputs, listed = inputs_of(paths), []
     if options.adapt or options.adapt_prior:
         inputs = iter(listed := list(inputs))
-    blocks = _blocks(inputs)
+    blocks = blocks_of(inputs)
     judge = _judge([options.run_dir, *others], options)
     pictures = _Pictures(Path(options.maps), judge.runs[0]) if options.maps else None
     first = next(blocks, None)
@@ -93,7 +93,7 @@ def predict(options: argparse.Namespace, rest: Sequence[str]) -> int:
     n = failed = 0
     whole = False
     try:
-        for rows in _predicted(judge, itertools.chain([first], blocks), answers, pictures):
+        for rows in predictions_of(judge, itertools.chain([first], blocks), answers, pictures):
             table.add(rows)
             for path, error in zip(rows.paths, rows.errors, strict=True):
                 if error is not None and (failed := failed + 1) <= _NAMED:
@@ -127,14 +127,14 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"--batch-size is {options.batch_size}; expected at least 1")
 
 
-class _Input(NamedTuple):
+class Input(NamedTuple):
     """A file to classify, or why it is none."""
 
     path: str
     error: str | None = None
 
 
-def _inputs(paths: Sequence[str]) -> Iterator[_Input]:
+def inputs_of(paths: Sequence[str]) -> Iterator[Input]:
     """The files given, and the images of the folders given, in order. A folder is listed when its turn comes."""
     from bmjax.data.sources.folder import images_below
 
@@ -144,22 +144,22 @@ def _inputs(paths: Sequence[str]) -> Iterator[_Input]:
             try:
                 names = images_below(path)
             except OSError as e:
-                yield _Input(given, f"the folder can't be listed: {e.strerror}")
+                yield Input(given, f"the folder can't be listed: {e.strerror}")
                 continue
             if not names:
                 log.warning("%s holds no image", given)
-            yield from (_Input(os.path.join(path, name)) for name in names)
+            yield from (Input(os.path.join(path, name)) for name in names)
         elif not os.path.lexists(given):
-            yield _Input(given, "no such file or folder")
+            yield Input(given, "no such file or folder")
         elif not path.exists():
-            yield _Input(given, "a link to what is not there")
+            yield Input(given, "a link to what is not there")
         elif path.suffix.lower() in _LISTS and path.is_file():
-            yield _Input(str(path), "a table or an archive; expected an image, or a folder of images")
+            yield Input(str(path), "a table or an archive; expected an image, or a folder of images")
         else:  # reading from a pipe or a device may never end
-            yield _Input(str(path), None if path.is_file() else "not a file")
+            yield Input(str(path), None if path.is_file() else "not a file")
 
 
-def _blocks(inputs: Iterator[_Input]) -> Iterator[list[_Input]]:
+def blocks_of(inputs: Iterator[Input]) -> Iterator[list[Input]]:
     while block := list(itertools.islice(inputs, _PREDICT_AT_ONCE)):
         yield block
 
@@ -172,8 +172,8 @@ def _judge(run_dirs: Sequence[str], options: argparse.Namespace) -> Judge:
     return Judge(runs, views=options.views, calibrated=options.calibrated)
 
 
-def _predicted(
-    judge: Judge, blocks: Iterable[list[_Input]], answers: Answers, pictures: _Pictures | None
+def predictions_of(
+    judge: Judge, blocks: Iterable[list[Input]], answers: Answers, pictures: _Pictures | None
 ) -> Iterator[Block]:
     """The rows of each block, one for each input."""
     import numpy as np

@@ -134,13 +134,13 @@ def test_columns_and_exit_codes(bmjax_predict, tmp_path, capsys, ending):
 def test_what_was_done_before_an_interruption_is_kept(bmjax_predict, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(predict, "_PREDICT_AT_ONCE", 1)
     draw(tmp_path / "a.png")
-    real = predict._inputs
+    real = predict.inputs_of
 
     def stops(paths):
         yield from real(paths)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(predict, "_inputs", stops)
+    monkeypatch.setattr(predict, "inputs_of", stops)
     out = tmp_path / "o.csv"
     assert main(["predict", "RUN", str(tmp_path / "a.png"), "--out", str(out)]) == 130
     assert not out.exists()

@@ -1,0 +1,1 @@
+"""The differential count of a smear, with intervals that know how the classifier errs."""

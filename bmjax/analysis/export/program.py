@@ -1,0 +1,166 @@
+"""What is exported: from uint8 images to calibrated probabilities as one function, and the facts that go with it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bmjax.analysis.evaluate.calibration import FILE, Calibration, read_calibration
+from bmjax.analysis.evaluate.judge import Judge
+from bmjax.attention import sown_maps
+from bmjax.environment import version
+from bmjax.layers.dispatch import traced_for, with_forms
+from bmjax.runs.folder import Run, image_dtype
+from bmjax.training.steps import at_precision
+
+FORMAT = "bmjax export 1"
+TOLERANCE = 1e-4
+"""By how much a probability of an exported model may differ from the run's own."""
+UNDECIDED = 0.5
+"""The highest probability below which a cell is undecided, where no error rate is asked for."""
+READING = ("image_size", "stain", "stain_reference", "pixel_size", "field_size")
+_TINY = float(np.log(np.finfo(np.float32).tiny))
+
+
+def calibration_of(run: Run) -> Calibration | None:
+    """The calibration that the run keeps; None where it keeps none.
+
+    Raises:
+      ValueError: it is damaged, or of another checkpoint.
+    """
+    return read_calibration(run.run_dir, len(run.classes), run.step) if (run.run_dir / FILE).is_file() else None
+
+
+def threshold_of(run: Run, calibration: Calibration | None, rate: float | None, undecided: float | None) -> float:
+    """The highest probability below which the answer is "don't know": for a wanted error rate by the validation
+    predictions (`refusal`), else as given, else `UNDECIDED`.
+
+    Raises:
+      ValueError: no threshold is known to keep that rate, or validation was not evaluated by this checkpoint.
+    """
+    if rate is None:
+        return UNDECIDED if undecided is None else undecided
+    found = Judge([run], calibrated=calibration is not None).refusal(rate)
+    if not np.isfinite(found.threshold):
+        raise ValueError(
+            f"--error-rate is {rate}, and {found.n} validation images show no threshold that keeps it; expected a "
+            "higher rate, or --undecided P"
+        )
+    return found.threshold
+
+
+def make_function(
+    run: Run, calibration: Calibration | None = None, *, maps: bool = False
+) -> Callable[[jax.Array], tuple[jax.Array, jax.Array | None]]:
+    """images uint8 [b, s, s, 3], RGB -> (probabilities float32 [b, k], with `maps` the attention's map
+    float32 [b, s, s]).
+
+    Preprocessing and calibration are inside. Of several maps it is the last module's; None where no map is over places.
+    """
+    variables = jax.tree.map(jnp.asarray, run.variables)
+    dtype = image_dtype(run.config)
+
+    @functools.partial(at_precision, precision=run.config.train.precision)
+    def function(images: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        mutable = ["intermediates"] if maps else False
+        out: Any = run.model.apply(variables, images.astype(dtype), train=False, mutable=mutable)
+        logits, sown = (out[0], sown_maps(dict(out[1]))) if maps else (out, {})
+        logs = jax.nn.log_softmax(logits.astype(jnp.float32))
+        if calibration is not None:
+            scale, shift = (jnp.asarray([v], jnp.float32) for v in (calibration.scale, calibration.shift))
+            logs = jax.nn.log_softmax(jnp.maximum(logs, _TINY) * scale + shift)
+        over_places = [m for _, m in sorted(sown.items()) if m.ndim == 3]
+        if not over_places:
+            return jnp.exp(logs), None
+        shape = images.shape[:3]
+        return jnp.exp(logs), jax.image.resize(over_places[-1].astype(jnp.float32), shape, "bilinear")
+
+    return function
+
+
+def portable(function: Callable[[jax.Array], Any]) -> Callable[[jax.Array], jax.Array]:
+    """The probabilities of a function of `make_function`, traced as XLA's own operations: the kernels for CPUs are
+    custom calls and can't travel."""
+
+    def traced(images: jax.Array) -> jax.Array:
+        with traced_for("portable"), with_forms():
+            return function(images)[0]
+
+    return traced
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What goes with an exported model: as `model.json` in a StableHLO file, as the metadata of an ONNX file.
+
+    `reading`: how bmjax reads files into the images that are expected (size, stain, scale). `undecided_below`: the
+    highest probability below which to say "don't know". `sha256`: of the program's bytes.
+    """
+
+    format: str
+    bmjax: str
+    jax: str
+    run: str
+    step: int
+    backbone: str
+    classes: tuple[str, ...]
+    image_size: int
+    input: str
+    output: str
+    calibration: str | None
+    undecided_below: float
+    reading: dict[str, Any]
+    platforms: tuple[str, ...] = ()
+    sha256: str = ""
+
+
+def facts_of(run: Run, calibration: Calibration | None, undecided: float) -> Facts:
+    """The facts of a run's program."""
+    size, config = run.config.data.image_size, run.config
+    return Facts(
+        format=FORMAT,
+        bmjax=version(),
+        jax=jax.__version__,
+        run=config.name,
+        step=run.step,
+        backbone=config.model.backbone,
+        classes=run.classes,
+        image_size=size,
+        input=f"uint8 [b, {size}, {size}, 3], RGB 0..255",
+        output=f"float32 [b, {len(run.classes)}], probabilities",
+        calibration=None if calibration is None else calibration.method,
+        undecided_below=undecided,
+        reading={name: getattr(config.data, name) for name in READING},
+    )
+
+
+def sample_images(size: int, n: int = 3) -> np.ndarray:
+    """Images uint8 [n, size, size, 3] to compare programs on: a rendered cell, noise, and one colour."""
+    from bmjax.data.sources.synthetic import render
+
+    rng = np.random.default_rng(0)
+    noise, plain = rng.integers(0, 256, (2, size, size, 3), np.uint8)
+    plain[:] = (200, 180, 210)
+    kinds = [render("NGS", size, 0, 0), noise, plain]
+    return np.stack([kinds[i % 3] for i in range(n)])
+
+
+def check_equal(found: np.ndarray, expected: np.ndarray, path: Path) -> float:
+    """The largest difference of two arrays of probabilities.
+
+    Raises:
+      FloatingPointError: it is above `TOLERANCE`.
+    """
+    largest = float(np.abs(np.asarray(found, np.float64) - expected).max())
+    if not largest <= TOLERANCE:
+        raise FloatingPointError(
+            f"{path}: probabilities differ from the run's own by {largest:.2g}; expected at most {TOLERANCE:g}"
+        )
+    return largest

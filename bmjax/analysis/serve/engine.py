@@ -1,0 +1,90 @@
+"""What answers: a run, with its attention's map, or an exported model, without one; one image at a time or a batch."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from bmjax.analysis.evaluate.calibration import Calibration
+from bmjax.analysis.export.program import Facts, facts_of, make_function
+from bmjax.analysis.export.stablehlo import read_stablehlo
+from bmjax.config.data import DataConfig
+from bmjax.data.images.cache import stained
+from bmjax.data.images.decode import FORMATS, decode_image
+from bmjax.layers.dispatch import prepare
+from bmjax.runs.folder import Run
+
+MAX_PIXELS = 25_000_000
+"""Of an uploaded image, told by its header before anything is decoded."""
+Answer = tuple[np.ndarray, np.ndarray | None]
+
+
+class Engine:
+    """images uint8 [n, s, s, 3] -> (probabilities float32 [n, k], maps float32 [n, s, s] or None).
+
+    Compiled for one image and for `batch` of them, when it is made.
+    """
+
+    def __init__(self, facts: Facts, function: Callable[[jax.Array], Any], batch: int):
+        self.facts, self.batch, self._function = facts, batch, jax.jit(function)
+        size = facts.image_size
+        for n in {1, batch}:
+            _, maps = self._function(np.zeros((n, size, size, 3), np.uint8))
+        self.has_maps = maps is not None
+
+    def __call__(self, images: np.ndarray) -> Answer:
+        n = len(images)
+        # A few one by one: in a padded batch the padding would cost more.
+        sizes = [1] * n if n <= self.batch // 4 else [self.batch] * -(-n // self.batch)
+        parts, start = [], 0
+        for size in sizes:
+            rows = np.minimum(np.arange(start, start + size), n - 1)
+            parts.append(jax.tree.map(np.asarray, self._function(images[rows])))
+            start += size
+        probs, maps = zip(*parts, strict=True)
+        return np.concatenate(probs)[:n], np.concatenate(maps)[:n] if self.has_maps else None
+
+
+def engine_of_run(run: Run, calibration: Calibration | None, undecided: float, batch: int) -> Engine:
+    """Of a run, with bmjax's own operations for this platform and the map of its attention, where it sows one."""
+    prepare()
+    return Engine(facts_of(run, calibration, undecided), make_function(run, calibration, maps=True), batch)
+
+
+def engine_of_export(path: Path, batch: int) -> Engine:
+    """Of a file of `bmjax export`.
+
+    Raises:
+      ValueError: it is damaged, or none.
+    """
+    exported = read_stablehlo(path)
+    return Engine(exported.facts, lambda images: (exported.function(images), None), batch)
+
+
+def read_upload(data: bytes, facts: Facts) -> np.ndarray:
+    """An uploaded file as the model reads it: uint8 RGB [s, s, 3].
+
+    Raises:
+      ValueError: not an image of a known kind, damaged, or of too many pixels; says which.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:  # reads the header alone
+            pixels = image.width * image.height
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+        raise ValueError(f"far too many pixels; expected at most {MAX_PIXELS}") from e
+    except Exception as e:  # over damaged bytes Pillow raises nearly anything
+        raise ValueError("not an image of a known kind, or damaged") from e
+    if pixels > MAX_PIXELS:
+        raise ValueError(f"{pixels} pixels; expected at most {MAX_PIXELS}")
+    reading: dict[str, Any] = facts.reading | {"stain_reference": tuple(facts.reading["stain_reference"])}
+    config = DataConfig(**reading)
+    found = next(iter(stained([decode_image(data, config.image_size, config.field_pixels())], config)))
+    if isinstance(found, str):
+        raise ValueError(found)
+    return found

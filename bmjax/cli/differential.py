@@ -1,0 +1,127 @@
+"""`bmjax differential`: the differential count of a smear, with intervals that know how the classifier errs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bmjax.cli.export import add_threshold, check_threshold
+from bmjax.cli.output import add_trust
+
+if TYPE_CHECKING:
+    from bmjax.analysis.differential.smear import Cells, Differential
+    from bmjax.analysis.evaluate.judge import Judge
+
+_NAMED = 20
+"""Cells that are named on the terminal; the table for review has all."""
+
+
+def add_parser(verbs: Any) -> None:
+    """Adds `differential` to a parser's verbs."""
+    p = verbs.add_parser(
+        "differential",
+        help="count the cells of a smear by class, with intervals",
+        description="Classifies all cells of a smear and gives each class's share: as counted, and adjusted by the "
+        "run's confusion matrix, with 95 % intervals. Undecided cells go into a table for review.",
+        epilog="Exit status: 0 the tables are written; 1 no file could be read; 2 wrong input. Not for diagnosis.",
+    )
+    p.add_argument("run_dir", metavar="run", help="folder of a run")
+    p.add_argument("paths", metavar="folder", nargs="+", help="a folder of one smear's cells, or images")
+    p.add_argument("--out", metavar="FILE", default="differential.csv",
+                   help="a row for each class; beside it <name>_review.csv (default: %(default)s)")  # fmt: skip
+    p.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint")
+    p.add_argument("--pixel-size", type=float, metavar="UM",
+                   help="micrometres to a pixel of these images, if not as in training")  # fmt: skip
+    add_threshold(p)
+    add_trust(p)
+    p.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    del rest
+    check_threshold(options)
+    out = Path(options.out)
+    if out.suffix != ".csv":
+        raise ValueError(f"--out is {options.out!r}; expected a name ending in .csv")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"--out is {options.out!r}, but there is no folder {out.parent}")
+    from bmjax.analysis.differential.smear import COLUMNS, REVIEW, differential_of, errors_of, write_table
+    from bmjax.analysis.evaluate.judge import Judge, at_pixel_size
+    from bmjax.analysis.export.program import calibration_of, threshold_of
+    from bmjax.runs.folder import load_run
+
+    found = at_pixel_size(load_run(options.run_dir, options.which, trust=options.trust), options.pixel_size)
+    calibration = calibration_of(found)
+    errors_of(found, calibration)  # known to be there before any image is read
+    threshold = threshold_of(found, calibration, options.error_rate, options.undecided)
+    cells = _classify(Judge([found], calibrated=calibration is not None), options.paths, threshold)
+    if cells is None:
+        return 1
+    result = differential_of(found, calibration, cells)
+    review = out.with_name(f"{out.stem}_review.csv")
+    write_table(out, COLUMNS, result.rows())
+    write_table(review, REVIEW, result.review())
+    _print(result, threshold)
+    print(f"\n{out}: the table; {review}: the undecided cells")
+    return 0
+
+
+def _classify(judge: Judge, paths: Sequence[str], threshold: float) -> Cells | None:
+    """The cells of files and folders; names those that can't be read, and None where none can."""
+    import numpy as np
+
+    from bmjax.analysis.differential.smear import Cells
+    from bmjax.cli.answers import Answers
+    from bmjax.cli.predict import blocks_of, inputs_of, predictions_of
+    from bmjax.files import printable
+
+    names, probs, failed = [], [], 0
+    for block in predictions_of(judge, blocks_of(inputs_of(paths)), Answers(judge, None, 0.0), None):
+        for path, error, row in zip(block.paths, block.errors, block.probs, strict=True):
+            if error is None:
+                names.append(path)
+                probs.append(row)
+            elif (failed := failed + 1) <= _NAMED:
+                print(f"  {printable(path)}: {printable(error)}", file=sys.stderr)
+    if failed:
+        print(f"{failed} of {failed + len(names)} images can't be read, and are not counted", file=sys.stderr)
+    if not names:
+        if not failed:
+            raise ValueError(f"{', '.join(map(printable, paths))}: no image; expected a folder of cells")
+        return None
+    found = np.stack(probs)
+    return Cells(tuple(names), found, found.max(-1) < threshold)
+
+
+def _print(result: Differential, threshold: float) -> None:
+    from bmjax.analysis.differential.estimate import FEW
+    from bmjax.files import printable
+
+    errors = result.errors
+    accuracy = errors.confusion.trace() / errors.n
+    print(
+        f"{len(result.cells.paths)} cells. Adjusted by the confusion matrix of {errors.split}: n {errors.n}, accuracy "
+        f"{accuracy:.3f}.\n"
+    )
+    rows = result.rows()
+    width = max(8, *(len(printable(row[0])) + 2 for row in rows))
+    print("class".ljust(width) + "   count  undecided   raw %  adjusted %  95 % interval")
+    for name, count, undecided, raw, adjusted, low, high, _ in rows:
+        print(
+            printable(name).ljust(width)
+            + f"{count:8d}{undecided:11d}{raw:8.1f}{adjusted:12.1f}  {low:.1f} to {high:.1f}"
+        )
+    if few := [f"{printable(row[0])} ({row[-1]})" for row in rows if int(row[-1]) < FEW]:
+        print(
+            f"\nFewer than {FEW} labelled cells say how these classes are mistaken: {', '.join(few)}. Nothing vouches "
+            "for their intervals, nor for the others' where these classes are frequent."
+        )
+    review = result.review()
+    print(f"\n{len(review)} of {len(result.cells.paths)} cells are undecided (probability below {threshold:.3f})")
+    for path, first, p, second, q in review[:_NAMED]:
+        print(f"  {printable(path)}: {printable(first)} {p:.2f}, {printable(second)} {q:.2f}")
+    if len(review) > _NAMED:
+        print(f"  and {len(review) - _NAMED} more")
