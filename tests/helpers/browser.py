@@ -23,10 +23,9 @@ from typing import Any
 
 import pytest
 
-_FLAGS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run --disable-extensions --mute-audio "
-    "--disable-background-networking --disable-component-update --disable-sync --hide-scrollbars --force-color-profile=srgb"
-).split()
+_FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-extensions")
+_FLAGS += ("--no-first-run", "--mute-audio", "--disable-background-networking", "--disable-component-update")
+_FLAGS += ("--disable-sync", "--hide-scrollbars", "--force-color-profile=srgb")
 _SECONDS = 60.0  # the machine may be busy with other things
 _KEYS = {"Enter": (13, "\r"), " ": (32, " "), "Tab": (9, ""), "Escape": (27, "")}
 _KEYS |= {f"Arrow{side}": (code, "") for side, code in (("Left", 37), ("Up", 38), ("Right", 39), ("Down", 40))}
