@@ -293,8 +293,8 @@ def _remove_half_written(run_dir: Path) -> None:
 
 
 def load_run(run_dir: str | Path, which: Which = "best", *, devices: int | None = None, trust: bool = False) -> Run:
-    """Reads a classifier from a run's folder, or as `wandb:ENTITY/PROJECT/NAME` from W&B (`local_run`), for any number of
-    devices: all, or `devices` of them.
+    """Reads a classifier from a run's folder, or as `wandb:ENTITY/PROJECT/NAME` from W&B (`local_run`), for any number
+    of devices: all, or `devices` of them.
 
     A run that uses code of its own (an attention file, say) and was trained elsewhere is read only with `trust`.
 

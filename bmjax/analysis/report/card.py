@@ -57,8 +57,8 @@ def _data(facts: Facts) -> Section:
     text = [told.trained_on(facts)]
     if facts.data:
         text.append(
-            f"Fingerprint {facts.data['fingerprint'][:16]}. {facts.data.get('copies', 0)} byte-identical copies, always "
-            f"on one side of the split; {len(facts.data.get('skipped', []))} files could not be read."
+            f"Fingerprint {facts.data['fingerprint'][:16]}. {facts.data.get('copies', 0)} byte-identical copies, "
+            f"always on one side of the split; {len(facts.data.get('skipped', []))} files could not be read."
         )
     text.append(f"Licence of the data: {_LICENCES.get(source, _UNKNOWN)}")
     return Section("Training data", tuple(text), *data_table(facts))

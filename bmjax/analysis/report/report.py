@@ -10,7 +10,7 @@ import numpy as np
 
 from bmjax.analysis.report import figures, pictures
 from bmjax.analysis.report.card import write_card
-from bmjax.analysis.report.facts import Facts, read_facts, trained
+from bmjax.analysis.report.facts import Facts, read_facts
 from bmjax.analysis.report.page import render
 from bmjax.analysis.report.view import View
 from bmjax.files import read_json, write_text
@@ -50,8 +50,14 @@ def write_reports(
     for facts in read:
         write_card(facts)
     title = read[0].name if len(read) == 1 else f"{len(read)} runs: {', '.join(facts.name for facts in read)}"
-    subtitle = trained(read[0]) if len(read) == 1 else "Side by side, then each by itself."
+    subtitle = _of_day(read[0]) if len(read) == 1 else "Runs of bmjax side by side, then each by itself."
     write_text(path, render(title, subtitle, views), errors="replace")
+
+
+def _of_day(facts: Facts) -> str:
+    sessions = facts.environment.get("sessions") or [{}]
+    day = str(sessions[-1].get("time", ""))[:10]
+    return f"A run of bmjax, trained on {day}." if day else "A run of bmjax."
 
 
 def _view(i: int, facts: Facts, images: np.ndarray | None, run: Run | None, of: int) -> View:

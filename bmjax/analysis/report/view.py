@@ -137,14 +137,14 @@ class View:
     def scores(self) -> list[tuple[str, str, str, str]]:
         """Every score with its interval."""
         return [
-            (name.replace("_", " "), _number(s["value"]), _bounds(s), s["by"] if s["value"] is not None else "")
+            (_spelt(name), _number(s["value"]), _bounds(s), s["by"] if s["value"] is not None else "")
             for name, s in self.facts.scores["scores"].items()
         ]
 
-    def score(self, row: dict[str, Any], name: str) -> str:
-        """A class's score with its interval."""
-        s = row["scores"][name]
-        return f"{_number(s['value'])} ({_bounds(s)})" if s["value"] is not None else "unknown"
+    def class_scores(self, row: dict[str, Any]) -> list[tuple[str, str, str]]:
+        """A class's scores with their intervals."""
+        names = ("precision", "specificity", "f1", "roc_auc", "pr_auc")
+        return [(_spelt(name), _number(row["scores"][name]["value"]), _bounds(row["scores"][name])) for name in names]
 
     @property
     def bins(self) -> list[tuple[str, str, str, str]]:
@@ -226,6 +226,15 @@ class View:
             "columns": COLUMNS,
             "side": SIDE,
         }
+
+
+_SPELT = {"top2_accuracy": "top-2 accuracy", "kappa": "Cohen's kappa", "mcc": "Matthews's correlation"}
+_SPELT |= {"roc_auc": "ROC-AUC", "pr_auc": "PR-AUC", "nll": "NLL", "brier": "Brier score"}
+
+
+def _spelt(name: str) -> str:
+    """A score's name for people."""
+    return _SPELT.get(name, name.replace("_", " ").replace("f1", "F1"))
 
 
 def _number(value: float | None) -> str:
