@@ -48,8 +48,10 @@ def curves(facts: Facts) -> list[dict[str, Any]]:
         lines = [(label, [r.get(name) for r in facts.epochs]) for name, label in names]
         lines = [(label, values) for label, values in lines if any(v is not None for v in values)]
         if lines:
-            bounds = {"y": [0, None]} if title == "loss" else {}
-            found.append(chart(title, [r["epoch"] for r in facts.epochs], lines, ("epoch", title), **bounds))
+            bounds: dict[str, Any] = {"y": [0, None]} if title == "loss" else {}
+            found.append(
+                chart(title, [r["epoch"] for r in facts.epochs], lines, ("epoch", title), whole=True, **bounds)
+            )
     if facts.steps:
         rows = [facts.steps[i] for i in _thinned(len(facts.steps))]
         x = [r["step"] for r in rows]

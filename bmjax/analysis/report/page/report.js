@@ -102,7 +102,7 @@
   }
 
   // Diagrams.
-  const plots = new Map();
+  const plots = new Map(), short = (v) => v == null ? "" : String(+v.toPrecision(3));
 
   function draw(figure, printed) {
     const one = runs[+figure.dataset.run].charts[figure.dataset.chart][+figure.dataset.place];
@@ -115,14 +115,14 @@
       series.push({
         label: line.name, stroke: colour, width: faint.includes(j) ? 1 : 2, spanGaps: true,
         dash: faint.includes(j) ? [4, 4] : DASHES[Math.floor(j / COLOURS.length) % DASHES.length],
-        points: { show: Boolean(one.points) && j === 0 || one.x.length < 2, size: 7 },
-        value: (u, v) => v == null ? "" : String(+v.toPrecision(3)),
+        points: { show: Boolean(one.points) && j === 0 || line.y.filter((v) => v !== null).length < 3, size: 7 },
+        value: (u, v) => short(v),
       });
     });
-    series[0].value = (u, v) => v == null ? "" : String(+v.toPrecision(3));
+    series[0].value = (u, v) => short(v);
     if (band.length) bands.push({ series: [band[1] + 1, band[0] + 1], fill: "rgba(68,119,170,.25)" });
     const axis = (label) => ({ label, labelSize: 18, labelFont: "12px system-ui", font: "11px system-ui", size: 44,
-      stroke: ink, grid: { stroke: grid, width: 1 }, ticks: { stroke: grid, width: 1 } });
+      values: (u, all) => all.map(short), stroke: ink, grid: { stroke: grid, width: 1 }, ticks: { stroke: grid, width: 1 } });
     const range = (bounds) => (u, low, high) => {
       if (bounds && bounds[1] !== null) return [bounds[0], bounds[1]];
       const top = high > 0 ? high * 1.05 : 1;
@@ -131,7 +131,8 @@
     const scales = { x: { time: false }, y: { range: range(one.y) } };
     if (one.xs) scales.x.range = () => one.xs;
     const axes = [axis(one.axes[0]), axis(one.axes[1])];
-    axes[1].size = 56;
+    axes[1].size = 60;
+    if (one.whole) axes[0].incrs = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 100000];
     const width = Math.max(240, figure.clientWidth);
     const old = plots.get(figure);
     if (old) old.destroy();
