@@ -127,7 +127,7 @@ class WandbTracker:
             project=self._config.project,
             group=self._config.group or None,
             job_type=self._config.job_type or None,
-            notes=self._config.notes or None,
+            notes=_shown(self._config.notes) or None,
             tags=list(self._config.tags) or None,
             name=_shown(self._run_config.get("name")),
             id=run_id,
