@@ -99,6 +99,8 @@ def run_files(run_dir: Path) -> list[Path]:
     best = run_dir / "checkpoints" / "best"
     steps = sorted((p for p in best.glob("*") if p.name.isdecimal()), key=lambda p: int(p.name))
     found = [path for pattern in _KEPT for path in run_dir.glob(pattern)]
-    found += [path for step in steps[-1:] for path in step.rglob("*")]
+    # The item `train` is the optimizer's, to go on from; whoever reads a run needs the model alone.
+    found += [path for step in steps[-1:] for item in step.glob("*") if item.name != "train"
+              for path in (item, *item.rglob("*"))]  # fmt: skip
     # A checkpoint may hold empty folders, which no store keeps and none needs.
     return sorted({path for path in found if path.is_file() and not path.is_symlink()})

@@ -325,6 +325,6 @@ def test_a_sweep_is_registered_where_there_is_a_server(no_key, monkeypatch, capl
     assert "there is no key, so the sweep is not registered" in caplog.text
     calls = []
     monkeypatch.setattr(tracking, "why_offline", lambda: None)
-    monkeypatch.setattr(wandb, "sweep", lambda tree, project: calls.append((tree, project)) or "id7")
-    assert tracking.register_sweep({"method": "grid"}, "lab") == "id7"
-    assert calls == [({"method": "grid"}, "lab")]
+    monkeypatch.setattr(wandb, "sweep", lambda tree, entity, project: calls.append((tree, entity, project)) or "id7")
+    assert tracking.register_sweep({"method": "grid"}, "lab", "team") == "id7"
+    assert calls == [({"method": "grid"}, "team", "lab")]

@@ -20,8 +20,8 @@ _EPOCHS = {
     "loss": (("train/loss", "train, epoch's mean"), ("val/loss", "validation")),
     "accuracy": (
         ("train/accuracy_running", "train, running"),
-        ("train/accuracy_eval_mode", "train, evaluation mode"),
         ("val/accuracy", "validation"),
+        ("train/accuracy_eval_mode", "train, evaluation mode"),
     ),
 }
 
