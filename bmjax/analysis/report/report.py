@@ -45,8 +45,9 @@ def write_reports(
 ) -> None:
     """As `write_report`, of several runs in one page at `path`; `images` and `runs` are those of each, or none."""
     read = [read_facts(run_dir) for run_dir in run_dirs]
-    given = [*images, *[None] * (len(read) - len(images))], [*runs, *[None] * (len(read) - len(runs))]
-    views = [_view(i, facts, *parts, len(read)) for i, (facts, *parts) in enumerate(zip(read, *given, strict=True))]
+    missing = [None] * len(read)
+    given = zip(read, images or missing, runs or missing, strict=True)
+    views = [_view(i, facts, shown, run, len(read)) for i, (facts, shown, run) in enumerate(given)]
     for facts in read:
         write_card(facts)
     title = read[0].name if len(read) == 1 else f"{len(read)} runs: {', '.join(facts.name for facts in read)}"
