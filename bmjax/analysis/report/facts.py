@@ -51,7 +51,9 @@ class Facts:
         predictions = self.predictions
         assert predictions is not None
         kept = read_json(self.run_dir / f"evaluation_{self.split}.json")
-        if kept.get("confusion") == self.metrics["confusion"] and list(kept["classes"]) == list(predictions.classes):
+        if kept.get("confusion") == self.metrics["confusion"] and list(kept.get("classes", ())) == list(
+            predictions.classes
+        ):
             return kept
         return evaluation.score(predictions.labels, predictions.probs, predictions.classes).to_json()
 
