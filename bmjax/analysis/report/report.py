@@ -50,7 +50,7 @@ def write_reports(
     views = [_view(i, facts, shown, run, len(read)) for i, (facts, shown, run) in enumerate(given)]
     for facts in read:
         write_card(facts)
-    title = read[0].name if len(read) == 1 else f"{len(read)} runs: {', '.join(facts.name for facts in read)}"
+    title = read[0].name if len(read) == 1 else f"{len(read)} runs"
     subtitle = _of_day(read[0]) if len(read) == 1 else "Runs of bmjax side by side, then each by itself."
     write_text(path, render(title, subtitle, views), errors="replace")
 

@@ -248,15 +248,19 @@ def _bounds(s: dict[str, Any]) -> str:
 class Together:
     """Several runs beside each other."""
 
-    pair_header = ("", "accuracy", "difference to the first", "95 % interval", "right alone", "the first alone")
-
     def __init__(self, runs: Sequence[Facts]):
         found = paired.paired(runs)
         self.names = ("field", *(f.name for f in runs))
         self.fields = [(name, *values) for name, values in paired.fields_that_differ(runs)]
         self.header = ("run", "split", "n", "accuracy", "macro F1", "balanced accuracy", "loss", "ECE")
         self.rows = [_beside(facts) for facts in runs]
+        self.pair_header = ["", "accuracy", "difference to the first", "95 % interval"]
         self.pairs = [_pair(one) for one in found.pairs]
+        if any(one.alone for one in found.pairs):
+            self.pair_header += ["right alone", "the first alone"]
+            self.pairs = [
+                [*cells, *map(str, one.alone or ("", ""))] for cells, one in zip(self.pairs, found.pairs, strict=True)
+            ]
         self.notes = [found.why_not] if found.why_not else _pair_notes(found)
 
 
@@ -268,24 +272,19 @@ def _beside(run: Facts) -> list[str]:
     return [run.name, facts.SPLITS[run.split or "val"], str(m["n"]), *(interval_text(m, c) for c in columns)]
 
 
-def _points(value: float) -> str:
-    return f"{100 * value:+.1f} points"
-
-
 def _pair(one: paired.Pair) -> list[str]:
-    cells = [one.name, facts.percent(one.accuracy), "" if one.difference is None else _points(one.difference)]
-    if one.low is None or one.high is None:
-        cells.append("")
-    else:
-        cells.append(f"{_points(one.low)} to {_points(one.high)}")
-    return [*cells, *(map(str, one.alone) if one.alone else ("", ""))]
+    bounds = "" if one.low is None or one.high is None else f"{100 * one.low:+.1f} to {100 * one.high:+.1f} points"
+    difference = "" if one.difference is None else f"{100 * one.difference:+.1f} points"
+    return [one.name, facts.percent(one.accuracy), difference, bounds]
 
 
 def _pair_notes(found: paired.Paired) -> list[str]:
     notes = [f"On the same {found.n} images ({facts.SPLITS[found.split]})."]
     if found.seeds > 1:
-        return [*notes, f"{found.seeds} seeds each; intervals over images and runs, all comparisons together 95 %.",
-                *(f"{pair.verdict}." for pair in found.pairs if pair.verdict)]  # fmt: skip
+        notes.append(
+            f"{found.seeds} seeds each, named by the first run; intervals over images and runs, all together 95 %."
+        )
+        return [*notes, *(f"{pair.verdict}." for pair in found.pairs if pair.verdict)]
     notes.append(
         "The intervals speak of these trained networks on such images (Agresti and Min 2005), not of how they were "
         "trained: another seed would have given other networks. No verdict with one run each; at least three seeds of "

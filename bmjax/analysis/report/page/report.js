@@ -148,24 +148,20 @@
     plots.set(figure, plot);
   }
 
-  // Each is drawn when it comes near, so that a page of many runs opens at once.
   const figures = [...document.querySelectorAll(".chart")];
-  const watch = new IntersectionObserver((entries) => {
-    for (const { target, isIntersecting } of entries) if (isIntersecting && !plots.has(target)) draw(target, false);
-  }, { rootMargin: "300px" });
-  figures.forEach((figure) => watch.observe(figure));
-  const again = () => figures.forEach((figure) => plots.has(figure) && draw(figure, false));
+  const all = (printed) => figures.forEach((figure) => draw(figure, printed));
+  all(false);
   let width = innerWidth, waiting = 0;
   addEventListener("resize", () => {
     if (innerWidth === width) return; // on phones the bar of addresses comes and goes
     width = innerWidth;
     clearTimeout(waiting);
-    waiting = setTimeout(again, 150);
+    waiting = setTimeout(() => all(false), 150);
   });
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", again);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => all(false));
   addEventListener("beforeprint", () => {
     for (const details of document.querySelectorAll("details")) details.open = true;
-    figures.forEach((figure) => draw(figure, true));
+    all(true);
   });
-  addEventListener("afterprint", again);
+  addEventListener("afterprint", () => all(false));
 })();
