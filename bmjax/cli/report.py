@@ -69,9 +69,7 @@ def _cells(folder: Path, options: argparse.Namespace) -> tuple[np.ndarray | None
         return None, None
     try:
         images = data_of(run, options.data_root)[0].images
-    except (FileNotFoundError, NotADirectoryError) as e:
-        log.warning(
-            "%s: no cells are shown, since its data are not there (%s); --data.root says where they are", folder, e
-        )
+    except (FileNotFoundError, NotADirectoryError, ValueError) as e:  # gone, changed since, or given from Python
+        log.warning("%s: no cells are shown (%s); --data.root says where its data are now", folder, e)
         return None, None
     return images, run if options.maps else None

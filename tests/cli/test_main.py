@@ -181,6 +181,19 @@ def test_report_adds_maps_and_sets_runs_side_by_side(trained, capsys):
     assert "config.json is not there; expected the folder of a run" in capsys.readouterr().err
 
 
+def test_a_report_without_its_data_says_so(trained, tmp_path, capsys):
+    for name in ("config.json", "environment.json", "results.json", "predictions_test.npz"):
+        shutil.copyfile(trained / "run" / name, tmp_path / name)
+    shutil.copytree(trained / "run/checkpoints/best", tmp_path / "checkpoints/best")
+    record = json.loads((trained / "run/dataset.json").read_text())
+    (tmp_path / "dataset.json").write_text(json.dumps(record | {"fingerprint": "0" * 64}))
+    assert main(["report", str(tmp_path)]) == 0
+    said = capsys.readouterr().err
+    assert f"{tmp_path}: no cells are shown (" in said
+    assert "the run began with data 0000000000000000" in said
+    assert "data:image" not in (tmp_path / "report.html").read_text()
+
+
 def test_help_and_usage_of_verbs(capsys):
     for verb in ("train", "show"):
         assert main([verb, "--help"]) == 0
