@@ -42,7 +42,12 @@ def add_parser(verbs: Any) -> None:
         epilog="Exit status: 0 the table is written (some files may have an error); 1 it is written, and no file could "
         "be read, or with --strict some could not; 2 wrong input, and nothing is written.",
     )
-    p.add_argument("run_dir", metavar="run", nargs="?", help="folder of a run; left out with --weights")
+    p.add_argument(
+        "run_dir",
+        metavar="run",
+        nargs="?",
+        help="folder of a run, or wandb:ENTITY/PROJECT/NAME; left out with --weights",
+    )
     p.add_argument("paths", nargs="*", help="further runs, to be averaged; then images, or folders of images")
     p.add_argument("--weights", help="name ImageNet's classes by these weights: imagenet, imagenet-timm, or a path")
     p.add_argument("--backbone", default="densenet121", help="with --weights: the backbone (default: %(default)s)")
@@ -71,7 +76,7 @@ def predict(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from bmjax.cli.prediction_table import PredictionTable, shown
 
     # What comes first and holds a run is one; the rest are images.
-    others = list(itertools.takewhile(lambda path: (Path(path) / "config.json").is_file(), options.paths))
+    others = list(itertools.takewhile(_is_run, options.paths))
     paths = options.paths[len(others) :]
     if not paths:
         raise ValueError("predict: expected images, or folders of images, after the runs")
@@ -109,6 +114,12 @@ def predict(options: argparse.Namespace, rest: Sequence[str]) -> int:
         print(f"{failed} of {n} images can't be read{rest_of}; see the column error", file=sys.stderr)
     print(f"{n - failed} images classified into {shown(options.out)}")
     return 1 if failed == n or (failed and options.strict) else 0
+
+
+def _is_run(path: str) -> bool:
+    from bmjax.runs.tracking import REMOTE
+
+    return path.startswith(REMOTE) or (Path(path) / "config.json").is_file()
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -115,7 +115,8 @@ def _for_agents(config: Config, module: Any, space: Any, options: argparse.Names
     tree = tree_of(config, space, arguments, runs=options.random, halving=options.halving)
     path, sweep_id = write_and_register(config, tree)
     print(path)
-    where = f"--project {config.tracking.project} "
+    entity = f"--entity {config.tracking.entity} " if config.tracking.entity else ""
+    where = f"{entity}--project {config.tracking.project} "
     if sweep_id is None:
         print(f"register it, where there is a server, with: wandb sweep {where}{path}")
         print(f"then start any number of agents: wandb agent {where}ID")

@@ -7,11 +7,15 @@ import dataclasses
 import signal
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bmjax.cli.configured import add_configured, add_hosts, configuration
 from bmjax.cli.output import metrics_line, print_confusion
 from bmjax.config.base import Config
+
+if TYPE_CHECKING:
+    from bmjax.data.dataset import Dataset
+    from bmjax.data.splits import Splits
 
 
 def add_parser(verbs: Any) -> None:
@@ -39,7 +43,14 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         config, options.resume = _of_agent(config, run_id), True
     callbacks = [module.on_event] if module is not None and hasattr(module, "on_event") else []
     files = [Path(options.experiment)] if module is not None else []
-    result = train_run(config, resume=options.resume, callbacks=callbacks, files=files)
+    pages: list[Path] = []
+
+    def finish(run_dir: Path, dataset: Dataset, splits: Splits) -> list[Path]:
+        keep_looks(run_dir, dataset, splits)
+        pages.append(write_report(run_dir, dataset.images))
+        return pages
+
+    result = train_run(config, resume=options.resume, callbacks=callbacks, files=files, finish=finish)
     if result.interrupted:
         return 128 + signal.Signals[result.interrupted]
     if not hosts.leads():
@@ -52,8 +63,9 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         print_confusion(result.metrics["test"]["confusion"], dataset.classes)
     if module is not None and hasattr(module, "report"):
         module.report(result)
-    keep_looks(result.run_dir, dataset, splits)
-    print(f"report: {write_report(result.run_dir, dataset.images)}")
+    if not pages:  # finished before, or without any split to report on
+        finish(result.run_dir, dataset, splits)
+    print(f"report: {pages[0]}")
     return 0
 
 

@@ -314,9 +314,14 @@ class TrackingConfig:
 
     wandb: Literal["off", "auto", "online", "offline"] = "off"
     """`auto`: online with a key and a network, else offline with a word on how to sync."""
+    entity: str = ""
+    """The user or team that the run is logged for; empty: the key's own."""
     project: str = "bmjax"
     group: str = ""
+    job_type: str = ""
     tags: tuple[str, ...] = ()
+    notes: str = ""
+    """Shown with the run; any text."""
 
     def __post_init__(self) -> None:
         check_types(self, "tracking.")

@@ -35,6 +35,7 @@ from bmjax.model.create import create, init, resolve
 from bmjax.model.parameters import Tree
 from bmjax.runs.checkpoint import Checkpoints
 from bmjax.runs.identity import as_recorded, check_trust, located
+from bmjax.runs.tracking import local_run
 
 log = logging.getLogger(__name__)
 Which = Literal["best", "last"]
@@ -292,7 +293,8 @@ def _remove_half_written(run_dir: Path) -> None:
 
 
 def load_run(run_dir: str | Path, which: Which = "best", *, devices: int | None = None, trust: bool = False) -> Run:
-    """Reads a classifier from a run's folder, for any number of devices: all, or `devices` of them.
+    """Reads a classifier from a run's folder, or as `wandb:ENTITY/PROJECT/NAME` from W&B (`local_run`), for any number
+    of devices: all, or `devices` of them.
 
     A run that uses code of its own (an attention file, say) and was trained elsewhere is read only with `trust`.
 
@@ -307,7 +309,7 @@ def load_run(run_dir: str | Path, which: Which = "best", *, devices: int | None 
     check_choice("which", which, ("best", "last"))
     if devices is not None:
         check_whole("devices", devices, 1)
-    run_dir = Path(run_dir)
+    run_dir = local_run(run_dir)
     config = read_config(run_dir)
     if not (run_dir / "dataset.json").is_file():
         raise FileNotFoundError(f"{run_dir / 'dataset.json'} is not there; expected the folder of a run")

@@ -177,15 +177,23 @@ def _vouch(environment: dict[str, Any]) -> None:
     (folder / _voucher(environment)).touch(mode=0o600)
 
 
+def downloads() -> Path:
+    """Where runs that others have made are kept, once downloaded."""
+    return cache_folder() / "downloaded_runs"
+
+
 def check_trust(config: Config, run_dir: Path) -> None:
     """Refuses a run that names code, unless this user made it: a folder from elsewhere must not run what it likes.
+
+    A downloaded run is refused whoever made it: its id is known to all who may read it, so that it vouches for nothing.
 
     Raises:
       PermissionError: it names parts of one's own, and this user did not train it here.
     """
     names = [name for name in part_names(config) if not name.startswith("optax:")]
     voucher = _vouchers() / _voucher(read_environment(run_dir))
-    if names and not (voucher.is_file() and (not hasattr(os, "getuid") or voucher.stat().st_uid == os.getuid())):
+    here = not run_dir.resolve().is_relative_to(downloads().resolve()) and voucher.is_file()
+    if names and not (here and (not hasattr(os, "getuid") or voucher.stat().st_uid == os.getuid())):
         raise PermissionError(
             f"{run_dir} runs code of its own ({', '.join(names)}), and you did not train it here; expected --trust "
             "(from Python: trust=True), once you have read that code"

@@ -6,24 +6,24 @@ logged step; the steps between are the same again.
 
 from __future__ import annotations
 
-import contextlib
-import json
+import hashlib
 import logging
 import os
 import queue
+import re
 import socket
 import threading
-import time
 import urllib.parse
 import uuid
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Protocol
-
-import numpy as np
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from bmjax.config.training import TrackingConfig
 from bmjax.files import printable
+from bmjax.runs.identity import downloads
+from bmjax.runs.jsonl import JsonlTracker, NoTracker, Tracker
+from bmjax.runs.tables import Finished, made_of, run_files
 
 log = logging.getLogger(__name__)
 
@@ -39,98 +39,6 @@ def _shown(value: Any) -> Any:
 
 def _said(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
-
-
-class Tracker(Protocol):
-    """Where a run's figures go."""
-
-    def log(self, step: int, metrics: dict[str, Any], *, kind: str) -> None:
-        """Figures of a step; `kind` is "train" or "epoch", each with a record of its own per step."""
-        ...
-
-    def summary(self, metrics: dict[str, Any]) -> None:
-        """Figures of the whole run."""
-        ...
-
-    def confusion(self, labels: np.ndarray, predictions: np.ndarray, classes: Sequence[str]) -> None: ...
-
-    def mispredicted(
-        self, images: np.ndarray, labels: np.ndarray, probs: np.ndarray, ids: Sequence[str], classes: Sequence[str]
-    ) -> None:
-        """Cells that were taken for another class: images uint8 [n, h, w, 3], labels [n], probs [n, k]."""
-        ...
-
-    def checkpoint_artifact(self, folder: Path, metadata: dict[str, Any]) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class NoTracker:
-    """Writes nothing."""
-
-    def log(self, step: int, metrics: dict[str, Any], *, kind: str) -> None: ...
-    def summary(self, metrics: dict[str, Any]) -> None: ...
-    def confusion(self, labels: np.ndarray, predictions: np.ndarray, classes: Sequence[str]) -> None: ...
-    def mispredicted(
-        self, images: np.ndarray, labels: np.ndarray, probs: np.ndarray, ids: Sequence[str], classes: Sequence[str]
-    ) -> None: ...
-    def checkpoint_artifact(self, folder: Path, metadata: dict[str, Any]) -> None: ...
-    def close(self) -> None: ...
-
-
-class JsonlTracker(NoTracker):
-    """One JSON object a line: kind, step, time, and the figures. Each step stands there once per kind.
-
-    `last` maps each kind to its last logged step. A line that a kill tore is cut off when the file is opened, which is
-    said; so are steps up to `resumed_at` that are not there, for they are not trained again.
-
-    Raises:
-      ValueError: a line that was finished is no record; names file and line.
-      OSError: the disk is full; names the file.
-    """
-
-    def __init__(self, path: Path, resumed_at: int = 0):
-        self.last: dict[str, int] = {}
-        self._path, steps = path, set[int]()
-        if path.exists():
-            text = path.read_bytes()
-            whole = text[: text.rfind(b"\n") + 1]
-            if len(whole) < len(text):
-                log.warning("%s: the last line is not whole, and is cut off: %r", path, text[len(whole) :][:80])
-                with path.open("r+b") as f:
-                    f.truncate(len(whole))
-            for number, line in enumerate(whole.splitlines(), 1):
-                try:
-                    record = json.loads(line)
-                    self.last[record["kind"]] = max(record["step"], self.last.get(record["kind"], -1))
-                    steps |= {record["step"]} if record["kind"] == "train" else set()
-                except (ValueError, KeyError, TypeError) as e:
-                    raise ValueError(f"{path}, line {number}: {line[:80]!r} is no record of a step: {e!r}") from e
-        missing = sorted(set(range(1, resumed_at + 1)) - steps)
-        if missing:
-            log.warning(
-                "%s lacks %d of the %d steps trained so far, the first of them step %d: the record is not whole",
-                *(path, len(missing), resumed_at, missing[0]),
-            )
-        self._file = path.open("a", encoding="utf-8")
-
-    def log(self, step: int, metrics: dict[str, Any], *, kind: str) -> None:
-        if step <= self.last.get(kind, -1):
-            return
-        self.last[kind] = step
-        line = json.dumps({"kind": kind, "step": step, "time": round(time.time(), 3)} | metrics) + "\n"
-        try:
-            self._file.write(line)
-            self._file.flush()
-        except OSError as e:
-            raise OSError(e.errno, f"{e.strerror}; free some space and go on with --resume", str(self._path)) from e
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):  # of a full disk, which was raised before
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        with contextlib.suppress(OSError):
-            self._file.close()
 
 
 INIT_SECONDS = 20.0
@@ -178,6 +86,16 @@ def why_offline() -> str | None:
     return None if reachable() else f"{_server().hostname} can't be reached"
 
 
+def shown_as(kind: str, name: str) -> str:
+    """The name that W&B shows a figure under: `val/accuracy` as it is, a step's loss `train/loss`, and an epoch's mean
+    loss `epoch/train_loss`, so that the two never share a curve."""
+    if kind != "epoch":
+        return f"{kind}/{name}"
+    if name.startswith("train/"):
+        return f"epoch/{name.replace('/', '_')}"
+    return name if "/" in name else f"epoch/{name}"
+
+
 class WandbTracker:
     """Logs to W&B from a thread of its own, so that no server can stop or slow a run; metrics.jsonl has all anyway.
 
@@ -205,8 +123,11 @@ class WandbTracker:
         import wandb
 
         return wandb.init(
+            entity=self._config.entity or None,
             project=self._config.project,
             group=self._config.group or None,
+            job_type=self._config.job_type or None,
+            notes=_shown(self._config.notes) or None,
             tags=list(self._config.tags) or None,
             name=_shown(self._run_config.get("name")),
             id=run_id,
@@ -272,12 +193,8 @@ class WandbTracker:
         if step <= self._last.get(kind, -1):
             return
         self._last[kind] = step
-        # With the kind before every name, an epoch's mean loss and a step's loss never share a curve.
-        figures = {"global_step": step} | {f"{kind}/{name}": value for name, value in metrics.items()}
+        figures = {"global_step": step} | {shown_as(kind, name): value for name, value in metrics.items()}
         self._jobs.put(lambda run: run.log(figures))
-
-    def summary(self, metrics: dict[str, Any]) -> None:
-        self._jobs.put(lambda run: run.summary.update(_shown(metrics)))
 
     def made(self, make: Callable[[Any], dict[str, Any]]) -> None:
         """Logs what `make` makes of the module wandb: tables and pictures by name."""
@@ -289,32 +206,23 @@ class WandbTracker:
 
         self._jobs.put(job)
 
-    def confusion(self, labels: np.ndarray, predictions: np.ndarray, classes: Sequence[str]) -> None:
-        matrix = {"y_true": labels.tolist(), "preds": predictions.tolist(), "class_names": _shown(classes)}
-        self.made(lambda wandb: {"confusion": wandb.plot.confusion_matrix(**matrix)})
+    def finished(self, finished: Finished) -> None:
+        self.made(lambda wandb: made_of(wandb, finished))
+        # After the last row of the history, which would write over it.
+        self._jobs.put(lambda run: run.summary.update(_shown(finished.summary)))
+        self._jobs.put(lambda run: self._log_artifact(run, finished))
 
-    def mispredicted(
-        self, images: np.ndarray, labels: np.ndarray, probs: np.ndarray, ids: Sequence[str], classes: Sequence[str]
-    ) -> None:
-        def make(wandb: Any) -> dict[str, Any]:
-            table = wandb.Table(columns=["id", "cell", "true", "predicted", "probability"])
-            names = _shown(classes)
-            for image, label, p, name in zip(images, labels, probs, _shown(ids), strict=True):
-                top = int(p.argmax())
-                table.add_data(name, wandb.Image(image), names[label], names[top], float(p[top]))
-            return {"mispredicted": table}
+    def _log_artifact(self, run: Any, finished: Finished) -> None:
+        """The whole run as a model: what `bmjax predict wandb:ENTITY/PROJECT/NAME` reads."""
+        import wandb
 
-        self.made(make)
-
-    def checkpoint_artifact(self, folder: Path, metadata: dict[str, Any]) -> None:
-        def job(run: Any) -> None:
-            import wandb
-
-            artifact = wandb.Artifact(f"best-{run.id}", type="model", metadata=metadata)
-            artifact.add_dir(str(folder))
-            run.log_artifact(artifact)
-
-        self._jobs.put(job)
+        split = finished.predictions.split
+        metadata = finished.summary | {"split": split, "classes": list(finished.predictions.classes)}
+        about = f"The run {self._run_config.get('name')}: bmjax predict wandb:ENTITY/PROJECT/best-{run.id} IMAGES"
+        artifact = wandb.Artifact(f"best-{run.id}", "model", _shown(about), _shown(metadata))
+        for path in run_files(finished.run_dir):
+            artifact.add_file(str(path), path.relative_to(finished.run_dir).as_posix())
+        run.log_artifact(artifact)
 
     def close(self) -> None:
         """Sends what is left, and says what is not sent and how to send it."""
@@ -327,7 +235,7 @@ class WandbTracker:
             log.warning("W&B: %s with: wandb sync %s", what, self._folder)
 
 
-def register_sweep(tree: dict[str, Any], project: str) -> str | None:
+def register_sweep(tree: dict[str, Any], project: str, entity: str = "") -> str | None:
     """Registers a sweep's configuration with W&B's server; its id, or None, said why, where there is none to use."""
     if (why := why_offline()) is not None:
         log.warning("W&B: %s, so the sweep is not registered", why)
@@ -335,10 +243,46 @@ def register_sweep(tree: dict[str, Any], project: str) -> str | None:
     import wandb
 
     try:
-        return wandb.sweep(tree, project=project)
+        return wandb.sweep(tree, entity=entity or None, project=project)
     except (wandb.Error, OSError) as e:
         log.warning("W&B: %s: %s, so the sweep is not registered", type(e).__name__, e)
         return None
+
+
+REMOTE = "wandb:"
+
+
+def local_run(run_dir: str | Path) -> Path:
+    """A run's folder on this machine: as given, or for `wandb:ENTITY/PROJECT/NAME[:VERSION]` the artifact, downloaded.
+
+    Without a version the latest is meant. It is kept in bmjax's cache by its digest, and files that are there already
+    are checked by W&B and not fetched again. Code that such a run names is run only with trust, see `check_trust`.
+
+    Raises:
+      ValueError: it names no artifact, there is no key, the server refuses, or a file would stand outside the folder.
+    """
+    text = str(run_dir)
+    if not text.startswith(REMOTE):
+        return Path(run_dir)
+    name = text.removeprefix(REMOTE)
+    if not re.fullmatch(r"[^/:\s]+/[^/:\s]+/[^/:\s]+(:[^/:\s]+)?", name):
+        raise ValueError(f"{text!r} names no artifact; expected wandb:ENTITY/PROJECT/NAME or wandb:.../NAME:VERSION")
+    if not has_key():
+        raise ValueError(f"{text}: there is no key of W&B; expected WANDB_API_KEY, or `wandb login` before")
+    import wandb
+
+    try:
+        artifact = wandb.Api().artifact(name if ":" in name else f"{name}:latest")
+        for entry in artifact.manifest.entries:
+            if PurePosixPath(entry).is_absolute() or ".." in PurePosixPath(entry).parts or "\\" in entry:
+                raise ValueError(f"it holds the file {entry!r}; expected names within a run's folder")
+        if "config.json" not in artifact.manifest.entries:
+            raise ValueError("it holds no config.json; expected a run that bmjax logged as a model")
+        folder = downloads() / hashlib.sha256(f"{name} {artifact.digest}".encode()).hexdigest()[:16]
+        log.info("%s: %d files into %s", text, len(artifact.manifest.entries), folder)
+        return Path(artifact.download(root=str(folder)))
+    except (wandb.Error, ValueError, OSError) as e:
+        raise ValueError(f"{text}: {_said(e)}") from e
 
 
 class MultiTracker:
@@ -351,23 +295,9 @@ class MultiTracker:
         for t in self._trackers:
             t.log(step, metrics, kind=kind)
 
-    def summary(self, metrics: dict[str, Any]) -> None:
+    def finished(self, finished: Finished) -> None:
         for t in self._trackers:
-            t.summary(metrics)
-
-    def confusion(self, labels: np.ndarray, predictions: np.ndarray, classes: Sequence[str]) -> None:
-        for t in self._trackers:
-            t.confusion(labels, predictions, classes)
-
-    def mispredicted(
-        self, images: np.ndarray, labels: np.ndarray, probs: np.ndarray, ids: Sequence[str], classes: Sequence[str]
-    ) -> None:
-        for t in self._trackers:
-            t.mispredicted(images, labels, probs, ids, classes)
-
-    def checkpoint_artifact(self, folder: Path, metadata: dict[str, Any]) -> None:
-        for t in self._trackers:
-            t.checkpoint_artifact(folder, metadata)
+            t.finished(finished)
 
     def close(self) -> None:
         for t in self._trackers:

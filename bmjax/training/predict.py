@@ -7,6 +7,7 @@ import logging
 import math
 import os
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +32,8 @@ from bmjax.runs.folder import (
     save_results,
 )
 from bmjax.runs.metrics import classification_metrics, load_metrics
-from bmjax.runs.records import read_predictions
+from bmjax.runs.records import most_wrong, read_predictions
+from bmjax.runs.tables import MISTAKES, Finished
 from bmjax.runs.tracking import Tracker
 from bmjax.training import hosts
 from bmjax.training.parallel import Parallel
@@ -232,15 +234,11 @@ def unlabelled(images: np.ndarray, classes: tuple[str, ...]) -> Dataset:
     )
 
 
-def track_results(run_dir: Path, tracker: Tracker, dataset: Dataset, results: dict[str, dict[str, Any]]) -> None:
-    """Summary, confusion matrix, mispredicted cells and the best checkpoint, of the last split evaluated."""
-    split = list(results)[-1]
-    saved = read_predictions(run_dir, split)
+def track_results(
+    run_dir: Path, tracker: Tracker, dataset: Dataset, results: dict[str, dict[str, Any]], pages: Sequence[Path] = ()
+) -> None:
+    """Hands the tracker what the run has come to: metrics, the predictions of the last split evaluated, pages."""
+    saved = read_predictions(run_dir, list(results)[-1])
     assert saved is not None, "written by the evaluation before"
-    probs, labels, rows = saved.probs, saved.labels, saved.index
-    tracker.summary({f"{s}/{k}": v for s, m in results.items() for k, v in m.items() if isinstance(v, (int, float))})
-    tracker.confusion(labels, probs.argmax(-1), dataset.classes)
-    wrong = np.flatnonzero(probs.argmax(-1) != labels)[:100]
-    ids = [dataset.ids[i] for i in rows[wrong]]
-    tracker.mispredicted(dataset.images[rows[wrong]], labels[wrong], probs[wrong], ids, dataset.classes)
-    tracker.checkpoint_artifact(run_dir / "checkpoints/best", {f"{split}/accuracy": results[split]["accuracy"]})
+    images = dataset.images[saved.index[most_wrong(saved, MISTAKES)]]
+    tracker.finished(Finished(run_dir, results, saved, np.asarray(images), tuple(pages)))

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ from bmjax.training.signals import Interrupted, Pause, Signals
 from bmjax.training.stages import plan_stages
 
 log = logging.getLogger(__name__)
+Finish = Callable[[Path, Dataset, Splits], Sequence[Path]]
+"""finish(run_dir, dataset, splits) -> pages of HTML for the trackers to show; before they take the run's files."""
 # An epoch on cached maps may take a tenth of a second; writing a checkpoint after each would take longer.
 _MAPS_CHECKPOINT_SECONDS = 10.0
 
@@ -113,9 +115,10 @@ def train_run(
     prepared: Prepared | None = None,
     signals: Signals | None = None,
     files: Sequence[Path] = (),
+    finish: Finish | None = None,
 ) -> Result:
     """As `train`. `prepared` and `signals` are those of a caller that trains several runs; `files` are further ones of
-    the user's to record, as the experiment's."""
+    the user's to record, as the experiment's; `finish` writes what else belongs into the folder of a finished run."""
     if not config.run_dir and not resume:
         free = dataclasses.replace(config, name=hosts.told(folder.free_name(config).name))
         if free.name != config.name:
@@ -138,7 +141,7 @@ def train_run(
             folder.write_config(run_dir, config)  # its data may have moved
             return Result(run_dir, found, next(iter(found.values()))["step"], (plan.dataset, plan.splits))
         with watched.gently():
-            one = _One(resume, callbacks, watched, files, quiet=signals is not None or not hosts.leads())
+            one = _One(resume, callbacks, watched, files, finish, quiet=signals is not None or not hosts.leads())
             with hosts.together("the run's folder was opened"):
                 if hosts.leads():
                     lock.enter_context(folder.owned(run_dir))
@@ -294,6 +297,7 @@ class _One:
     callbacks: Sequence[Callback]
     signals: Signals
     files: Sequence[Path]
+    finish: Finish | None
     quiet: bool
 
 
@@ -341,7 +345,8 @@ def _train(config: Config, run_dir: Path, plan: _Plan, one: _One) -> Result:
             log.log(level, "%s: stopped by %s at step %d; resume with --resume", run_dir, signals.stop.name, step)
             return Result(run_dir, {}, step, (dataset, splits), interrupted=signals.stop.name)
         if results and hosts.leads():
-            track_results(run_dir, tracker, dataset, results)
+            pages = one.finish(run_dir, dataset, splits) if one.finish else ()
+            track_results(run_dir, tracker, dataset, results, pages)
     return Result(run_dir, results, step, (dataset, splits))
 
 

@@ -3,50 +3,25 @@
 import dataclasses
 import html.parser
 import json
+import re
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from bmjax.analysis.report import figures
+from bmjax.analysis.evaluate.scores import score
+from bmjax.analysis.report import pictures
 from bmjax.analysis.report.report import figure_result, interval_text, write_report
-from bmjax.config import Config, ModelConfig, to_json
 from bmjax.runs.metrics import classification_metrics
 from bmjax.runs.records import class_rows, most_wrong, read_predictions, read_records, reliability, reported_split
-
-CLASSES = ("BLA", "EOS", "<b>NIF</b>")
+from tests.helpers.run_folder import cells, write_run
 
 
 @pytest.fixture
 def run(tmp_path):
-    """A run's folder as train() leaves it, and the dataset's images [40, 8, 8, 3]."""
-    rng = np.random.default_rng(0)
-    config = Config(name="a & b", model=ModelConfig(weights="/some/where/notop.h5"))
-    (tmp_path / "config.json").write_text(to_json(config))
-    counts = {s: dict.fromkeys(CLASSES, n) for s, n in (("train", 30), ("val", 5), ("test", 4))}
-    summary = {"name": "cells", "classes": CLASSES, "n": 117, "image_size": 8, "fingerprint": "f" * 64}
-    skipped = {"counts": counts, "copies": 2, "skipped": [["BLA/bad.png", "the file is empty"]]}
-    (tmp_path / "dataset.json").write_text(json.dumps(summary | skipped))
-    results = {}
-    for split, n in (("train", 25), ("val", 13), ("test", 40)):
-        labels = rng.integers(0, 3, n)
-        probs = rng.dirichlet(np.ones(3), n) * 0.6 + 0.4 * np.eye(3)[labels]
-        ids = np.array([f"{split}/{i}.png" for i in range(n)])
-        arrays = {"labels": labels, "index": np.arange(n), "ids": ids, "classes": np.array(CLASSES)}
-        np.savez(tmp_path / f"predictions_{split}.npz", probs=probs.astype(np.float32), **arrays)
-        results[split] = classification_metrics(labels, probs) | {"step": 20, "checkpoint": "best"}
-    (tmp_path / "results.json").write_text(json.dumps(results))
-    with (tmp_path / "metrics.jsonl").open("w") as f:
-        for step in range(1, 21):
-            figures = {"loss": 2.0 / step, "lr": 1e-3, "images_per_second": 50.0}
-            f.write(json.dumps({"kind": "train", "step": step, "time": 1e9 + step} | figures) + "\n")
-            if step % 10 == 0:
-                record = {"epoch": step // 10, "train/loss": 0.5, "train/accuracy_running": 0.7}
-                record |= {"val/loss": 0.6, "val/accuracy": 0.65, "input_wait": 0.031}
-                f.write(json.dumps({"kind": "epoch", "step": step, "time": 1e9 + step} | record) + "\n")
-        f.write('{"kind": "train", "st')  # a kill
-    (tmp_path / "openings.jsonl").write_text("{}\n{}\n")
-    return tmp_path, rng.integers(0, 256, (40, 8, 8, 3), np.uint8)
+    """A run's folder, and the dataset's images [40, 8, 8, 3]."""
+    write_run(tmp_path)
+    return tmp_path, cells()
 
 
 class Page(html.parser.HTMLParser):
@@ -64,8 +39,8 @@ class Page(html.parser.HTMLParser):
         if tag == "img":
             self.images.append(dict(attrs)["src"])
             assert dict(attrs)["alt"]
-        assert "href" not in dict(attrs)
-        if tag not in ("img", "meta"):
+        assert dict(attrs).get("href", "#").startswith("#"), "the page refers to another file"
+        if tag not in ("img", "meta", "br"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -81,33 +56,76 @@ def test_report_holds_the_run(run):
     assert path == folder / "report.html"
     source = path.read_text()
     page, results = Page(source), json.loads((folder / "results.json").read_text())
-    assert all(src.startswith("data:image/png;base64,") for src in page.images), "the page refers to another file"
-    assert len(page.images) == 5
+    assert all(src.startswith("data:image/jpeg;base64,") for src in page.images), "the page refers to another file"
+    wrong = read_predictions(folder, "test")
+    assert len(page.images) == min(12, int((wrong.predicted != wrong.labels).sum()))
     for split in ("train", "val", "test"):
         assert interval_text(results[split], "accuracy") in page.text
     for text in (
         "a & b",
         "weights notop.h5",
         "117 images",
-        "opened 2 times",
+        "opened twice",
         "3.1 % of an epoch's time spent waiting",
         "the file is empty",
         "<b>NIF</b>",
         "50.0 images/s",
+        "Not for diagnosis",
+        "No patient or slide is recorded",
+        f"Expected calibration error {results['test']['ece']:.3f}",
     ):
         assert text in page.text, text
-    assert "b" in page.tags, "the cards' figures are bold"
-    assert "<td><b>" not in source, "a class's name is not escaped"
+    assert "<b>NIF" not in source, "a class's name is not escaped"
+    assert not re.search(r"""(src|href|url\()=?["']?(https?:)?//""", source), "the page refers to a network"
     assert sorted(p.name for p in folder.glob("*report*")) == ["report.html"], "a temporary file stays"
+
+
+def test_scores_are_those_of_eval(run):
+    folder, _ = run
+    predictions = read_predictions(folder, "test")
+    computed = score(predictions.labels, predictions.probs, predictions.classes).to_json()
+    text = Page(write_report(folder).read_text()).text
+    assert f"{computed['scores']['kappa']['value']:.3f}" in text
+    kept = json.loads(json.dumps(computed))
+    kept["scores"]["kappa"]["value"] = 0.12345
+    (folder / "evaluation_test.json").write_text(json.dumps(kept))
+    assert "0.123" in Page(write_report(folder).read_text()).text, "what eval wrote is not read"
+    kept["confusion"][0][0] += 1
+    (folder / "evaluation_test.json").write_text(json.dumps(kept))
+    assert "0.123" not in Page(write_report(folder).read_text()).text, "scores of other predictions are shown"
 
 
 def test_without_images_mistakes_are_listed_by_name(run):
     folder, images = run
     page = Page(write_report(folder).read_text())
-    assert len(page.images) == 4
+    assert page.images == []
     wrong = read_predictions(folder, "test")
     assert str(wrong.ids[most_wrong(wrong, 1)[0]]) in page.text
-    assert len(Page(write_report(folder, images[:5]).read_text()).images) == 4, "images of other data are shown"
+    assert Page(write_report(folder, images[:5]).read_text()).images == [], "images of other data are shown"
+
+
+def test_results_and_predictions_that_do_not_fit_are_refused(run):
+    folder, _ = run
+    results = json.loads((folder / "results.json").read_text())
+    results["test"]["n"] = 41
+    (folder / "results.json").write_text(json.dumps(results))
+    with pytest.raises(ValueError, match=r"predictions_test.npz has 40 images, results.json 41; `bmjax eval"):
+        write_report(folder)
+
+
+def test_the_card_says_what_the_run_is_and_is_not(run):
+    folder, _ = run
+    write_report(folder)
+    card, m = (folder / "model_card.md").read_text(), json.loads((folder / "results.json").read_text())["test"]
+    titles = re.findall(r"^## (.*)", card, re.MULTILINE)
+    assert titles == ["Intended use", "Not for", "Model", "Training data", "Metrics", "Limits", "Environment"]
+    assert "Not for diagnosis" in card
+    assert f"n = 40: accuracy {100 * m['accuracy']:.1f} %" in card
+    assert r"\<b\>NIF\</b\>" in card, "a class's name is markup"
+    assert "Classes with fewer than 30 images in test, whose own figures are uncertain: BLA (14)" in card
+    (folder / "results.json").unlink()
+    write_report(folder)
+    assert "no results yet" in (folder / "model_card.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -144,7 +162,8 @@ def test_report_dwells_on_validation_until_the_test_split_is_opened(run):
     (folder / "openings.jsonl").unlink()
     text = Page(write_report(folder).read_text()).text
     assert "Confusion, validation" in text
-    assert "opened" not in text
+    assert "opened once" not in text
+    assert "opened twice" not in text
 
 
 def test_picture_of_the_result(run, tmp_path):
@@ -192,9 +211,19 @@ def test_class_rows_name_what_a_class_is_taken_for():
 
 
 def test_no_mistakes_no_picture(run):
-    predictions = read_predictions(run[0], "test")
+    folder, images = run
+    predictions = read_predictions(folder, "test")
     right = dataclasses.replace(predictions, labels=predictions.predicted)
-    assert figures.mistakes(right, run[1]) is None
+    assert pictures.mistakes(right, images) == ([], [])
+    assert len(pictures.chosen(right)) == 40
+
+
+def test_cells_are_chosen_mistakes_first(run):
+    predictions = read_predictions(run[0], "test")
+    rows = pictures.chosen(predictions, most=20, each=3)
+    wrong = most_wrong(predictions, 40)
+    assert rows[: len(wrong)].tolist() == wrong[:20].tolist()
+    assert len(rows) == len(set(rows.tolist())) == min(20, len(wrong) + 9)
 
 
 def test_figures_leave_no_state_and_need_no_display(run):

@@ -161,9 +161,9 @@ def test_every_run_of_a_sweep_is_in_one_group_of_wandb(config, tmp_path, monkeyp
         assert start["run_group"] == "lab"
         assert start["config"]["update"]["optim"]["name"] == row["optim.name"]
         summary = {key for record in inspect(folder, "summary") for key in record.get("update", {})}
-        assert {"val/accuracy", "train/accuracy", "epoch/val/best_accuracy"} <= summary
+        assert {"val/accuracy", "train/accuracy", "val/best_accuracy"} <= summary
         assert not any(key.startswith("test") for key in summary), "the test split was not opened"
-        best = [r["item"]["epoch/val/best_accuracy"] for r in inspect(folder, "history") if "epoch/epoch" in r["item"]]
+        best = [r["item"]["val/best_accuracy"] for r in inspect(folder, "history") if "epoch/epoch" in r["item"]]
         assert best[-1] == row["score"] == row["val/accuracy"]
 
 

@@ -47,7 +47,7 @@ def test_a_sweep_for_wandb_has_values_distributions_and_the_figure_that_runs_log
         "${args}",
     ]
     assert tree["program"] == "bmjax"
-    assert tree["metric"] == {"name": "epoch/val/best_accuracy", "goal": "maximize"}
+    assert tree["metric"] == {"name": "val/best_accuracy", "goal": "maximize"}
     assert tree["parameters"] == {
         "optim.name": {"values": ["sgd", "adam"]},
         "optim.lr": {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-1},

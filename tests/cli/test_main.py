@@ -40,7 +40,7 @@ def test_train_leaves_a_whole_run(trained):
     run = trained / "run"
     config = from_json((run / "config.json").read_text())
     assert config.stages[0].epochs == 1
-    names = "config.json dataset.json split.csv metrics.jsonl results.json report.html openings.jsonl"
+    names = "config.json dataset.json split.csv metrics.jsonl results.json report.html model_card.md openings.jsonl"
     for name in names.split():
         assert (run / name).stat().st_size > 0, name
     results = json.loads((run / "results.json").read_text())
@@ -50,7 +50,7 @@ def test_train_leaves_a_whole_run(trained):
     assert len(waits) == 1
     assert 0 < waits[0] < 1
     page = (run / "report.html").read_text()
-    assert page.count("data:image/png;base64,") >= 3
+    assert page.count("data:image/jpeg;base64,") >= 2, "a sheet of cells, and mistakes"
     assert f"{results['test']['accuracy']:.3f}" in page
 
 
@@ -163,6 +163,35 @@ def test_eval_rewrites_the_report(trained, capsys):
     assert main(["eval", str(trained / "run"), "--split", "val", "--which", "last"]) == 0
     assert "(last checkpoint, step " in capsys.readouterr().out
     assert (trained / "run/report.html").exists()
+
+
+def test_report_adds_maps_and_sets_runs_side_by_side(trained, capsys):
+    run, page = str(trained / "run"), trained / "run/report.html"
+    openings = (trained / "run/openings.jsonl").read_text()
+    assert main(["report", run]) == 0
+    assert "over the cell in grey" in page.read_text()
+    assert main(["report", run, run, "--no-maps", "--out", str(trained / "two.html")]) == 0
+    assert "over the cell in grey" not in (trained / "two.html").read_text()
+    assert "Paired differences" in (trained / "two.html").read_text()
+    assert (trained / "run/openings.jsonl").read_text() == openings, "a report opens no split"
+    assert main(["report", run, "--no-images"]) == 0
+    assert "data:image" not in page.read_text()
+    assert main(["report", run, "--out", str(trained / "none" / "r.html")]) == 2
+    assert main(["report", str(trained)]) == 2
+    assert "config.json is not there; expected the folder of a run" in capsys.readouterr().err
+
+
+def test_a_report_without_its_data_says_so(trained, tmp_path, capsys):
+    for name in ("config.json", "environment.json", "results.json", "predictions_test.npz"):
+        shutil.copyfile(trained / "run" / name, tmp_path / name)
+    shutil.copytree(trained / "run/checkpoints/best", tmp_path / "checkpoints/best")
+    record = json.loads((trained / "run/dataset.json").read_text())
+    (tmp_path / "dataset.json").write_text(json.dumps(record | {"fingerprint": "0" * 64}))
+    assert main(["report", str(tmp_path)]) == 0
+    said = capsys.readouterr().err
+    assert f"{tmp_path}: no cells are shown (" in said
+    assert "the run began with data 0000000000000000" in said
+    assert "data:image" not in (tmp_path / "report.html").read_text()
 
 
 def test_help_and_usage_of_verbs(capsys):

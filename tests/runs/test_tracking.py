@@ -18,6 +18,9 @@ from PIL import Image
 
 from bmjax.config import TrackingConfig
 from bmjax.runs import tracking
+from bmjax.runs.metrics import classification_metrics
+from bmjax.runs.records import Predictions
+from bmjax.runs.tables import Finished
 from bmjax.runs.tracking import JsonlTracker, MultiTracker, NoTracker, agents_run, make_tracker, new_run_id, why_offline
 from tests.helpers.wandb_files import inspect
 
@@ -97,29 +100,30 @@ def test_every_tracker_takes_every_call(tmp_path):
         def log(self, step, metrics, *, kind):
             calls.append((step, kind))
 
-        def summary(self, metrics):
-            calls.append("summary")
-
-        def confusion(self, *_):
-            calls.append("confusion")
-
-        def mispredicted(self, *_):
-            calls.append("mispredicted")
-
-        def checkpoint_artifact(self, *_):
-            calls.append("artifact")
+        def finished(self, finished):
+            calls.append("finished")
 
         def close(self):
             calls.append("close")
 
     both = MultiTracker([Recorder(), NoTracker(), Recorder()])
     both.log(1, {}, kind="train")
-    both.summary({})
-    both.confusion(np.zeros(1, int), np.zeros(1, int), ["a"])
-    both.mispredicted(np.zeros((0, 4, 4, 3), np.uint8), np.zeros(0, int), np.zeros((0, 1)), [], ["a"])
-    both.checkpoint_artifact(tmp_path, {})
+    both.finished(finished_run(tmp_path))
     both.close()
-    assert calls[::2] == calls[1::2] == [(1, "train"), "summary", "confusion", "mispredicted", "artifact", "close"]
+    assert calls[::2] == calls[1::2] == [(1, "train"), "finished", "close"]
+
+
+def finished_run(run_dir):
+    """Of three cells two mistakes; the surer one is b.png."""
+    probs = np.array([[0.3, 0.7], [0.9, 0.1], [0.8, 0.2]], np.float32)
+    labels, ids = np.array([0, 1, 0]), np.array(["a.png", "b.png", "\udce9.png"])
+    metrics = classification_metrics(labels, probs) | {"step": 4}
+    images = np.random.default_rng(0).integers(0, 255, (2, 8, 8, 3), np.uint8)
+    page = run_dir / "report.html"
+    page.write_text("<b>page</b>")
+    return Finished(
+        run_dir, {"val": metrics}, Predictions("val", probs, labels, np.arange(3), ids, ("BLA", "EOS")), images, (page,)
+    )
 
 
 @pytest.fixture
@@ -147,10 +151,16 @@ def test_why_offline(no_key, monkeypatch):
 
 
 def test_wandb_goes_offline_by_itself_and_logs_each_step_once(no_key, tmp_path, caplog):
-    run_dir, config, run_id = tmp_path / "run", TrackingConfig(wandb="auto"), new_run_id()
-    (run_dir / "best").mkdir(parents=True)
-    (run_dir / "best" / "weights").write_text("w")
-    rng = np.random.default_rng(0)
+    run_dir, run_id = tmp_path / "run", new_run_id()
+    config = TrackingConfig(wandb="auto", notes="a note \udce9", job_type="study", entity="lab")
+    for name in (
+        "checkpoints/best/4/model/d",
+        "checkpoints/best/2/model/d",
+        "checkpoints/last/4/model/d",
+        "config.json",
+    ):
+        (run_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        (run_dir / name).write_text(name)
     with caplog.at_level(logging.WARNING):
         tracker = make_tracker(config, run_dir, run_id, {"name": "r", "optim": {"lr": 0.25}})
         for step in (1, 2, 3):
@@ -162,11 +172,8 @@ def test_wandb_goes_offline_by_itself_and_logs_each_step_once(no_key, tmp_path, 
         tracker = make_tracker(config, run_dir, run_id, {"name": "r"})
         for step in (2, 3, 4):
             tracker.log(step, {"loss": 1 / step}, kind="train")
-        images, labels = rng.integers(0, 255, (3, 8, 8, 3), np.uint8), np.array([0, 1, 0])
-        tracker.summary({"val/accuracy": 0.75})
-        tracker.confusion(labels, np.array([1, 0, 0]), ["BLA", "EOS"])
-        tracker.mispredicted(images, labels, rng.random((3, 2)), ["a.png", "b.png", "c.png"], ["BLA", "EOS"])
-        tracker.checkpoint_artifact(run_dir / "best", {"accuracy": 0.75})
+        finished = finished_run(run_dir)
+        tracker.finished(finished)
         tracker.close()
     assert "there is no key, so the run is logged offline" in caplog.text
     folders = [*first, *(set((run_dir / "wandb").glob("offline-run-*")) - first)]
@@ -176,6 +183,7 @@ def test_wandb_goes_offline_by_itself_and_logs_each_step_once(no_key, tmp_path, 
     starts = [inspect(folder, "run")[0] for folder in folders]
     assert [(s["run_id"], s["resume"]) for s in starts] == [(run_id, True)] * 2, "a resume is another run to W&B"
     assert starts[0]["config"]["update"]["optim"] == {"lr": 0.25}
+    assert [starts[0][name] for name in ("notes", "job_type", "entity")] == [r"a note \xe9", "study", "lab"]
     history = [[r["item"] for r in inspect(folder, "history")] for folder in folders]
     steps = [
         (row["global_step"], name)
@@ -187,15 +195,35 @@ def test_wandb_goes_offline_by_itself_and_logs_each_step_once(no_key, tmp_path, 
     assert steps == [(1, "train/loss"), (2, "train/loss"), (3, "train/loss"), (3, "epoch/epoch"), (4, "train/loss")]
     assert [row["train/loss"] for row in history[1] if "train/loss" in row] == [0.25]
 
-    (table,) = folders[1].glob("files/media/table/mispredicted*.json")
-    rows = json.loads(table.read_text())["data"]
-    assert [(row[0], row[2]) for row in rows] == [("a.png", "BLA"), ("b.png", "EOS"), ("c.png", "BLA")]
+    assert {"val/accuracy"} <= {name for row in history[0] for name in row}, "the prefix is double"
+
+    def rows(name):
+        (table,) = folders[1].glob(f"files/media/table/{name}_[0-9]*.json")
+        return json.loads(table.read_text())["data"]
+
+    assert [(row[0], row[2], row[4]) for row in rows("mispredicted")] == [
+        ("b.png", "EOS", pytest.approx(0.9)),
+        ("a.png", "BLA", pytest.approx(0.7)),
+    ]
+    assert [(row[0], row[3], row[5]) for row in rows("predictions")] == [
+        ("a.png", False, 0.3),
+        ("b.png", False, 0.9),
+        (r"\xe9.png", True, 0.8),
+    ]
+    assert [(row[0], row[1], row[2]) for row in rows("classes")] == [("BLA", 2, 0.5), ("EOS", 1, 0.0)]
+    assert all(rows(f"{name}_table")[0][0] == "BLA" for name in ("roc", "pr"))
+    (page,) = folders[1].glob("files/media/html/report*.html")
+    assert page.read_text() == "<b>page</b>"
     files = {p.read_bytes() for p in (tmp_path / "data").rglob("*") if p.is_file()}
     pictures = [np.asarray(Image.open(io.BytesIO(f))).tolist() for f in files if f.startswith(b"\x89PNG")]
-    assert sorted(pictures) == sorted(images.tolist())
-    artifacts = inspect(folders[1], "artifact")
-    assert [a["type"] for a in artifacts if a["name"] == f"best-{run_id}"] == ["model"]
-    assert any("val/accuracy" in r.get("update", {}) for r in inspect(folders[1], "summary"))
+    assert sorted(pictures) == sorted(finished.images.tolist())
+    assert {b"checkpoints/best/4/model/d", b"config.json"} <= files, "the artifact is not a whole run"
+    assert not {b"checkpoints/best/2/model/d", b"checkpoints/last/4/model/d"} & files
+    (artifact,) = [a for a in inspect(folders[1], "artifact") if a["name"] == f"best-{run_id}"]
+    assert artifact["type"] == "model"
+    summary = {k: v for r in inspect(folders[1], "summary") for k, v in r.get("update", {}).items()}
+    assert summary["val/accuracy"] == pytest.approx(1 / 3), "the best checkpoint's, not the last epoch's"
+    assert summary["best/step"] == 4
 
 
 def test_wandb_with_a_key_the_server_refuses_goes_offline(no_key, tmp_path, monkeypatch, caplog):
@@ -297,6 +325,6 @@ def test_a_sweep_is_registered_where_there_is_a_server(no_key, monkeypatch, capl
     assert "there is no key, so the sweep is not registered" in caplog.text
     calls = []
     monkeypatch.setattr(tracking, "why_offline", lambda: None)
-    monkeypatch.setattr(wandb, "sweep", lambda tree, project: calls.append((tree, project)) or "id7")
-    assert tracking.register_sweep({"method": "grid"}, "lab") == "id7"
-    assert calls == [({"method": "grid"}, "lab")]
+    monkeypatch.setattr(wandb, "sweep", lambda tree, entity, project: calls.append((tree, entity, project)) or "id7")
+    assert tracking.register_sweep({"method": "grid"}, "lab", "team") == "id7"
+    assert calls == [({"method": "grid"}, "team", "lab")]

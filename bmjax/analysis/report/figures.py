@@ -10,9 +10,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from bmjax.analysis.evaluate.refusal import risk_coverage
 from bmjax.files import printable
-from bmjax.runs.records import Predictions, interval_text, most_wrong, reliability
+from bmjax.runs.records import Predictions, interval_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -113,34 +112,6 @@ def confusion(counts: np.ndarray, classes: Sequence[str]) -> Figure:
     return figure
 
 
-def calibration(predictions: Predictions, bins: int = 10) -> Figure:
-    """Accuracy against confidence with 95 % intervals, and below it how many predictions there are."""
-    figure = new_figure(4.6, 4.8)
-    above, below = figure.subplots(2, 1, height_ratios=(3, 1), sharex=True)
-    found = reliability(predictions, bins)
-    x, y = [b.confidence for b in found], [b.accuracy for b in found]
-    error = [[b.accuracy - b.low for b in found], [b.high - b.accuracy for b in found]]
-    above.plot([0, 1], [0, 1], color=RATE, lw=1, ls="--")
-    above.errorbar(x, y, np.maximum(error, 0), color=TRAIN, marker="o", ms=4, lw=1.5, elinewidth=1, capsize=2)
-    above.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02))
-    below.hist(predictions.confidence, np.linspace(0, 1, bins + 1), color=TRAIN, alpha=0.7)
-    below.set(xlabel="confidence", ylabel="n")
-    for axis in (above, below):
-        plain(axis)
-    return figure
-
-
-def selective(predictions: Predictions) -> Figure:
-    """The share of wrong answers against the share answered, the surest first."""
-    covered, risk, _ = risk_coverage(predictions.confidence, predictions.predicted == predictions.labels)
-    figure = new_figure(4.6, 3.2)
-    axis = figure.subplots()
-    axis.step(covered, risk, where="post", color=TRAIN, lw=1.5)
-    axis.set(xlabel="share answered", ylabel="share of these wrong", xlim=(0, 1), ylim=(0, None))
-    plain(axis)
-    return figure
-
-
 def draw_cell(axis: Axes, image: np.ndarray, title: str, color: str) -> None:
     """One cell, uint8 [h, w, 3], with a line above it and a frame of the same colour."""
     axis.imshow(image)
@@ -162,16 +133,6 @@ def cells(shown: Sequence[tuple[np.ndarray, str, str]], columns: int = 8) -> Fig
     for axis, cell in zip(axes.flat, shown, strict=False):
         draw_cell(axis, *cell)
     return figure
-
-
-def mistakes(predictions: Predictions, images: np.ndarray, limit: int = 24) -> Figure | None:
-    """The most confident mistakes; `images` are the dataset's, uint8 [n, h, w, 3]. None where there is no mistake."""
-    shown = []
-    for i in most_wrong(predictions, limit):
-        true, top = predictions.classes[predictions.labels[i]], predictions.classes[predictions.predicted[i]]
-        title = f"{printable(true)}, taken for\n{printable(top)} ({predictions.confidence[i]:.2f})"
-        shown.append((images[predictions.index[i]], title, WRONG))
-    return cells(shown) if shown else None
 
 
 def result(predictions: Predictions, metrics: dict[str, Any], images: np.ndarray, columns: int = 6) -> Figure:

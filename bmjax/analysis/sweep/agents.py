@@ -15,7 +15,7 @@ from bmjax.analysis.sweep.cells import Cell, Range, Space
 from bmjax.config.base import Config
 from bmjax.files import write_text
 from bmjax.runs.folder import run_folder
-from bmjax.runs.tracking import register_sweep
+from bmjax.runs.tracking import register_sweep, shown_as
 
 log = logging.getLogger(__name__)
 _ETA = 3
@@ -70,7 +70,7 @@ def configuration(
         "program": "bmjax",
         "command": ["${env}", "${program}", "train", *arguments, *tracking, "${args}"],
         "method": method,
-        "metric": {"name": f"epoch/val/best_{monitor}", "goal": "minimize" if falls else "maximize"},
+        "metric": {"name": shown_as("epoch", f"val/best_{monitor}"), "goal": "minimize" if falls else "maximize"},
         "parameters": {field: _parameter(values) for field, values in space.items()},
     }
     if runs is not None:
@@ -89,4 +89,4 @@ def write_and_register(config: Config, tree: dict[str, Any]) -> tuple[Path, str 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "wandb-sweep.yaml"
     write_text(path, yaml.safe_dump(tree, sort_keys=False))
-    return path, register_sweep(tree, config.tracking.project)
+    return path, register_sweep(tree, config.tracking.project, config.tracking.entity)
