@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from bmjax.layers.collectives import BATCH_AXIS, axis_size
+from bmjax.layers.initial import he_normal
 from bmjax.layers.norm import affine, batch_statistics, norm_affine
 from bmjax.layers.ops import Padding, convolution, dilated_convolution, in_pixels, over_channels
 
@@ -20,8 +21,6 @@ NormMode = Literal["train", "stats_frozen", "frozen"]
 
 Tap = Callable[[str, jax.Array], jax.Array]
 """What a backbone calls on each stage's output, with the stage's name; what it returns goes on instead."""
-
-he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
 class Kernel(nn.Module):

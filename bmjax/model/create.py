@@ -16,6 +16,7 @@ from bmjax.backbones import create_backbone, default_preprocess, is_module_class
 from bmjax.config.arguments import check_choice, check_type, check_whole
 from bmjax.config.model import HeadConfig, ModelConfig
 from bmjax.layers.dispatch import prepare
+from bmjax.layers.initial import evaluated
 from bmjax.model.classifier import Classifier, Head, stages_of
 from bmjax.model.parameters import Tree
 
@@ -125,9 +126,11 @@ def init(model: Classifier, key: jax.Array, image_size: int, config: ModelConfig
         variables = model.init(key, jnp.zeros((1, image_size, image_size, 3)), train=False)
         return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
-    if not isinstance(key, Tracer):
+    if isinstance(key, Tracer):
+        variables = random_variables(key)
+    else:
         prepare()
-    variables = jax.jit(random_variables)(key)
+        variables = evaluated(random_variables, key)
     if config is not None and config.weights is not None:
         settings = resolve(config)
         backbone = {name: tree["backbone"] for name, tree in variables.items()}

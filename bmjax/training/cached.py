@@ -7,6 +7,7 @@ rounding. Runs over seeds are trained by themselves, one after another or each b
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ from bmjax.data.batches import batch_places
 from bmjax.data.dataset import Dataset
 from bmjax.data.splits import Splits
 from bmjax.layers.dispatch import fits_loop, inside_loop
+from bmjax.layers.initial import evaluated
 from bmjax.model.classifier import at_last, pools_first
 from bmjax.model.create import create
 from bmjax.model.parameters import Tree
@@ -95,7 +97,7 @@ class Programs:
         self.per_epoch, self._loss = per_epoch, loss
         template = jax.eval_shape(self._init, 0)
         self.plans = plan_stages(config, self.per_epoch, self.model, template["batch_stats"])
-        self.init = jax.jit(self._init)
+        self.init = functools.partial(evaluated, self._init)
         self.logits = jax.jit(at_precision(self._logits, config.train.precision))
         self._epochs: dict[int, Callable[..., tuple[TrainState, dict[str, jax.Array]]]] = {}
         self._statistics: dict[int, Callable[[Tree, dict[str, jax.Array]], Tree]] = {}

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bmjax.attention import sown_maps
+from bmjax.layers.initial import evaluated
 from bmjax.layers.ops import at_least_float32
 
 Tree = Any
@@ -52,7 +53,7 @@ class Subject:
 
     @functools.cached_property
     def initial(self) -> Tree:
-        variables = dict(jax.jit(lambda x: self.module.init(init_keys(), x))(self.features()))
+        variables = dict(evaluated(lambda x: self.module.init(init_keys(), x), self.features()))
         variables.pop("intermediates", None)
         return variables
 

@@ -1,0 +1,58 @@
+"""Initial values without compiling the network: what they are drawn from is evaluated an operation at a time.
+
+One program for all initial values has a random number generator for each kernel in it, and takes longer to compile
+than the network itself. Here kernels of all shapes share a few programs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import jaxpr_as_fun
+
+_FORWARD = {"conv_general_dilated", "dot_general", "ffi_call", "custom_jvp_call", "custom_vjp_call", "while", "scan"}
+
+
+def he_normal(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+    """A kernel [..., c, n], normal, of variance 2 over the values that enter an output (He et al. 2015).
+
+    As `jax.nn.initializers.variance_scaling(2.0, "fan_in", "normal")`. Values are drawn by the power of two, of which
+    those that are needed come first whatever their number, so that kernels of many shapes share a program.
+    """
+    n = math.prod(shape)
+    drawn = jax.random.normal(key, (1 << max(n - 1, 0).bit_length(),), dtype)[:n].reshape(shape)
+    return drawn * jnp.asarray(math.sqrt(2 / math.prod(shape[:-1])), dtype)
+
+
+def evaluated(function: Callable[..., Any], *arguments: Any) -> Any:
+    """function(*arguments) of arrays, without the operations that its results do not need.
+
+    Where they need convolutions or products, as values that depend on data do, the whole is compiled as by jit.
+    """
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
+    jaxpr = closed.jaxpr
+    needed, kept, constant = {id(v) for v in jaxpr.outvars}, [], {}
+    for equation in reversed(jaxpr.eqns):
+        if not any(id(v) in needed for v in equation.outvars):
+            continue
+        if equation.primitive.name == "broadcast_in_dim" and hasattr(equation.invars[0], "val"):
+            constant[id(equation.outvars[0])] = equation.invars[0].val  # zeros and ones: nothing to compile
+            continue
+        kept.append(equation)
+        needed |= {id(v) for v in equation.invars}
+    used = {id(v) for equation in kept for v in equation.invars}
+    if used & constant.keys() or any(equation.primitive.name in _FORWARD for equation in kept):
+        return jax.jit(function)(*arguments)
+    drawn = [v for v in jaxpr.outvars if id(v) not in constant]
+    small = closed.replace(jaxpr=jaxpr.replace(eqns=kept[::-1], outvars=drawn))
+    results = iter(jaxpr_as_fun(small)(*jax.tree.leaves(arguments)))
+    leaves = [
+        jnp.asarray(np.full(v.aval.shape, constant[id(v)], v.aval.dtype)) if id(v) in constant else next(results)
+        for v in jaxpr.outvars
+    ]
+    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
