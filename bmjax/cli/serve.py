@@ -54,7 +54,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         import uvicorn
     except ImportError as e:
         raise ValueError(f"serve needs {e.name}; install it: pip install 'bmjax[serve]'") from e
-    from bmjax.analysis.serve.app import make_app
+    from bmjax.analysis.serve.app import LOOPBACK, make_app
     from bmjax.data.images.decode import quiet
 
     with _listening(options.host, options.port) as listener:  # an address in use is told before the model is compiled
@@ -62,12 +62,12 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         log.info("serve: reading and compiling %s", options.model)
         engine = _engine(options)
         here = _is_loopback(options.host)
-        app = make_app(engine) if here else make_app(engine, ("*",))
+        name = f"[{options.host}]" if ":" in options.host else options.host
+        app = make_app(engine, (*LOOPBACK, name) if here else ("*",))
         config = uvicorn.Config(
             app, loop="asyncio", http="h11", ws="none", log_config=None, log_level="warning", access_log=False,
             timeout_graceful_shutdown=2, limit_concurrency=256, server_header=False,
         )  # fmt: skip
-        name = f"[{options.host}]" if ":" in options.host else options.host
         maps = "with" if engine.has_maps else "without"
         print(
             f"http://{name}:{listener.getsockname()[1]} serves {engine.facts.run}, {len(engine.facts.classes)} "

@@ -95,13 +95,17 @@ def test_damaged_files_are_named(exported, tmp_path):
             archive.writestr(name, program)
         return tmp_path / "m.zip"
 
-    other = json.dumps(json.loads(facts) | {"classes": ["one"]})
+    other, large = (
+        json.dumps(json.loads(facts) | {"classes": ["one"]}),
+        json.loads(facts)["reading"] | {"image_size": 64},
+    )
     for given, message in (
         ((facts, program[:-1]), "its checksum differs"),
         ((facts, program, "../x"), "not a readable export of bmjax"),
         ((other, program), "its program is from and to"),
         (("[]", program), "its format is"),
         ((json.dumps(json.loads(facts) | {"reading": {}}), program), "reading is not as expected"),
+        ((json.dumps(json.loads(facts) | {"reading": large}), program), "image_size is 32, and 64 in reading"),
     ):
         with pytest.raises(ValueError, match=message):
             read_stablehlo(written(*given))

@@ -15,6 +15,7 @@ import numpy as np
 from bmjax.analysis.evaluate.calibration import FILE, Calibration, read_calibration
 from bmjax.analysis.evaluate.judge import Judge
 from bmjax.attention import sown_maps
+from bmjax.config.data import DataConfig
 from bmjax.environment import version
 from bmjax.layers.dispatch import traced_for, with_forms
 from bmjax.runs.folder import Run, image_dtype
@@ -119,6 +120,17 @@ class Facts:
     reading: dict[str, Any]
     platforms: tuple[str, ...] = ()
     sha256: str = ""
+
+    def data_config(self) -> DataConfig:
+        """How files are read into images.
+
+        Raises:
+          TypeError, ValueError: `reading` is of another kind, or of another size than the images.
+        """
+        found = DataConfig(**self.reading | {"stain_reference": tuple(self.reading["stain_reference"])})
+        if found.image_size != self.image_size:
+            raise ValueError(f"image_size is {self.image_size}, and {found.image_size} in reading")
+        return found
 
 
 def facts_of(run: Run, calibration: Calibration | None, undecided: float) -> Facts:

@@ -94,4 +94,6 @@ def _facts(raw: object) -> Facts:
     read = fields["reading"]
     if not isinstance(below, (int, float)) or not isinstance(size, int) or set(read or ()) != set(READING):
         raise ValueError("undecided_below, image_size or reading is not as expected")
-    return Facts(**fields | {"classes": tuple(classes), "platforms": tuple(fields["platforms"] or ())})  # type: ignore[arg-type]
+    found = Facts(**fields | {"classes": tuple(classes), "platforms": tuple(fields["platforms"] or ())})  # type: ignore[arg-type]
+    found.data_config()
+    return found
