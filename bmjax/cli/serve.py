@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bmjax.cli.export import add_threshold, check_threshold
 from bmjax.cli.output import add_trust
+from bmjax.cli.reading import add_threshold, check_threshold
 
 if TYPE_CHECKING:
     from bmjax.analysis.serve.engine import Engine
@@ -113,14 +113,14 @@ def _engine(options: argparse.Namespace) -> Engine:
     """The model, compiled; a run's or an export's, by what the path is."""
     import dataclasses
 
-    from bmjax.analysis.export.program import calibration_of, threshold_of
+    from bmjax.analysis.evaluate.undecided import kept_calibration, undecided_below
     from bmjax.analysis.serve.engine import engine_of_export, engine_of_run
     from bmjax.runs.folder import load_run
 
     if Path(options.model).is_dir():
         found = load_run(options.model, options.which, trust=options.trust)
-        calibration = calibration_of(found)
-        threshold = threshold_of(found, calibration, options.error_rate, options.undecided)
+        calibration = kept_calibration(found)
+        threshold = undecided_below(found, calibration, options.error_rate, options.undecided)
         return engine_of_run(found, calibration, threshold, options.batch_size)
     if options.error_rate is not None:
         raise ValueError("--error-rate is for a run; an export has its threshold within (`bmjax export --error-rate`)")

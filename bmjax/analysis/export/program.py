@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bmjax.analysis.evaluate.calibration import FILE, Calibration, read_calibration
-from bmjax.analysis.evaluate.judge import Judge
+from bmjax.analysis.evaluate.calibration import Calibration
 from bmjax.attention import sown_maps
 from bmjax.config.data import DataConfig
 from bmjax.environment import version
@@ -24,37 +23,8 @@ from bmjax.training.steps import at_precision
 FORMAT = "bmjax export 1"
 TOLERANCE = 1e-4
 """By how much a probability of an exported model may differ from the run's own."""
-UNDECIDED = 0.5
-"""The highest probability below which a cell is undecided, where no error rate is asked for."""
 READING = ("image_size", "stain", "stain_reference", "pixel_size", "field_size")
 _TINY = float(np.log(np.finfo(np.float32).tiny))
-
-
-def calibration_of(run: Run) -> Calibration | None:
-    """The calibration that the run keeps; None where it keeps none.
-
-    Raises:
-      ValueError: it is damaged, or of another checkpoint.
-    """
-    return read_calibration(run.run_dir, len(run.classes), run.step) if (run.run_dir / FILE).is_file() else None
-
-
-def threshold_of(run: Run, calibration: Calibration | None, rate: float | None, undecided: float | None) -> float:
-    """The highest probability below which the answer is "don't know": for a wanted error rate by the validation
-    predictions (`refusal`), else as given, else `UNDECIDED`.
-
-    Raises:
-      ValueError: no threshold is known to keep that rate, or validation was not evaluated by this checkpoint.
-    """
-    if rate is None:
-        return UNDECIDED if undecided is None else undecided
-    found = Judge([run], calibrated=calibration is not None).refusal(rate)
-    if not np.isfinite(found.threshold):
-        raise ValueError(
-            f"--error-rate is {rate}, and {found.n} validation images show no threshold that keeps it; expected a "
-            "higher rate, or --undecided P"
-        )
-    return found.threshold
 
 
 def make_function(
