@@ -35,7 +35,7 @@ def count(monkeypatch, run, cells, out, *more):
 
 
 def table(path):
-    with path.open(newline="") as f:
+    with path.open(newline="", errors="surrogateescape") as f:
         return list(csv.DictReader(f))
 
 

@@ -25,7 +25,7 @@ from bmjax.data.images.decode import quiet
 from bmjax.training.predict import predict_probs
 from tests.helpers.browser import chromium
 from tests.helpers.processes import environment, free_port
-from tests.helpers.small_run import CLASSES, SIZE, small_run
+from tests.helpers.small_run import SHOWN, SIZE, small_run
 
 WITHOUT = 'the server needs pip install -e ".[serve]"'
 uvicorn = pytest.importorskip("uvicorn", reason=WITHOUT)
@@ -113,8 +113,8 @@ def test_it_says_what_the_run_says(server, run):
     expected = predict_probs(run, np.stack(images))
     for i, result in enumerate(found["results"]):
         assert result["name"] == f"{i}.png"
-        np.testing.assert_allclose([result["probabilities"][name] for name in CLASSES], expected[i], atol=2e-5)
-        assert result["class"] == CLASSES[expected[i].argmax()]
+        np.testing.assert_allclose([result["probabilities"][name] for name in SHOWN], expected[i], atol=2e-5)
+        assert result["class"] == SHOWN[expected[i].argmax()]
         assert result["undecided"] == (expected[i].max() < 0.36)
         assert result["answer"] == ("don't know" if result["undecided"] else result["class"])
         assert result["map"].startswith("data:image/jpeg;base64,")
@@ -156,7 +156,7 @@ def test_bad_uploads_are_answered_and_the_next_is_served(server):
     *failed, good = found["results"]
     for result, (data, message) in zip(failed, bad.values(), strict=True):
         assert message in result["error"], (result, data[:20])
-    assert good["class"] in CLASSES
+    assert good["class"] in SHOWN
 
 
 def test_limits_of_a_request(server):

@@ -16,6 +16,7 @@ from bmjax.analysis.evaluate.calibration import Calibration
 from bmjax.attention import sown_maps
 from bmjax.config.data import DataConfig
 from bmjax.environment import version
+from bmjax.files import printable
 from bmjax.layers.dispatch import traced_for, with_forms
 from bmjax.runs.folder import Run, image_dtype
 from bmjax.training.steps import at_precision
@@ -104,16 +105,16 @@ class Facts:
 
 
 def facts_of(run: Run, calibration: Calibration | None, undecided: float) -> Facts:
-    """The facts of a run's program."""
+    """The facts of a run's program. Names are as `printable` gives them: JSON elsewhere takes nothing but UTF-8."""
     size, config = run.config.data.image_size, run.config
     return Facts(
         format=FORMAT,
         bmjax=version(),
         jax=jax.__version__,
-        run=config.name,
+        run=printable(config.name),
         step=run.step,
-        backbone=config.model.backbone,
-        classes=run.classes,
+        backbone=printable(config.model.backbone),
+        classes=tuple(map(printable, run.classes)),
         image_size=size,
         input=f"uint8 [b, {size}, {size}, 3], RGB 0..255",
         output=f"float32 [b, {len(run.classes)}], probabilities",
