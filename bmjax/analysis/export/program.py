@@ -98,7 +98,8 @@ class Facts:
         Raises:
           TypeError, ValueError: `reading` is of another kind, or of another size than the images.
         """
-        found = DataConfig(**self.reading | {"stain_reference": tuple(self.reading["stain_reference"])})
+        reading: dict[str, Any] = self.reading | {"stain_reference": tuple(self.reading["stain_reference"])}
+        found = DataConfig(**reading)
         if found.image_size != self.image_size:
             raise ValueError(f"image_size is {self.image_size}, and {found.image_size} in reading")
         return found
