@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bmjax.cli.export import add_threshold, check_threshold
 from bmjax.cli.output import add_trust
+from bmjax.cli.reading import add_threshold, check_pixel_size, check_threshold
 
 if TYPE_CHECKING:
     from bmjax.analysis.differential.smear import Cells, Differential
@@ -43,6 +43,7 @@ def add_parser(verbs: Any) -> None:
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     del rest
     check_threshold(options)
+    check_pixel_size(options)
     out = Path(options.out)
     if out.suffix != ".csv":
         raise ValueError(f"--out is {options.out!r}; expected a name ending in .csv")
@@ -50,13 +51,13 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         raise FileNotFoundError(f"--out is {options.out!r}, but there is no folder {out.parent}")
     from bmjax.analysis.differential.smear import COLUMNS, REVIEW, differential_of, errors_of, write_table
     from bmjax.analysis.evaluate.judge import Judge, at_pixel_size
-    from bmjax.analysis.export.program import calibration_of, threshold_of
+    from bmjax.analysis.evaluate.undecided import kept_calibration, undecided_below
     from bmjax.runs.folder import load_run
 
     found = at_pixel_size(load_run(options.run_dir, options.which, trust=options.trust), options.pixel_size)
-    calibration = calibration_of(found)
+    calibration = kept_calibration(found)
     errors_of(found, calibration)  # known to be there before any image is read
-    threshold = threshold_of(found, calibration, options.error_rate, options.undecided)
+    threshold = undecided_below(found, calibration, options.error_rate, options.undecided)
     cells = _classify(Judge([found], calibrated=calibration is not None), options.paths, threshold)
     if cells is None:
         return 1
@@ -116,8 +117,8 @@ def _print(result: Differential, threshold: float) -> None:
         )
     if few := [f"{printable(row[0])} ({row[-1]})" for row in rows if int(row[-1]) < FEW]:
         print(
-            f"\nFewer than {FEW} labelled cells say how these classes are mistaken: {', '.join(few)}. Nothing vouches "
-            "for their intervals, nor for the others' where these classes are frequent."
+            f"\nFewer than {FEW} labelled cells say how these classes are mistaken: {', '.join(few)}. Do not rely on "
+            "their intervals, nor on the others' where these classes are frequent."
         )
     review = result.review()
     print(f"\n{len(review)} of {len(result.cells.paths)} cells are undecided (probability below {threshold:.3f})")

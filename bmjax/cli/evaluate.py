@@ -17,42 +17,8 @@ if TYPE_CHECKING:
     from bmjax.runs.records import Predictions
 
 from bmjax.cli.configured import add_hosts
-from bmjax.cli.output import add_trust, metrics_line, print_confusion
-
-
-def add_reading(p: argparse.ArgumentParser) -> None:
-    """The options on how images are read, which `eval` and `predict` share."""
-    p.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint")
-    p.add_argument(
-        "--views", type=int, choices=(1, 2, 4, 8), default=1, help="means over so many flips and right angles"
-    )
-    p.add_argument("--calibrated", action="store_true", help="by the calibration that `eval --calibrate` kept")
-    p.add_argument("--adapt", action="store_true", help="estimate the norms' statistics on these images")
-    p.add_argument("--adapt-prior", action="store_true", help="estimate the classes' frequencies on these images")
-    p.add_argument(
-        "--pixel-size", type=float, metavar="UM", help="micrometres to a pixel of these images, if not as in training"
-    )
-    p.add_argument("--error-rate", type=float, metavar="RATE", help="say don't know, so that so few answers are wrong")
-    p.add_argument(
-        "--unfamiliar",
-        type=float,
-        default=0.0,
-        metavar="SHARE",
-        help="say don't know of images with features stranger than all but this share of validation's",
-    )
-    add_trust(p)
-
-
-def check_reading(options: argparse.Namespace) -> None:
-    """Refuses rates and sizes that are none, before anything is read."""
-    if options.pixel_size is not None and not 0 < options.pixel_size < 1000:
-        raise ValueError(f"--pixel-size is {options.pixel_size}; expected micrometres to a pixel, such as 0.1")
-    if options.error_rate is not None and not 0 < options.error_rate < 1:
-        raise ValueError(f"--error-rate is {options.error_rate}; expected a share between 0 and 1, such as 0.05")
-    if not 0 <= options.unfamiliar < 1:
-        raise ValueError(f"--unfamiliar is {options.unfamiliar}; expected a share from 0 to below 1, such as 0.02")
-    if options.unfamiliar and options.error_rate is None:
-        raise ValueError(f"--unfamiliar is {options.unfamiliar}; expected --error-rate beside it")
+from bmjax.cli.output import metrics_line, print_confusion
+from bmjax.cli.reading import add_reading, check_reading
 
 
 def add_parser(verbs: Any) -> None:

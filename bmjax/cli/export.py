@@ -10,26 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from bmjax.cli.output import add_trust
+from bmjax.cli.reading import add_threshold, check_threshold
 
 _NAMES = {"stablehlo": "model.zip", "onnx": "model.onnx"}
 log = logging.getLogger(__name__)
-
-
-def add_threshold(p: argparse.ArgumentParser) -> None:
-    """The options on when an answer is "don't know", which `differential`, `export` and `serve` share."""
-    p.add_argument("--error-rate", type=float, metavar="RATE",
-                   help='"don\'t know" below the probability at which validation keeps this error rate')  # fmt: skip
-    p.add_argument("--undecided", type=float, metavar="P", help='"don\'t know" below this probability (default: 0.5)')
-
-
-def check_threshold(options: argparse.Namespace) -> None:
-    """Refuses thresholds that are none, before anything is read."""
-    if options.error_rate is not None and options.undecided is not None:
-        raise ValueError(f"--undecided is {options.undecided} beside --error-rate; expected one of them")
-    if options.error_rate is not None and not 0 < options.error_rate < 1:
-        raise ValueError(f"--error-rate is {options.error_rate}; expected a share between 0 and 1, such as 0.05")
-    if options.undecided is not None and not 0 <= options.undecided <= 1:
-        raise ValueError(f"--undecided is {options.undecided}; expected a probability from 0 to 1, such as 0.5")
 
 
 def add_parser(verbs: Any) -> None:
@@ -63,12 +47,13 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         from bmjax.analysis.export.onnx import check_extra
 
         check_extra()
+    from bmjax.analysis.evaluate.undecided import kept_calibration, undecided_below
     from bmjax.analysis.export import program
     from bmjax.runs.folder import load_run
 
     found = load_run(options.run_dir, options.which, trust=options.trust)
-    calibration = None if options.uncalibrated else program.calibration_of(found)
-    threshold = program.threshold_of(found, calibration, options.error_rate, options.undecided)
+    calibration = None if options.uncalibrated else kept_calibration(found)
+    threshold = undecided_below(found, calibration, options.error_rate, options.undecided)
     began = time.monotonic()
     largest = write(found, calibration, program.facts_of(found, calibration, threshold), out)
     kind = "uncalibrated" if calibration is None else f"calibrated ({calibration.method})"

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from bmjax.runs.folder import Run
 
 from bmjax.cli.answers import Answers, adapt, read_as_each
-from bmjax.cli.evaluate import add_reading, check_reading
+from bmjax.cli.reading import add_reading, check_reading
 from bmjax.cli.weights import predict_imagenet
 
 # As many decoded images at once: at 224 pixels 300 MB.

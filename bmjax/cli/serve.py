@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bmjax.cli.export import add_threshold, check_threshold
 from bmjax.cli.output import add_trust
+from bmjax.cli.reading import add_threshold, check_threshold
 
 if TYPE_CHECKING:
     from bmjax.analysis.serve.engine import Engine
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         import uvicorn
     except ImportError as e:
         raise ValueError(f"serve needs {e.name}; install it: pip install 'bmjax[serve]'") from e
-    from bmjax.analysis.serve.app import make_app
+    from bmjax.analysis.serve.app import LOOPBACK, make_app
     from bmjax.data.images.decode import quiet
 
     with _listening(options.host, options.port) as listener:  # an address in use is told before the model is compiled
@@ -62,12 +62,12 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         log.info("serve: reading and compiling %s", options.model)
         engine = _engine(options)
         here = _is_loopback(options.host)
-        app = make_app(engine) if here else make_app(engine, ("*",))
+        name = f"[{options.host}]" if ":" in options.host else options.host
+        app = make_app(engine, (*LOOPBACK, name) if here else ("*",))
         config = uvicorn.Config(
             app, loop="asyncio", http="h11", ws="none", log_config=None, log_level="warning", access_log=False,
             timeout_graceful_shutdown=2, limit_concurrency=256, server_header=False,
         )  # fmt: skip
-        name = f"[{options.host}]" if ":" in options.host else options.host
         maps = "with" if engine.has_maps else "without"
         print(
             f"http://{name}:{listener.getsockname()[1]} serves {engine.facts.run}, {len(engine.facts.classes)} "
@@ -113,14 +113,14 @@ def _engine(options: argparse.Namespace) -> Engine:
     """The model, compiled; a run's or an export's, by what the path is."""
     import dataclasses
 
-    from bmjax.analysis.export.program import calibration_of, threshold_of
+    from bmjax.analysis.evaluate.undecided import kept_calibration, undecided_below
     from bmjax.analysis.serve.engine import engine_of_export, engine_of_run
     from bmjax.runs.folder import load_run
 
     if Path(options.model).is_dir():
         found = load_run(options.model, options.which, trust=options.trust)
-        calibration = calibration_of(found)
-        threshold = threshold_of(found, calibration, options.error_rate, options.undecided)
+        calibration = kept_calibration(found)
+        threshold = undecided_below(found, calibration, options.error_rate, options.undecided)
         return engine_of_run(found, calibration, threshold, options.batch_size)
     if options.error_rate is not None:
         raise ValueError("--error-rate is for a run; an export has its threshold within (`bmjax export --error-rate`)")

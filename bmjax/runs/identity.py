@@ -186,13 +186,16 @@ def check_trust(config: Config, run_dir: Path) -> None:
     """Refuses a run that names code, unless this user made it: a folder from elsewhere must not run what it likes.
 
     A downloaded run is refused whoever made it: its id is known to all who may read it, so that it vouches for nothing.
+    For the same reason a file that the configuration names has to be among those recorded, whose checksums are vouched.
 
     Raises:
       PermissionError: it names parts of one's own, and this user did not train it here.
     """
     names = [name for name in part_names(config) if not name.startswith("optax:")]
-    voucher = _vouchers() / _voucher(read_environment(run_dir))
+    environment = read_environment(run_dir)
+    voucher, recorded = _vouchers() / _voucher(environment), environment.get("files", {})
     here = not run_dir.resolve().is_relative_to(downloads().resolve()) and voucher.is_file()
+    here = here and all(name in recorded for name in names if file_and_attribute(name))
     if names and not (here and (not hasattr(os, "getuid") or voucher.stat().st_uid == os.getuid())):
         raise PermissionError(
             f"{run_dir} runs code of its own ({', '.join(names)}), and you did not train it here; expected --trust "

@@ -1,4 +1,4 @@
-"""What W&B is shown of a finished run: tables and diagrams, made of the module that the tracker hands in."""
+"""What W&B is shown of a finished run: tables and diagrams. The module wandb is handed in by the tracker."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Finished:
         return found | {"best/step": self.results[self.predictions.split]["step"]}
 
 
-def made_of(wandb: Any, finished: Finished) -> dict[str, Any]:
+def media_of(wandb: Any, finished: Finished) -> dict[str, Any]:
     """Tables, diagrams and pages by the names that W&B shows them under."""
     p, names = finished.predictions, [printable(name) for name in finished.predictions.classes]
     metrics = finished.results[p.split]

@@ -23,7 +23,7 @@ from bmjax.config.training import TrackingConfig
 from bmjax.files import printable
 from bmjax.runs.identity import downloads
 from bmjax.runs.jsonl import JsonlTracker, NoTracker, Tracker
-from bmjax.runs.tables import Finished, made_of, run_files
+from bmjax.runs.tables import Finished, media_of, run_files
 
 log = logging.getLogger(__name__)
 
@@ -196,8 +196,8 @@ class WandbTracker:
         figures = {"global_step": step} | {shown_as(kind, name): value for name, value in metrics.items()}
         self._jobs.put(lambda run: run.log(figures))
 
-    def made(self, make: Callable[[Any], dict[str, Any]]) -> None:
-        """Logs what `make` makes of the module wandb: tables and pictures by name."""
+    def log_media(self, make: Callable[[Any], dict[str, Any]]) -> None:
+        """Logs tables and pictures by name, which `make` makes with the module wandb, in the tracker's thread."""
 
         def job(run: Any) -> None:
             import wandb
@@ -207,7 +207,7 @@ class WandbTracker:
         self._jobs.put(job)
 
     def finished(self, finished: Finished) -> None:
-        self.made(lambda wandb: made_of(wandb, finished))
+        self.log_media(lambda wandb: media_of(wandb, finished))
         # After the last row of the history, which would write over it.
         self._jobs.put(lambda run: run.summary.update(_shown(finished.summary)))
         self._jobs.put(lambda run: self._log_artifact(run, finished))
@@ -259,7 +259,8 @@ def local_run(run_dir: str | Path) -> Path:
     are checked by W&B and not fetched again. Code that such a run names is run only with trust, see `check_trust`.
 
     Raises:
-      ValueError: it names no artifact, there is no key, the server refuses, or a file would stand outside the folder.
+      ValueError: it names no artifact, there is no key, the server refuses, or a file would stand outside the folder or
+        come from elsewhere.
     """
     text = str(run_dir)
     if not text.startswith(REMOTE):
@@ -273,13 +274,16 @@ def local_run(run_dir: str | Path) -> Path:
 
     try:
         artifact = wandb.Api().artifact(name if ":" in name else f"{name}:latest")
-        for entry in artifact.manifest.entries:
-            if PurePosixPath(entry).is_absolute() or ".." in PurePosixPath(entry).parts or "\\" in entry:
-                raise ValueError(f"it holds the file {entry!r}; expected names within a run's folder")
-        if "config.json" not in artifact.manifest.entries:
+        entries = artifact.manifest.entries
+        for path, entry in entries.items():
+            if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts or "\\" in path:
+                raise ValueError(f"it holds the file {path!r}; expected names within a run's folder")
+            if ref := getattr(entry, "ref", None):  # an address, or a file of this machine, that W&B would follow
+                raise ValueError(f"its file {path!r} stands elsewhere, at {ref!r}; expected files of its own")
+        if "config.json" not in entries:
             raise ValueError("it holds no config.json; expected a run that bmjax logged as a model")
         folder = downloads() / hashlib.sha256(f"{name} {artifact.digest}".encode()).hexdigest()[:16]
-        log.info("%s: %d files into %s", text, len(artifact.manifest.entries), folder)
+        log.info("%s: %d files into %s", text, len(entries), folder)
         return Path(artifact.download(root=str(folder)))
     except (wandb.Error, ValueError, OSError) as e:
         raise ValueError(f"{text}: {_said(e)}") from e

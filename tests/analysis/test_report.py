@@ -113,6 +113,14 @@ def test_results_and_predictions_that_do_not_fit_are_refused(run):
         write_report(folder)
 
 
+@pytest.mark.parametrize("name", ["name", "n", "classes", "image_size", "fingerprint"])
+def test_a_damaged_record_of_the_data_is_named(run, name):
+    path = run[0] / "dataset.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: None}))
+    with pytest.raises(ValueError, match=rf"dataset.json is damaged: its '{name}' is 'None'; expected it as"):
+        write_report(run[0])
+
+
 def test_the_card_says_what_the_run_is_and_is_not(run):
     folder, _ = run
     write_report(folder)

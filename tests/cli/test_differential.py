@@ -35,7 +35,7 @@ def count(monkeypatch, run, cells, out, *more):
 
 
 def table(path):
-    with path.open(newline="") as f:
+    with path.open(newline="", errors="surrogateescape") as f:
         return list(csv.DictReader(f))
 
 
@@ -102,6 +102,7 @@ def test_wrong_input_is_one_line(run, cells, tmp_path, monkeypatch, capsys):
     save_results(other.run_dir, "val", {"step": 1})
     for given, folder, more, message in (
         (run, tmp_path / "empty", (), "no image; expected a folder of cells"),
+        (run, cells, ("--pixel-size", "0"), "--pixel-size is 0.0; expected micrometres to a pixel"),
         (run, cells, ("--undecided", "2"), "--undecided is 2.0; expected a probability"),
         (run, cells, ("--undecided", "0.5", "--error-rate", "0.1"), "expected one of them"),
         (run, cells, ("--out", str(tmp_path / "d.txt")), "expected a name ending in .csv"),

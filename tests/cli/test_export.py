@@ -15,7 +15,7 @@ from bmjax.cli.main import main
 from bmjax.training.predict import predict_probs
 from tests.helpers import pages
 from tests.helpers.processes import environment
-from tests.helpers.small_run import CLASSES, SIZE, keep_calibration, small_run
+from tests.helpers.small_run import SHOWN, SIZE, keep_calibration, small_run
 
 BLOCKED = """
 import importlib.abc, sys
@@ -69,7 +69,7 @@ def test_jax_alone_runs_it(run, exported, tmp_path):
 def test_its_facts_say_what_it_is(exported):
     with zipfile.ZipFile(exported) as archive:
         facts = json.loads(archive.read(FACTS))
-    assert facts["classes"] == list(CLASSES)
+    assert facts["classes"] == list(SHOWN)
     assert facts["platforms"] == ["cpu", "cuda", "tpu"]
     assert facts["input"] == "uint8 [b, 32, 32, 3], RGB 0..255"
     assert facts["calibration"] == "temperature"
@@ -95,13 +95,17 @@ def test_damaged_files_are_named(exported, tmp_path):
             archive.writestr(name, program)
         return tmp_path / "m.zip"
 
-    other = json.dumps(json.loads(facts) | {"classes": ["one"]})
+    other, large = (
+        json.dumps(json.loads(facts) | {"classes": ["one"]}),
+        json.loads(facts)["reading"] | {"image_size": 64},
+    )
     for given, message in (
         ((facts, program[:-1]), "its checksum differs"),
         ((facts, program, "../x"), "not a readable export of bmjax"),
         ((other, program), "its program is from and to"),
         (("[]", program), "its format is"),
         ((json.dumps(json.loads(facts) | {"reading": {}}), program), "reading is not as expected"),
+        ((json.dumps(json.loads(facts) | {"reading": large}), program), "image_size is 32, and 64 in reading"),
     ):
         with pytest.raises(ValueError, match=message):
             read_stablehlo(written(*given))
@@ -154,7 +158,7 @@ def test_onnx_says_the_same(attention, tmp_path, monkeypatch, capsys):
     for n in (1, 5):
         found = session.run(None, {"images": images[:n]})[0]
         assert np.abs(found - expected(run, images[:n])).max() < TOLERANCE
-    assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == list(CLASSES)
+    assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == list(SHOWN)
 
 
 def test_what_the_converter_can_not_do_is_named(monkeypatch):

@@ -25,7 +25,7 @@ from bmjax.data.images.decode import quiet
 from bmjax.training.predict import predict_probs
 from tests.helpers.browser import chromium
 from tests.helpers.processes import environment, free_port
-from tests.helpers.small_run import CLASSES, SIZE, small_run
+from tests.helpers.small_run import SHOWN, SIZE, small_run
 
 WITHOUT = 'the server needs pip install -e ".[serve]"'
 uvicorn = pytest.importorskip("uvicorn", reason=WITHOUT)
@@ -113,8 +113,8 @@ def test_it_says_what_the_run_says(server, run):
     expected = predict_probs(run, np.stack(images))
     for i, result in enumerate(found["results"]):
         assert result["name"] == f"{i}.png"
-        np.testing.assert_allclose([result["probabilities"][name] for name in CLASSES], expected[i], atol=2e-5)
-        assert result["class"] == CLASSES[expected[i].argmax()]
+        np.testing.assert_allclose([result["probabilities"][name] for name in SHOWN], expected[i], atol=2e-5)
+        assert result["class"] == SHOWN[expected[i].argmax()]
         assert result["undecided"] == (expected[i].max() < 0.36)
         assert result["answer"] == ("don't know" if result["undecided"] else result["class"])
         assert result["map"].startswith("data:image/jpeg;base64,")
@@ -156,7 +156,7 @@ def test_bad_uploads_are_answered_and_the_next_is_served(server):
     *failed, good = found["results"]
     for result, (data, message) in zip(failed, bad.values(), strict=True):
         assert message in result["error"], (result, data[:20])
-    assert good["class"] in CLASSES
+    assert good["class"] in SHOWN
 
 
 def test_limits_of_a_request(server):
@@ -175,6 +175,16 @@ def test_limits_of_a_request(server):
     assert server.ask("GET", "/../../etc/passwd")[0] == 404
 
 
+def test_room_is_kept_from_before_decoding_to_the_answer(server, monkeypatch):
+    monkeypatch.setattr(server.app.state.batcher, "_room", 1)
+    two = [(b"a.png", as_png(noise(0)))] * 2
+    status, found = server.post(*two)
+    assert (status, found) == (503, {"error": "too many images wait; try again"})
+    for _ in range(2):  # it is given back, also of what can't be read
+        assert server.post((b"bad.png", b"none"))[0] == 200
+        assert server.post(two[0])[0] == 200
+
+
 def test_a_body_without_a_length_is_cut_off(server, monkeypatch):
     guard = server.app.middleware_stack.app
     while not hasattr(guard, "_most"):
@@ -190,7 +200,12 @@ def test_other_sites_get_nothing(server):
     assert headers["content-security-policy"].startswith("default-src 'self'")
     assert headers["x-content-type-options"] == "nosniff"
     assert not [name for name in headers if name.lower().startswith("access-control-")]
-    assert server.post((b"a.png", as_png(noise(0))), **{"Sec-Fetch-Site": "cross-site"})[0] == 403
+    other = {"Sec-Fetch-Site": "cross-site"}
+    assert server.post((b"a.png", as_png(noise(0))), **other)[0] == 403
+    link = other | {"Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+    assert server.ask("GET", "/", headers=link)[0] == 200, "a link to the page may be followed"
+    assert server.ask("GET", "/", headers=link | {"Sec-Fetch-Dest": "iframe"})[0] == 403
+    assert server.ask("POST", "/api/classify", as_png(noise(0)), link)[0] == 403
     assert server.ask("GET", "/api/model", headers={"Host": "evil.example"})[0] == 400
 
 
@@ -198,31 +213,31 @@ def test_the_page_in_a_browser(server, tmp_path):
     good, bad = tmp_path / "<img src=x onerror=alert(1)>.png", tmp_path / "bad.png"
     good.write_bytes(as_png(noise(1)))
     bad.write_bytes(b"none")
+    cards = "document.querySelectorAll('#results > li').length"
     with chromium() as browser:
         page = browser.open(f"http://127.0.0.1:{server.port}/")
         page.wait("document.querySelector('#model').textContent.includes('densenet_tiny')")
-        page.upload("#files", [good, bad])
-        page.wait("document.querySelectorAll('#results > li').length == 2")
+        with page.choosing(good, bad):
+            page.click("#drop")
+        page.wait(f"{cards} == 2")
         assert "No answer" in page.text("li.failed")
         shown = page.text("li:not(.failed)")
         assert good.name in shown
         assert "%" in shown
         page.wait("[...document.images].length == 2 && [...document.images].every(i => i.complete && i.naturalWidth)")
-        # Dropped anywhere on the page.
-        page.evaluate("""(async () => {
-            const image = await (await fetch(document.images[0].src.length ? '/api/model' : '')).blob();
-            const data = new DataTransfer();
-            data.items.add(new File([image], 'dropped.png'));
-            document.body.dispatchEvent(new DragEvent('drop', {bubbles: true, dataTransfer: data}));
-        })()""")
-        page.wait("document.querySelectorAll('#results > li').length == 3")
-        assert "dropped.png" in page.text("#results > li:first-child")
+        for place in ("#drop", "h1"):  # dropped anywhere on the page
+            page.drop(place, good)
+        page.wait(f"{cards} == 4")
+        assert page.evaluate("document.querySelectorAll('li.failed').length") == 1
         # By keyboard alone: the chooser first, then what clears.
         page.evaluate("document.activeElement.blur()")
         page.press("Tab")
         assert page.evaluate("document.activeElement.id") == "files"
+        with page.choosing(good):
+            page.press("Enter")
+        page.wait(f"{cards} == 5")
         page.press("Tab", "Enter")
-        page.wait("!document.querySelector('#results > li')")
+        page.wait(f"{cards} == 0")
         assert page.evaluate("document.activeElement.id") == "files"
         assert page.problems == []
         assert all(url.startswith((f"http://127.0.0.1:{server.port}/", "data:", "blob:")) for url in page.requests)
@@ -243,20 +258,24 @@ def test_an_export_is_served_without_maps(run, tmp_path):
         read_upload(bomb(6000), engine.facts)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_it_ends_on_a_signal(run, tmp_path, number, code):
+@pytest.mark.parametrize(
+    ("number", "code", "host"), [(signal.SIGINT, 130, "127.0.0.1"), (signal.SIGTERM, 143, "127.0.0.2")]
+)
+def test_it_ends_on_a_signal(run, tmp_path, number, code, host):
     """The command itself, on an export: ready, asked once, ended."""
     path, port = tmp_path / "m.zip", free_port()
     write_stablehlo(path, *export_stablehlo(portable(make_function(run)), facts_of(run, None, 0.5)))
-    command = [sys.executable, "-m", "bmjax", "serve", str(path), "--port", str(port), "--batch-size", "1"]
+    command = [sys.executable, "-m", "bmjax", "serve", str(path), "--port", str(port), "--host", host]
+    command += ["--batch-size", "1"]
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
-        assert line.startswith(f"http://127.0.0.1:{port} serves small, 3 classes, without attention maps"), line
-        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
+        assert line.startswith(f"http://{host}:{port} serves small, 3 classes, without attention maps"), line
+        with contextlib.closing(http.client.HTTPConnection(host, port, timeout=60)) as connection:
             connection.request("GET", "/api/model")
-            assert connection.getresponse().read()  # and the connection stays open
+            answer = connection.getresponse()
+            assert (answer.status, json.loads(answer.read())["run"]) == (200, "small")  # and the connection stays open
             process.send_signal(number)
             assert process.wait(30) == code
     finally:

@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,12 +129,15 @@ class Page:
 
     def __init__(self, browser: Browser, session: str):
         self._browser, self._session, self._loaded = browser, session, False
+        self._chooser: int | None = None
         self.problems: list[str] = []
         self.requests: list[str] = []
 
     def on_event(self, method: str, params: dict[str, Any]) -> None:
         if method == "Page.loadEventFired":
             self._loaded = True
+        elif method == "Page.fileChooserOpened":
+            self._chooser = params["backendNodeId"]
         elif method == "Network.requestWillBeSent":
             self.requests.append(params["request"]["url"])
         elif method == "Network.loadingFailed" and not params.get("canceled"):
@@ -185,14 +188,18 @@ class Page:
         """The visible text of the first element."""
         return self.evaluate(f"document.querySelector({json.dumps(selector)}).innerText")
 
-    def click(self, selector: str) -> None:
-        """Clicks with the mouse in the middle of the first element, as a user would."""
-        box = self.evaluate(
+    def _middle(self, selector: str) -> dict[str, float]:
+        """The middle of the first element, scrolled into view."""
+        x, y = self.evaluate(
             f"(e => {{e.scrollIntoView({{block: 'center', inline: 'center', behavior: 'instant'}});"
             "const r = e.getBoundingClientRect(); return [r.x + r.width / 2, r.y + r.height / 2]})"
             f"(document.querySelector({json.dumps(selector)}))"
         )
-        mouse = {"x": box[0], "y": box[1], "button": "left", "clickCount": 1}
+        return {"x": x, "y": y}
+
+    def click(self, selector: str) -> None:
+        """Clicks with the mouse in the middle of the first element, as a user would."""
+        mouse = self._middle(selector) | {"button": "left", "clickCount": 1}
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", {"type": kind, **mouse})
 
@@ -204,11 +211,24 @@ class Page:
             self.call("Input.dispatchKeyEvent", {"type": "keyDown", **event, **({"text": text} if text else {})})
             self.call("Input.dispatchKeyEvent", {"type": "keyUp", **event})
 
-    def upload(self, selector: str, files: Sequence[Path]) -> None:
-        """Chooses files in an `<input type="file">`."""
-        root = self.call("DOM.getDocument")["root"]["nodeId"]
-        node = self.call("DOM.querySelector", {"nodeId": root, "selector": selector})["nodeId"]
-        self.call("DOM.setFileInputFiles", {"nodeId": node, "files": [str(f.resolve()) for f in files]})
+    @contextlib.contextmanager
+    def choosing(self, *files: Path) -> Iterator[None]:
+        """What is inside has to open the dialog to choose files; these are chosen in it."""
+        self._chooser = None
+        self.call("Page.setInterceptFileChooserDialog", {"enabled": True})
+        yield
+        until = time.monotonic() + _SECONDS
+        while self._chooser is None:
+            self._browser.listen(until - time.monotonic(), "to open the dialog to choose files")
+        chosen = {"backendNodeId": self._chooser, "files": [str(f.resolve()) for f in files]}
+        self.call("DOM.setFileInputFiles", chosen)
+
+    def drop(self, selector: str, *files: Path) -> None:
+        """Drags files from elsewhere over the first element, and drops them."""
+        data = {"items": [], "files": [str(f.resolve()) for f in files], "dragOperationsMask": 1}
+        place = self._middle(selector)
+        for kind in ("dragEnter", "dragOver", "drop"):
+            self.call("Input.dispatchDragEvent", {"type": kind, **place, "data": data})
 
     def screenshot(self, path: Path, *, whole: bool = False) -> None:
         """Writes a PNG of what is seen, or of the whole page."""

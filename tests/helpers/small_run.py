@@ -8,9 +8,11 @@ import numpy as np
 
 import bmjax
 from bmjax.config import Config, DataConfig, HeadConfig, ModelConfig, TrainConfig
+from bmjax.files import printable
 from bmjax.runs.folder import Run, save_arrays, save_results
 
-CLASSES = ("EOS", "<b>NGS</b>", "$x^$")
+CLASSES = ("EOS", "<b>NGS</b>", "$x^\udce9")
+SHOWN = tuple(map(printable, CLASSES))
 SIZE = 32
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,13 +40,21 @@ def trained(tmp_path_factory):
     return folder / "run"
 
 
+@pytest.fixture(scope="module")
+def logged(trained):
+    """The files of the model that W&B was given, by their names in the artifact: where W&B keeps them."""
+    (folder,) = trained.glob("wandb/offline-run-*")
+    (artifact,) = [a for a in inspect(folder, "artifact") if a["name"].startswith("best-")]
+    assert artifact["type"] == "model"
+    return {entry["path"]: Path(entry["local_path"]) for entry in artifact["manifest"]["contents"]}
+
+
 @pytest.fixture
-def store(trained, monkeypatch, tmp_path):
-    """A stand-in for W&B's store: one artifact, with the files that the run hands over. Returns it."""
+def store(logged, monkeypatch, tmp_path):
+    """A stand-in for W&B's store: one artifact, with the files that W&B was given. Returns it."""
     import wandb
 
-    files = {path.relative_to(trained).as_posix(): path for path in run_files(trained)}
-    asked = []
+    files, asked = dict(logged), []
 
     def download(root):
         for name, path in files.items():
@@ -58,17 +67,16 @@ def store(trained, monkeypatch, tmp_path):
     monkeypatch.setattr(wandb, "Api", lambda: api)
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("BMJAX_CACHE", str(tmp_path / "bmjax_cache"))
-    return types.SimpleNamespace(files=files, asked=asked)
+    return types.SimpleNamespace(files=files, asked=asked, download=download)
 
 
-def test_training_hands_over_the_whole_run_and_its_page(trained):
-    names = {path.relative_to(trained).as_posix() for path in run_files(trained)}
+def test_training_hands_over_the_whole_run_and_its_page(trained, logged):
+    names = set(logged)
+    assert names == {path.relative_to(trained).as_posix() for path in run_files(trained)}
     assert {"config.json", "split.csv", "report.html", "model_card.md", "predictions_val.npz", "reference.npz"} <= names
     assert any(name.startswith("checkpoints/best/") for name in names)
     assert not any(name.startswith(("checkpoints/last", "wandb", "profile")) for name in names)
-    (logged,) = trained.glob("wandb/offline-run-*")
-    assert [a["type"] for a in inspect(logged, "artifact") if a["name"].startswith("best-")] == ["model"]
-    assert list(logged.glob("files/media/html/report*.html"))
+    assert list(trained.glob("wandb/offline-run-*/files/media/html/report*.html"))
 
 
 def test_predict_reads_a_run_by_its_name(trained, store, tmp_path, capsys):
@@ -76,9 +84,10 @@ def test_predict_reads_a_run_by_its_name(trained, store, tmp_path, capsys):
     images.mkdir()
     for i in range(3):
         Image.fromarray(np.random.default_rng(i).integers(0, 255, (32, 32, 3), np.uint8)).save(images / f"{i}.png")
-    for run, out in ((str(trained), "here.csv"), (NAME, "there.csv")):
-        assert main(["predict", run, str(images), "--out", str(tmp_path / out)]) == 0
-    assert (tmp_path / "there.csv").read_text() == (tmp_path / "here.csv").read_text()
+    store.download(tmp_path / "by hand")  # as `wandb artifact get` does
+    for run, out in ((trained, "here.csv"), (NAME, "there.csv"), (tmp_path / "by hand", "by hand.csv")):
+        assert main(["predict", str(run), str(images), "--out", str(tmp_path / out)]) == 0
+        assert (tmp_path / out).read_text() == (tmp_path / "here.csv").read_text()
     assert store.asked == ["lab/bmjax/best-a1:latest"]
     assert main(["report", NAME + ":v3", "--no-maps", "--out", str(tmp_path / "r.html")]) == 0
     assert store.asked[-1] == "lab/bmjax/best-a1:v3"
@@ -86,7 +95,7 @@ def test_predict_reads_a_run_by_its_name(trained, store, tmp_path, capsys):
     capsys.readouterr()
 
 
-def test_a_downloaded_run_vouches_for_nothing(trained, store, monkeypatch):
+def test_a_downloaded_run_vouches_for_nothing(store, monkeypatch, tmp_path):
     """Its id and checksums are known to whoever may read it: they are no proof that this user made it."""
     folder = local_run(NAME)
     assert folder.is_relative_to(identity.downloads())
@@ -97,14 +106,24 @@ def test_a_downloaded_run_vouches_for_nothing(trained, store, monkeypatch):
     identity._vouch(identity.read_environment(folder))
     monkeypatch.setitem(store.files, "config.json", folder / "config.json")
     monkeypatch.setattr(shutil, "copyfile", lambda *_: None)
-    with pytest.raises(PermissionError, match=r"evil\.py\), and you did not train it here; expected --trust"):
+    refused = pytest.raises(PermissionError, match=r"evil\.py\), and you did not train it here; expected --trust")
+    with refused:
         bmjax.load_run(NAME)
+    folder.rename(tmp_path / "downloaded by hand")  # its configuration names code that was not recorded with the id
+    with refused:
+        bmjax.load_run(tmp_path / "downloaded by hand")
 
 
 @pytest.mark.parametrize("name", ["../evil.py", "/etc/passwd", "a\\..\\b"])
 def test_a_file_outside_the_folder_is_refused(store, name):
     store.files[name] = None
     with pytest.raises(ValueError, match=r"wandb:lab/bmjax/best-a1: .* expected names within a run's folder"):
+        local_run(NAME)
+
+
+def test_a_file_that_stands_elsewhere_is_refused(store):
+    store.files["config.json"] = types.SimpleNamespace(ref="file:///etc/passwd")
+    with pytest.raises(ValueError, match=r"its file 'config\.json' stands elsewhere, at 'file:///etc/passwd'"):
         local_run(NAME)
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from bmjax.analysis.evaluate.undecided import UNDECIDED, kept_calibration
 from bmjax.analysis.export import program
 from bmjax.analysis.export.stablehlo import read_stablehlo
 from bmjax.cli.export import write
@@ -33,8 +34,8 @@ Ways = dict[str, tuple[str, Callable[[np.ndarray], Any]]]
 
 def exported(run: Run, folder: Path) -> Ways:
     """By name: (what was exported, the function of images that runs it)."""
-    calibration = program.calibration_of(run)
-    facts = program.facts_of(run, calibration, program.UNDECIDED)
+    calibration = kept_calibration(run)
+    facts = program.facts_of(run, calibration, UNDECIDED)
     ways: Ways = {}
     names = ("model.zip", "model.onnx") if importlib.util.find_spec("jax2onnx") else ("model.zip",)
     for name in names:

@@ -59,7 +59,7 @@ def track(folder: Path, c: Comparison, tracking: TrackingConfig) -> None:
     run_id = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:12]  # called again it goes on with the same
     tracking = dataclasses.replace(tracking, group=tracking.group or c.name)
     tracker = WandbTracker(tracking, folder, run_id, {"name": f"{c.name}-comparison"})
-    tracker.made(
+    tracker.log_media(
         lambda wandb: (
             {"comparison": wandb.Table(columns=header(c), data=rows)}
             | {name: wandb.Image(str(path)) for name, path in pictures.items()}

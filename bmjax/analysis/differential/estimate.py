@@ -10,7 +10,7 @@ import dataclasses
 import numpy as np
 
 FEW = 10
-"""Labelled cells of a class below which nothing vouches for its interval."""
+"""Labelled cells of a class below which its interval is not reliable."""
 _CHAINS, _BURN_IN, _KEPT = 200, 30, 20
 _EACH, _ALL = 0.5, 3.5  # cells that the prior adds to each class, and to all that are known together at most
 _ENTRY = 1 / 7  # cells that the prior adds to each entry of the confusion matrix

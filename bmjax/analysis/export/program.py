@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bmjax.analysis.evaluate.calibration import FILE, Calibration, read_calibration
-from bmjax.analysis.evaluate.judge import Judge
+from bmjax.analysis.evaluate.calibration import Calibration
 from bmjax.attention import sown_maps
+from bmjax.config.data import DataConfig
 from bmjax.environment import version
+from bmjax.files import printable
 from bmjax.layers.dispatch import traced_for, with_forms
 from bmjax.runs.folder import Run, image_dtype
 from bmjax.training.steps import at_precision
@@ -23,37 +24,8 @@ from bmjax.training.steps import at_precision
 FORMAT = "bmjax export 1"
 TOLERANCE = 1e-4
 """By how much a probability of an exported model may differ from the run's own."""
-UNDECIDED = 0.5
-"""The highest probability below which a cell is undecided, where no error rate is asked for."""
 READING = ("image_size", "stain", "stain_reference", "pixel_size", "field_size")
 _TINY = float(np.log(np.finfo(np.float32).tiny))
-
-
-def calibration_of(run: Run) -> Calibration | None:
-    """The calibration that the run keeps; None where it keeps none.
-
-    Raises:
-      ValueError: it is damaged, or of another checkpoint.
-    """
-    return read_calibration(run.run_dir, len(run.classes), run.step) if (run.run_dir / FILE).is_file() else None
-
-
-def threshold_of(run: Run, calibration: Calibration | None, rate: float | None, undecided: float | None) -> float:
-    """The highest probability below which the answer is "don't know": for a wanted error rate by the validation
-    predictions (`refusal`), else as given, else `UNDECIDED`.
-
-    Raises:
-      ValueError: no threshold is known to keep that rate, or validation was not evaluated by this checkpoint.
-    """
-    if rate is None:
-        return UNDECIDED if undecided is None else undecided
-    found = Judge([run], calibrated=calibration is not None).refusal(rate)
-    if not np.isfinite(found.threshold):
-        raise ValueError(
-            f"--error-rate is {rate}, and {found.n} validation images show no threshold that keeps it; expected a "
-            "higher rate, or --undecided P"
-        )
-    return found.threshold
 
 
 def make_function(
@@ -120,18 +92,30 @@ class Facts:
     platforms: tuple[str, ...] = ()
     sha256: str = ""
 
+    def data_config(self) -> DataConfig:
+        """How files are read into images.
+
+        Raises:
+          TypeError, ValueError: `reading` is of another kind, or of another size than the images.
+        """
+        reading: dict[str, Any] = self.reading | {"stain_reference": tuple(self.reading["stain_reference"])}
+        found = DataConfig(**reading)
+        if found.image_size != self.image_size:
+            raise ValueError(f"image_size is {self.image_size}, and {found.image_size} in reading")
+        return found
+
 
 def facts_of(run: Run, calibration: Calibration | None, undecided: float) -> Facts:
-    """The facts of a run's program."""
+    """The facts of a run's program. Names are as `printable` gives them: JSON elsewhere takes nothing but UTF-8."""
     size, config = run.config.data.image_size, run.config
     return Facts(
         format=FORMAT,
         bmjax=version(),
         jax=jax.__version__,
-        run=config.name,
+        run=printable(config.name),
         step=run.step,
-        backbone=config.model.backbone,
-        classes=run.classes,
+        backbone=printable(config.model.backbone),
+        classes=tuple(map(printable, run.classes)),
         image_size=size,
         input=f"uint8 [b, {size}, {size}, 3], RGB 0..255",
         output=f"float32 [b, {len(run.classes)}], probabilities",

@@ -16,7 +16,7 @@ import jax.export
 import numpy as np
 
 from bmjax.analysis.export.program import FORMAT, READING, Facts
-from bmjax.files import reading, write_bytes
+from bmjax.files import printable, reading, write_bytes
 
 PROGRAM, FACTS = "model.stablehlo", "model.json"
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -88,10 +88,13 @@ def _facts(raw: object) -> Facts:
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise ValueError(f"its format is {str(raw.get('format') if isinstance(raw, dict) else raw)[:60]!r}")
     fields = {f.name: raw.get(f.name) for f in dataclasses.fields(Facts)}
+    fields |= {name: printable(value) for name, value in fields.items() if isinstance(value, str)}
     classes, below, size = fields["classes"], fields["undecided_below"], fields["image_size"]
     if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
         raise ValueError(f"its classes are {str(classes)[:60]}; expected names")
     read = fields["reading"]
     if not isinstance(below, (int, float)) or not isinstance(size, int) or set(read or ()) != set(READING):
         raise ValueError("undecided_below, image_size or reading is not as expected")
-    return Facts(**fields | {"classes": tuple(classes), "platforms": tuple(fields["platforms"] or ())})  # type: ignore[arg-type]
+    found = Facts(**fields | {"classes": tuple(map(printable, classes)), "platforms": tuple(fields["platforms"] or ())})  # type: ignore[arg-type]
+    found.data_config()
+    return found

@@ -14,7 +14,7 @@ from bmjax.analysis.report.facts import Facts, between, percent
 from bmjax.files import printable, write_text
 
 FEW = 30
-"""Images of a class below which its figures are named as uncertain: their intervals are wider than 35 points."""
+"""Images of a class below which its figures are named as uncertain: Wilson's interval may then exceed 34 points."""
 _LICENCES = {"synthetic": "Rendered by bmjax; no licence is needed.", "arrays": "Given from Python; not recorded."}
 _UNKNOWN = "Not recorded in the run; it is that of the data's source."
 

@@ -16,6 +16,7 @@ from bmjax.runs.records import Predictions, class_rows, read_predictions, read_r
 
 SPLITS = {"train": "training split", "val": "validation", "test": "test"}
 _PURPOSE = {"train": "to train on", "val": "for validation", "test": "for the test"}
+_OF_DATA = {"name": str, "n": int, "classes": list, "image_size": int, "fingerprint": str}
 TOO_SURE = 0.03
 """Difference of mean confidence and accuracy from which on probabilities are called too high or too low."""
 
@@ -78,6 +79,12 @@ def read_facts(run_dir: str | Path) -> Facts:
         raise FileNotFoundError(f"{run_dir / 'config.json'} is not there; expected the folder of a run")
     names = ("config", "dataset", "environment", "results", "calibration")
     config, data, environment, results, calibration = (read_json(run_dir / f"{name}.json") for name in names)
+    for name, kind in _OF_DATA.items() if data else ():
+        if not isinstance(data.get(name), kind):
+            raise ValueError(
+                f"{run_dir / 'dataset.json'} is damaged: its {name!r} is {str(data.get(name))[:40]!r}; expected it as "
+                "`bmjax train` wrote it"
+            )
     openings, split = run_dir / "openings.jsonl", reported_split(results)
     predictions = read_predictions(run_dir, split) if split else None
     if predictions is not None and len(predictions.labels) != results[split]["n"]:  # type: ignore[index]

@@ -34,12 +34,13 @@ from bmjax.analysis.serve.engine import Engine, read_upload
 from bmjax.analysis.serve.guard import Guard
 
 MAX_FILES, MAX_FILE_BYTES, MAX_BODY_BYTES = 64, 16 << 20, 64 << 20
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 _UPLOAD_SECONDS, _DECODED_AT_ONCE = 60.0, 2
 _PAGE = Path(__file__).parent / "page"
 _KINDS = {"index.html": "text/html", "app.js": "text/javascript", "style.css": "text/css"}
 
 
-def make_app(engine: Engine, hosts: Sequence[str] = ("localhost", "127.0.0.1", "[::1]")) -> Starlette:
+def make_app(engine: Engine, hosts: Sequence[str] = LOOPBACK) -> Starlette:
     """The application; `hosts`: names that requests may have in their Host header, "*" for any."""
     batcher = Batcher(engine, engine.batch)
 
@@ -120,10 +121,10 @@ async def _classify(request: Request) -> Response:
     if not uploads:
         raise HTTPException(400, "no image; expected files in a multipart form, or one image as the body")
     try:
-        batcher.check_room(len(uploads))
+        with batcher.room(len(uploads)):
+            return JSONResponse({"results": await asyncio.gather(*(_one(request, *upload) for upload in uploads))})
     except Full as e:
         raise HTTPException(503, "too many images wait; try again", {"retry-after": "2"}) from e
-    return JSONResponse({"results": await asyncio.gather(*(_one(request, *upload) for upload in uploads))})
 
 
 async def _one(request: Request, name: str, data: bytes | str) -> dict[str, Any]:
@@ -134,9 +135,10 @@ async def _one(request: Request, name: str, data: bytes | str) -> dict[str, Any]
             raise ValueError(data)
         image = await anyio.to_thread.run_sync(read_upload, data, facts, limiter=state.decoding)
         probs, over = await state.batcher(image)
+        shown = await anyio.to_thread.run_sync(pictures, image, over, limiter=state.decoding)
     except (ValueError, RuntimeError) as e:
         return {"name": name, "error": str(e)}
-    return {"name": name, **answer(probs, facts), **pictures(image, over)}
+    return {"name": name, **answer(probs, facts), **shown}
 
 
 def answer(probs: np.ndarray, facts: Facts) -> dict[str, Any]:

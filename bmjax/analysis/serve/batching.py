@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -12,26 +13,33 @@ Answer = tuple[np.ndarray, np.ndarray | None]
 
 
 class Full(Exception):
-    """As many images wait as may."""
+    """There is no room for more images."""
 
 
 class Batcher:
     """Gathers at most `most` images, or those that come within `seconds` of the first; one batch runs at a time.
 
-    `room`: images that may wait.
+    `room`: images that may be on their way, from before they are decoded until they are answered.
     """
 
     def __init__(self, engine: Callable[[np.ndarray], Answer], most: int, seconds: float = 0.01, room: int = 512):
         self._engine, self._most, self._seconds, self._room = engine, most, seconds, room
+        self._on_their_way = 0
         self._queue: asyncio.Queue[tuple[np.ndarray, asyncio.Future]] = asyncio.Queue()
         self._pool = ThreadPoolExecutor(1, "engine")
         self.batches: list[int] = []
         """Sizes of the last batches."""
 
-    def check_room(self, n: int) -> None:
-        """Raises Full if n more images may not wait."""
-        if self._queue.qsize() + n > self._room:
+    @contextlib.contextmanager
+    def room(self, n: int) -> Iterator[None]:
+        """Keeps room for n images for as long as it is inside; raises Full where there is none."""
+        if self._on_their_way + n > self._room:
             raise Full
+        self._on_their_way += n
+        try:
+            yield
+        finally:
+            self._on_their_way -= n
 
     async def __call__(self, image: np.ndarray) -> Answer:
         """(probabilities [k], map [s, s] or None) of an image uint8 [s, s, 3]."""
@@ -62,8 +70,8 @@ class Batcher:
         if not found:
             return
         self.batches = [*self.batches[-99:], len(found)]
-        images = np.stack([image for image, _ in found])
         try:
+            images = np.stack([image for image, _ in found])
             probs, maps = await asyncio.get_running_loop().run_in_executor(self._pool, self._engine, images)
         except Exception as e:  # the next batch may do better: the server goes on
             for _, waiting in found:

@@ -14,7 +14,6 @@ from PIL import Image
 from bmjax.analysis.evaluate.calibration import Calibration
 from bmjax.analysis.export.program import Facts, facts_of, make_function
 from bmjax.analysis.export.stablehlo import read_stablehlo
-from bmjax.config.data import DataConfig
 from bmjax.data.images.cache import stained
 from bmjax.data.images.decode import FORMATS, decode_image
 from bmjax.layers.dispatch import prepare
@@ -82,8 +81,7 @@ def read_upload(data: bytes, facts: Facts) -> np.ndarray:
         raise ValueError("not an image of a known kind, or damaged") from e
     if pixels > MAX_PIXELS:
         raise ValueError(f"{pixels} pixels; expected at most {MAX_PIXELS}")
-    reading: dict[str, Any] = facts.reading | {"stain_reference": tuple(facts.reading["stain_reference"])}
-    config = DataConfig(**reading)
+    config = facts.data_config()
     found = next(iter(stained([decode_image(data, config.image_size, config.field_pixels())], config)))
     if isinstance(found, str):
         raise ValueError(found)

@@ -42,7 +42,7 @@ class Guard:
             await send(message)
 
         headers = Headers(scope=scope)
-        if (refusal := self._refusal(headers)) is not None:
+        if (refusal := self._refusal(scope, headers)) is not None:
             await refusal(scope, receive, sends)
             return
         seen = 0
@@ -57,15 +57,21 @@ class Guard:
 
         await self._app(scope, receives, sends)
 
-    def _refusal(self, headers: Headers) -> Any:
+    def _refusal(self, scope: Scope, headers: Headers) -> Any:
         length = headers.get("content-length", "0")
         if not length.isdecimal():
             return JSONResponse({"error": "content-length is no number"}, 400)
         if int(length) > self._most:
             return JSONResponse({"error": self._too_large(int(length))}, 413)
-        if headers.get("sec-fetch-site") == "cross-site":
+        if headers.get("sec-fetch-site") == "cross-site" and not _opens_page(scope["method"], headers):
             return JSONResponse({"error": "requests of other sites are refused"}, 403)
         return None
 
     def _too_large(self, size: int) -> str:
         return f"{size} bytes or more; expected at most {self._most} in a request"
+
+
+def _opens_page(method: str, headers: Headers) -> bool:
+    """Whether a user has followed a link to here: the page itself then opens, in a window of its own."""
+    sent = (method, headers.get("sec-fetch-mode"), headers.get("sec-fetch-dest"))
+    return sent == ("GET", "navigate", "document")
