@@ -78,7 +78,7 @@ class RootAtZero(Good):
 
     @nn.compact
     def __call__(self, x, *, train=False):
-        z = Conv(1, use_bias=True)(x)
+        z = Conv(1)(x)  # a bias would cancel
         return self.finish(x, nn.sigmoid(jnp.sqrt(jnp.square(z - z.mean((1, 2), keepdims=True)))))
 
 

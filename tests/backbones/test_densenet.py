@@ -35,13 +35,13 @@ def test_parameter_counts_are_keras(name, top, expected):
     assert count(create_backbone(name, include_top=top)) == expected
 
 
-@pytest.mark.parametrize("size", [(64, 64), (61, 47)])
+@pytest.mark.parametrize("size", [pytest.param((64, 64), marks=pytest.mark.slow), (61, 47)])
 def test_features_and_logits_are_keras(size):
     assert_output_is_keras(DenseNet(BLOCKS), keras_densenet(BLOCKS, size), images(size))
     assert_output_is_keras(DenseNet(BLOCKS, **TOP), keras_densenet(BLOCKS, size, **TOP), images(size))
 
 
-@pytest.mark.parametrize("size", [(64, 64), (61, 47)])
+@pytest.mark.parametrize("size", [pytest.param((64, 64), marks=pytest.mark.slow), (61, 47)])
 def test_a_train_step_is_keras(size):
     assert_train_step_is_keras(DenseNet(BLOCKS, **TOP), keras_densenet(BLOCKS, size, **TOP), images(size, b=4), 1e-3)
 

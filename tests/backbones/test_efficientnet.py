@@ -77,7 +77,7 @@ def test_parameter_counts_are_keras_without_normalization(name, no_top, top):
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == no_top - NORMALIZATION
 
 
-@pytest.mark.parametrize("size", [(64, 64), (61, 47)])
+@pytest.mark.parametrize("size", [pytest.param((64, 64), marks=pytest.mark.slow), (61, 47)])
 def test_features_and_logits_are_keras(size):
     x = images(size)
     for top in ({}, TOP):
@@ -85,7 +85,7 @@ def test_features_and_logits_are_keras(size):
         assert_output_is_keras(model, keras_model, x, keras_input=255 * x)
 
 
-@pytest.mark.parametrize("size", [(64, 64), (61, 47)])
+@pytest.mark.parametrize("size", [pytest.param((64, 64), marks=pytest.mark.slow), (61, 47)])
 def test_a_train_step_is_keras(float64, size):
     options, x = REDUCED | TOP | NOT_RANDOM, images(size, b=4).astype("float64")
     model, keras_model = EfficientNet(**options), keras_efficientnet(size, **options)

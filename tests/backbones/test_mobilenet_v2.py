@@ -47,13 +47,14 @@ def test_parameter_counts_are_keras(name, top, expected):
     assert count(create_backbone(name, include_top=top)) == expected
 
 
-@pytest.mark.parametrize("size", [(64, 64), (61, 47)])
+@pytest.mark.parametrize("size", [pytest.param((64, 64), marks=pytest.mark.slow), (61, 47)])
 def test_features_and_logits_are_keras(size):
     assert_output_is_keras(MobileNetV2(0.35), keras_mobilenet_v2(0.35, size), images(size))
     assert_output_is_keras(MobileNetV2(0.35, **TOP), keras_mobilenet_v2(0.35, size, **TOP), images(size))
 
 
-@pytest.mark.parametrize(("alpha", "size"), [(0.35, (61, 47)), pytest.param(1.0, (64, 64), marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("alpha", "size"), [(0.35, (61, 47)), (1.0, (64, 64))])
+@pytest.mark.slow
 def test_a_train_step_is_keras(float64, alpha, size):
     model, keras_model = MobileNetV2(alpha, **TOP), keras_mobilenet_v2(alpha, size, **TOP)
     x = images(size).astype("float64")

@@ -49,13 +49,13 @@ def test_parameter_counts_are_keras(name, top, expected):
     assert count(create_backbone(name, include_top=top)) == expected
 
 
-@pytest.mark.parametrize("size", [(64, 64), (61, 47)])
+@pytest.mark.parametrize("size", [pytest.param((64, 64), marks=pytest.mark.slow), (61, 47)])
 def test_features_and_logits_are_keras(size):
     assert_output_is_keras(ResNet(BLOCKS), keras_resnet(BLOCKS, size), images(size))
     assert_output_is_keras(ResNet(BLOCKS, **TOP), keras_resnet(BLOCKS, size, **TOP), images(size))
 
 
-@pytest.mark.parametrize("size", [(64, 64), (61, 47)])
+@pytest.mark.parametrize("size", [pytest.param((64, 64), marks=pytest.mark.slow), (61, 47)])
 def test_a_train_step_is_keras(size):
     model, keras_model = ResNet(BLOCKS, **TOP), keras_resnet(BLOCKS, size, **TOP)
     assert_train_step_is_keras(model, keras_model, images(size, b=4), rtol=1e-3, cancelled=("_conv",))

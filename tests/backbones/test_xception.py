@@ -47,7 +47,7 @@ def test_parameter_counts_are_keras(top, expected):
     assert count(create_backbone("xception", include_top=top)) == expected
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [SIZES[0], pytest.param(SIZES[1], marks=pytest.mark.slow)])
 def test_features_and_logits_are_keras(thin, size):
     assert_output_is_keras(Xception(**THIN), keras_xception(size), images(size))
     assert_output_is_keras(Xception(**THIN, **TOP), keras_xception(size, **TOP), images(size))

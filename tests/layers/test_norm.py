@@ -148,7 +148,7 @@ def test_a_norm_on_a_gpu_has_fewer_sums_and_waits_for_fewer():
 class Block(nn.Module):
     @nn.compact
     def __call__(self, x, train=True):
-        options = {"layers": 3, "growth": 4, "epsilon": 1e-3, "train": train, "mode": "train"}
+        options = {"layers": 2, "growth": 4, "epsilon": 1e-3, "train": train, "mode": "train"}
         x, statistics = dense_block(x, name="conv2", **options)
         if statistics is not None:
             x = x * (1 + statistics[0] * jnp.sqrt(statistics[1] + 1))[None, None, None].astype(x.dtype)

@@ -30,7 +30,7 @@ def trained(tmp_path_factory):
         f"    return Config(name='cli', run_dir={str(folder / 'run')!r},\n"
         f"        data=DataConfig(image_size=32, synthetic_per_class=20, cache_dir={str(folder / 'cache')!r}),\n"
         "        model=ModelConfig(backbone='densenet_tiny', weights=None, head=HeadConfig(widths=(8,))),\n"
-        "        stages=(StageConfig(epochs=1),), train=TrainConfig(batch_size=16),\n"
+        "        stages=(StageConfig(epochs=1),), train=TrainConfig(batch_size=16, devices=1),\n"
         "        tracking=TrackingConfig(wandb='offline'))\n"
     )
     with pytest.MonkeyPatch.context() as patch:

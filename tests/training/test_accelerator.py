@@ -75,6 +75,7 @@ def test_a_step_of_each_family_in_both_types(family):
     assert abs(losses["bfloat16"][0] - losses["float32"][0]) < 0.1
 
 
+@pytest.mark.slow  # on CPUs, where test_parallel.py compares them in float64
 def test_pmap_is_jit_on_the_devices_there_are():
     config = tiny("densenet", "float32")
     one, alone = updates(config, "jit", 1)

@@ -28,10 +28,11 @@ FROZEN = (StageConfig(epochs=2, train=("attention", "head")), StageConfig(epochs
 
 
 @pytest.fixture
-def frozen_config(tiny_config):
-    """tiny_config with a frozen backbone and no augmentation, end to end on one device."""
-    train = dataclasses.replace(tiny_config.train, devices=1, final_test=True)
-    return dataclasses.replace(tiny_config, augment=OFF, stages=FROZEN, train=train)
+def frozen_config(quick_config):
+    """A frozen backbone of two convolutions, attention and head, in micro-batches, end to end on one device."""
+    train = dataclasses.replace(quick_config.train, accumulate=2, final_test=True)
+    model = dataclasses.replace(quick_config.model, attention="cbam")
+    return dataclasses.replace(quick_config, model=model, stages=FROZEN, train=train)
 
 
 def cached(config, tmp_path, name="cached", **features):

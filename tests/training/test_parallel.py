@@ -54,7 +54,8 @@ def test_float64_steps_agree_on_any_devices(tiny_config):
     """With all that is drawn at random, by micro-batches."""
     train = dataclasses.replace(tiny_config.train, dtype="float64", accumulate=2)
     augment = dataclasses.replace(tiny_config.augment, mixup=0.4, cutmix=1.0, hed=0.05, erase=0.5)
-    config = dataclasses.replace(tiny_config, train=train, augment=augment)
+    model = dataclasses.replace(tiny_config.model, backbone="tests.helpers.net:Net", preprocess="tf")
+    config = dataclasses.replace(tiny_config, model=model, train=train, augment=augment)
     with jax.enable_x64(True):
         one, losses = run_steps(config, "jit", 1)
         assert jax.tree.leaves(one)[0].dtype == np.float64
@@ -196,9 +197,10 @@ def test_devices_that_do_not_divide_the_batch_are_left_out():
 
 
 @pytest.mark.parametrize(("batch_size", "n"), [(16, 1), (16, 17), (5, 7)])
-def test_every_image_is_evaluated_once_whatever_the_sizes(tiny_config, batch_size, n):
-    dataset = load_dataset(tiny_config.data)
-    config = dataclasses.replace(tiny_config, train=dataclasses.replace(tiny_config.train, eval_batch_size=batch_size))
+def test_every_image_is_evaluated_once_whatever_the_sizes(quick_config, batch_size, n):
+    dataset = load_dataset(quick_config.data)
+    train = dataclasses.replace(quick_config.train, eval_batch_size=batch_size, devices=None)
+    config = dataclasses.replace(quick_config, train=train)
     model = create(config.model, len(dataset.classes))
     variables = new_variables(config, model)
     rows = np.arange(3, 3 + n)

@@ -25,7 +25,10 @@ def assert_equal(ours, theirs):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=pytest.mark.slow) if f in ("mobilenet_v2", "xception") else f for f in FAMILIES],
+)
 def test_every_layout_of_every_family(tmp_path, family, layout):
     model, expected = keras_model(family, top=True)
     path = save(model, tmp_path / f"w.{layout}", layout)
