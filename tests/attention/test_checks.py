@@ -202,7 +202,7 @@ EXPECTED = {
     BatchLeak: {"leak": "another first sample changed the others' "},
     BatchSize: {"leak": "a sample alone and the same in a batch of 4 differ in result by up to"},
     BFloat16NaN: {"finite": "evaluation, bfloat16 features of 5x7 places, all 0: "},
-    RootAtZero: {"finite": "evaluation, float32 features of 5x7 places, all 0: gradients/Conv_0/bias is not finite"},
+    RootAtZero: {"finite": "evaluation, float32 features of 5x7 places, all 0: gradients/Conv_0/kernel is not finite"},
     HiddenState: {"deterministic": "evaluation: two calls with one input differ in y by up to"},
     UnknownCollection: {"variables": "it keeps variables in 'memory'; expected none but params and batch_stats"},
     UnseededDropout: {"deterministic": "evaluation: two calls with one input differ in y"},

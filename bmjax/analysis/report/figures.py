@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Paul Tol's bright scheme: told apart by the colour-blind, and in print.
-TRAIN, VAL, RATE, RIGHT, WRONG = "#4477aa", "#ee6677", "#777777", "#228833", "#cc3311"
+TRAIN, TRAIN_EVAL, VAL, RATE, RIGHT, WRONG = "#4477aa", "#66ccee", "#ee6677", "#777777", "#228833", "#cc3311"
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -46,6 +46,43 @@ def plain(axis: Axes) -> None:
     axis.grid(alpha=0.25)
 
 
+def curves(steps: list[dict[str, Any]], epochs: list[dict[str, Any]]) -> Figure:
+    """Loss, accuracy and learning rate, of the records of metrics.jsonl; epochs on the axis where there are any."""
+    figure = new_figure(11, 3.4)
+    loss, accuracy, rate = figure.subplots(1, 3)
+    # Epoch e ends at step ends[e - 1]; every epoch has as many steps.
+    per_epoch = epochs[0]["step"] / epochs[0]["epoch"] if epochs else 1.0
+    x = np.array([r["step"] for r in steps]) / per_epoch
+    if steps:
+        loss.plot(x, [r["loss"] for r in steps], color=TRAIN, lw=0.7, alpha=0.5, label="train, each step")
+        rate.plot(x, [r["lr"] for r in steps], color=RATE)
+
+    def by_epoch(axis: Axes, name: str, color: str, label: str) -> None:
+        points = [(r["epoch"], r[name]) for r in epochs if name in r]
+        if points:
+            marker = {"marker": "o", "ms": 3} if len(points) < 60 else {}
+            axis.plot(*zip(*points, strict=True), color=color, label=label, **marker)
+
+    by_epoch(loss, "train/loss", TRAIN, "train, epoch's mean")
+    by_epoch(loss, "val/loss", VAL, "validation")
+    by_epoch(accuracy, "train/accuracy_running", TRAIN, "train, running")
+    by_epoch(accuracy, "train/accuracy_eval_mode", TRAIN_EVAL, "train, evaluation mode")
+    by_epoch(accuracy, "val/accuracy", VAL, "validation")
+    loss.set_ylim(bottom=0)
+    rate.set_ylim(bottom=0)
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    for axis, title in ((loss, "loss"), (accuracy, "accuracy"), (rate, "learning rate")):
+        axis.set_title(title, loc="left")
+        axis.set_xlabel("epoch" if epochs else "step")
+        axis.set_xlim(left=0)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        plain(axis)
+    for axis in (loss, accuracy):
+        if axis.has_data():
+            axis.legend(frameon=False, fontsize=8)
+    return figure
+
+
 def draw_confusion(axis: Axes, counts: np.ndarray, classes: Sequence[str]) -> None:
     """Counts int [k, k], rows true, columns predicted; below each count its share of the true class."""
     share = counts / np.maximum(counts.sum(1, keepdims=True), 1)
@@ -65,6 +102,14 @@ def draw_confusion(axis: Axes, counts: np.ndarray, classes: Sequence[str]) -> No
     axis.set_yticks(range(len(classes)), names)
     axis.set(xlabel="predicted", ylabel="true (n)")
     axis.spines[:].set_visible(False)
+
+
+def confusion(counts: np.ndarray, classes: Sequence[str]) -> Figure:
+    """The confusion matrix, counts int [k, k], rows true."""
+    side = max(4.2, 0.62 * len(classes) + 1.8)
+    figure = new_figure(side + 0.6, side)
+    draw_confusion(figure.subplots(), counts, classes)
+    return figure
 
 
 def draw_cell(axis: Axes, image: np.ndarray, title: str, color: str) -> None:
