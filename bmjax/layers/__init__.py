@@ -2,7 +2,6 @@
 
 from bmjax.layers.collectives import BATCH_AXIS, all_reversed, all_sum
 from bmjax.layers.dispatch import platform, prepare, traced_for
-from bmjax.layers.initial import evaluated
 from bmjax.layers.modules import BatchNorm, Conv, Dropout, NormMode, Tap
 from bmjax.layers.norm import batch_statistics
 from bmjax.layers.ops import (
@@ -19,6 +18,6 @@ from bmjax.layers.remat import by_stage
 
 __all__ = [
     "BATCH_AXIS", "BatchNorm", "Conv", "Dropout", "NormMode", "Tap", "all_reversed", "all_sum", "at_least_float32",
-    "batch_statistics", "by_stage", "evaluated", "global_average", "largest_divisor", "max_pool", "mean_and_deviation",
+    "batch_statistics", "by_stage", "global_average", "largest_divisor", "max_pool", "mean_and_deviation",
     "over_channels", "platform", "prepare", "round_channels", "traced_for", "unit_mean",
 ]  # fmt: skip

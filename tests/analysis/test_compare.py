@@ -306,7 +306,7 @@ def test_runs_differ_in_attention_and_seed_alone(experiment):
     same = {
         to_json(
             dataclasses.replace(
-                c, name="", run_dir="", seed=0, model=dataclasses.replace(c.model, attention="", attention_options={})
+                c, name="x", run_dir="", seed=0, model=dataclasses.replace(c.model, attention="", attention_options={})
             )
         )
         for c in flat

@@ -85,7 +85,8 @@ def test_features_and_logits_are_keras(size):
         assert_output_is_keras(model, keras_model, x, keras_input=255 * x)
 
 
-@pytest.mark.parametrize("size", [pytest.param((64, 64), marks=pytest.mark.slow), (61, 47)])
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [(64, 64), (61, 47)])
 def test_a_train_step_is_keras(float64, size):
     options, x = REDUCED | TOP | NOT_RANDOM, images(size, b=4).astype("float64")
     model, keras_model = EfficientNet(**options), keras_efficientnet(size, **options)

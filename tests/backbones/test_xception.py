@@ -53,6 +53,7 @@ def test_features_and_logits_are_keras(thin, size):
     assert_output_is_keras(Xception(**THIN, **TOP), keras_xception(size, **TOP), images(size))
 
 
+@pytest.mark.slow
 def test_a_train_step_is_keras(thin, float64):
     x = images(SIZES[1]).astype("float64")
     assert_train_step_is_keras(Xception(**THIN, **TOP), keras_xception(SIZES[1], **TOP), x, rtol=1e-10)

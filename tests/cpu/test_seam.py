@@ -70,7 +70,19 @@ def test_everything_works_without_the_folder(tmp_path):
         '    assert described() == "XLA\'s own operations"\n'
     )
     tests = ["tests/test_run.py", "tests/backbones/test_backbone_contract.py", "-k", "run or there or densenet_tiny"]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error", *tests]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "error",
+        "-o",
+        "markers=slow",
+        *tests,
+    ]
     env = os.environ | {"PYTHONPATH": str(copy)}
     done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]

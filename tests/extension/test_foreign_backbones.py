@@ -25,7 +25,7 @@ from tests.training.test_resume import final_leaves
 NETS = {"vit": (ViT, "early"), "convnext": (ConvNeXt, "stage0")}
 
 
-@pytest.fixture(params=NETS)
+@pytest.fixture(params=["vit", pytest.param("convnext", marks=pytest.mark.slow)])
 def foreign(request, small):
     """(frozen, then all with rates by depth; attention after the first stage and the last; the first stage)."""
     net, stage = NETS[request.param]

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from bmjax.config import ModelConfig
-from bmjax.layers import evaluated
-from bmjax.layers.initial import he_normal
+from bmjax.layers.initial import evaluated, he_normal
 from bmjax.model.create import create, init
 
 

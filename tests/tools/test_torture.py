@@ -13,9 +13,10 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (
+        pytest.param(
             ["kills", "--times", "3", "--saving", "1", "--on", "maps"],
             "runs end bit-equal with each step once, 0 do not",
+            marks=pytest.mark.slow,
         ),
         (["damage", "--times", "15"], "15 damaged files, 0 failed"),
     ],

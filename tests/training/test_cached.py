@@ -169,7 +169,7 @@ def test_attention_and_head_start_as_end_to_end(frozen_config, tmp_path):
     assert tail["params"].keys() == {"attention", "head"}
 
 
-@pytest.mark.parametrize("attention", ["none", "se", "ese+eca"])
+@pytest.mark.parametrize("attention", [pytest.param("none", marks=pytest.mark.slow), "ese+eca"])
 def test_maps_pooled_before_attention_train_the_same(frozen_config, tmp_path, monkeypatch, attention):
     """Where attention only weighs channels by their means: every step's loss, and every probability."""
     model = dataclasses.replace(frozen_config.model, attention=attention, attention_gate=True)

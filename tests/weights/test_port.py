@@ -133,7 +133,13 @@ def keras_twin(monkeypatch):
     monkeypatch.setattr(keras_oracle, "builder", lambda backbone: builders.get(backbone))
 
 
-@pytest.mark.parametrize(("family", "top"), [(family, i % 2 == 0) for i, family in enumerate(FAMILIES)])
+@pytest.mark.parametrize(
+    ("family", "top"),
+    [
+        pytest.param(family, i % 2 == 0, marks=[pytest.mark.slow] if family in ("mobilenet_v2", "xception") else [])
+        for i, family in enumerate(FAMILIES)
+    ],
+)
 def test_a_good_file_is_proven_against_keras_itself(tmp_path, keras_twin, family, top):
     name, path = FAMILIES[family][0], save(keras_model(family, top=top)[0], tmp_path / "w.weights.h5", "weights.h5")
     lines = verify(path, name, size=SIZE)
