@@ -66,6 +66,18 @@ def test_one_flipped_bit_of_the_cache_is_seen(tmp_path, caplog, place):
     assert "made anew" in caplog.text
 
 
+def test_inverted_bytes_of_the_cache_are_seen(tmp_path, caplog):
+    image = np.random.default_rng(0).integers(0, 256, (128, 128, 3), np.uint8)
+    cache.cached(tmp_path, "k" * 64, 1, 128, [image], progress=False)
+    path = tmp_path / ("k" * 32) / "images.npy"
+    data = np.fromfile(path, np.uint8)
+    data[1000:21000] ^= 255
+    data.tofile(path)
+    images, _ = cache.cached(tmp_path, "k" * 64, 1, 128, [image], progress=False)
+    np.testing.assert_array_equal(images, image[None])
+    assert "damaged" in caplog.text
+
+
 def prepared(folder):
     """What a process says that prepares the kernels from this folder."""
     code = "import logging, sys; logging.basicConfig(level=30, stream=sys.stdout, format='%(message)s')\n"
