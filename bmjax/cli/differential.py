@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bmjax.cli.output import add_trust
+from bmjax.cli.output import add_checkpoint, check_out
 from bmjax.cli.reading import add_threshold, check_pixel_size, check_threshold
 
 if TYPE_CHECKING:
@@ -32,11 +32,10 @@ def add_parser(verbs: Any) -> None:
     p.add_argument("paths", metavar="folder", nargs="+", help="a folder of one smear's cells, or images")
     p.add_argument("--out", metavar="FILE", default="differential.csv",
                    help="a row for each class; beside it <name>_review.csv (default: %(default)s)")  # fmt: skip
-    p.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint")
     p.add_argument("--pixel-size", type=float, metavar="UM",
                    help="micrometres to a pixel of these images, if not as in training")  # fmt: skip
     add_threshold(p)
-    add_trust(p)
+    add_checkpoint(p)
     p.set_defaults(run=run)
 
 
@@ -47,8 +46,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     out = Path(options.out)
     if out.suffix != ".csv":
         raise ValueError(f"--out is {options.out!r}; expected a name ending in .csv")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"--out is {options.out!r}, but there is no folder {out.parent}")
+    check_out(out)
     from bmjax.analysis.differential.smear import COLUMNS, REVIEW, differential_of, errors_of, write_table
     from bmjax.analysis.evaluate.judge import Judge, at_pixel_size
     from bmjax.analysis.evaluate.undecided import kept_calibration, undecided_below

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bmjax.cli.output import add_trust
+from bmjax.cli.output import add_checkpoint
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,10 +35,9 @@ def add_parser(verbs: Any) -> None:
     p.add_argument("--target", choices=("predicted", "true"), default="predicted",
                    help="the class whose score is explained (default: %(default)s)")  # fmt: skip
     p.add_argument("--stage", default="last", help="the backbone's stage of the Grad-CAMs (default: %(default)s)")
-    p.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint")
     p.add_argument("--seed", type=int, default=0, help="of the random maps and networks (default: %(default)s)")
     p.add_argument("--no-scores", dest="scores", action="store_false", help="leave out the tests; quicker")
-    add_trust(p)
+    add_checkpoint(p)
     p.add_argument("--data.root", dest="data_root", metavar="FOLDER", help="where the run's data are now")
     p.add_argument("--out", help="folder of the picture and the scores; by default the run's")
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bmjax.cli.output import add_trust
+from bmjax.cli.output import add_checkpoint, check_out
 from bmjax.cli.reading import add_threshold, check_threshold
 
 _NAMES = {"stablehlo": "model.zip", "onnx": "model.onnx"}
@@ -27,10 +27,9 @@ def add_parser(verbs: Any) -> None:
     p.add_argument("run_dir", metavar="run", help="folder of a run")
     p.add_argument("--format", choices=tuple(_NAMES), default="stablehlo", help="default: %(default)s")
     p.add_argument("--out", metavar="FILE", help="by default model.zip or model.onnx in the run's folder")
-    p.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint")
     p.add_argument("--uncalibrated", action="store_true", help="leave the kept calibration out")
     add_threshold(p)
-    add_trust(p)
+    add_checkpoint(p)
     p.set_defaults(run=run)
 
 
@@ -41,8 +40,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     suffix = Path(_NAMES[options.format]).suffix
     if out.suffix != suffix:
         raise ValueError(f"--out is {str(out)!r}; expected a name ending in {suffix} for {options.format}")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"--out is {str(out)!r}, but there is no folder {out.parent}")
+    check_out(out)
     if options.format == "onnx":
         from bmjax.analysis.export.onnx import check_extra
 

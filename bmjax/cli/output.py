@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from bmjax.files import printable
@@ -12,6 +13,25 @@ from bmjax.files import printable
 def add_trust(parser: argparse.ArgumentParser) -> None:
     """Adds the option that lets a run from elsewhere run its own code."""
     parser.add_argument("--trust", action="store_true", help="run the code that a run from elsewhere names")
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Adds the options on how a run is read: which of its checkpoints, and whether its own code may run."""
+    parser.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint")
+    add_trust(parser)
+
+
+def check_out(out: Path) -> None:
+    """Refuses a file to write that can't be one, before any work.
+
+    Raises:
+      FileNotFoundError: its folder is not there.
+      IsADirectoryError: it is a folder itself.
+    """
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"--out is {str(out)!r}, but there is no folder {out.parent}")
+    if out.is_dir():
+        raise IsADirectoryError(f"--out is {str(out)!r}, which is a folder; expected a file's name")
 
 
 def metrics_line(split: str, m: dict[str, Any]) -> str:

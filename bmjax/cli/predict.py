@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from bmjax.runs.folder import Run
 
 from bmjax.cli.answers import Answers, adapt, read_as_each
+from bmjax.cli.output import check_out
 from bmjax.cli.reading import add_reading, check_reading
 from bmjax.cli.weights import predict_imagenet
 
@@ -127,10 +128,7 @@ def _check(options: argparse.Namespace) -> None:
     out = Path(options.out)
     if out.suffix.lower() not in (".csv", ".parquet"):
         raise ValueError(f"--out is {options.out!r}; expected a name ending in .csv or .parquet")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"--out is {options.out!r}, but there is no folder {out.parent}")
-    if out.is_dir():
-        raise IsADirectoryError(f"--out is {options.out!r}, which is a folder; expected a file's name")
+    check_out(out)
     check_reading(options)
     if not options.paths:
         raise ValueError("predict: expected the folder of a run and images, or --weights and images")

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from bmjax.cli.output import add_trust
+from bmjax.cli.output import add_checkpoint
 
 
 def add_reading(p: argparse.ArgumentParser) -> None:
     """The options on how images are read, which `eval` and `predict` share."""
-    p.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint")
     p.add_argument(
         "--views", type=int, choices=(1, 2, 4, 8), default=1, help="means over so many flips and right angles"
     )
@@ -27,7 +26,7 @@ def add_reading(p: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="say don't know of images with features stranger than all but this share of validation's",
     )
-    add_trust(p)
+    add_checkpoint(p)
 
 
 def check_reading(options: argparse.Namespace) -> None:

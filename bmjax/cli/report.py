@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bmjax.cli.output import add_trust
+from bmjax.cli.output import add_trust, check_out
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,10 +41,7 @@ def report(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
     folders = [local_run(path) for path in options.run_dirs]
     out = Path(options.out) if options.out else (folders[0] if len(folders) == 1 else Path()) / "report.html"
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"--out is {str(out)!r}, but there is no folder {out.parent}")
-    if out.is_dir():
-        raise IsADirectoryError(f"--out is {str(out)!r}, which is a folder; expected a file's name")
+    check_out(out)
     from bmjax.analysis.report.facts import read_facts
     from bmjax.analysis.report.report import write_reports
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bmjax.cli.output import add_trust
+from bmjax.cli.output import add_checkpoint
 from bmjax.cli.reading import add_threshold, check_threshold
 
 if TYPE_CHECKING:
@@ -33,9 +33,8 @@ def add_parser(verbs: Any) -> None:
     p.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine)")
     p.add_argument("--port", type=int, default=8765, help="0 takes a free one (default: %(default)s)")
     p.add_argument("--batch-size", type=int, default=8, help="images at most at once (default: %(default)s)")
-    p.add_argument("--which", choices=("best", "last"), default="best", help="checkpoint of a run")
     add_threshold(p)
-    add_trust(p)
+    add_checkpoint(p)
     p.set_defaults(run=run)
 
 

@@ -19,8 +19,8 @@ def shapes_of(name):
 
 
 ALL = list_backbones()
-# Those that are run: a family's other members differ in numbers only.
-SMALL = [name for name in ALL if name.endswith("_tiny")]
+# Those that are run: a family's other members differ in numbers only. DenseNet's small one has four blocks.
+SMALL = [name for name in ALL if name.endswith("_tiny") or name == "densenet_small"]
 
 
 def images(b=4, size=(40, 33)):
@@ -77,7 +77,7 @@ def test_each_layer_is_of_the_stage_that_comes_next(name, some):
 
 
 # Those of separable convolutions compile longest, and are in CI's slow part.
-SLOW = ("efficientnet_tiny", "mobilenet_v2_tiny", "xception_tiny")
+SLOW = ("densenet_small", "efficientnet_tiny", "mobilenet_v2_tiny", "xception_tiny")
 
 
 @pytest.mark.parametrize(
@@ -91,12 +91,15 @@ def test_the_contract_is_kept(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
-def test_eager_is_jit(name):
+def test_eager_is_jit_and_bfloat16_is_near(name):
     model = create_backbone(name)
     variables = jax.jit(model.init)(jax.random.key(0), images())
     eager = model.apply(variables, images())
     jitted = np.asarray(jax.jit(model.apply)(variables, images()))
     np.testing.assert_allclose(jitted, eager, rtol=1e-5, atol=1e-5 * jitted.max())
+    half = jax.jit(create_backbone(name, dtype=jnp.bfloat16).apply)(variables, images())
+    assert half.dtype == jnp.bfloat16
+    assert np.abs(np.asarray(half, np.float32) - jitted).max() < 0.05 * jitted.max()
 
 
 def test_errors_name_what_is_wrong():

@@ -15,23 +15,16 @@ from bmjax.config import from_json
 from bmjax.data.load import load_dataset
 from bmjax.data.sources.folder import image_files
 from bmjax.runs.records import read_records
+from tests.helpers.experiments import write_experiment
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A run of one epoch, made by the command line, with the test split opened once."""
     folder = tmp_path_factory.mktemp("cli")
-    experiment = folder / "experiment.py"
-    experiment.write_text(
-        "from bmjax.config import *\n"
-        "def config():\n"
-        f"    return Config(name='cli', run_dir={str(folder / 'run')!r},\n"
-        f"        data=DataConfig(image_size=32, synthetic_per_class=20, cache_dir={str(folder / 'cache')!r}),\n"
-        "        model=ModelConfig(backbone='densenet_tiny', weights=None, head=HeadConfig(widths=(8,))),\n"
-        "        stages=(StageConfig(epochs=3),), train=TrainConfig(batch_size=16, final_test=True))\n"
-        "def report(result):\n"
-        "    print('reported', result.run_dir)\n"
-    )
+    fields = "stages=(StageConfig(epochs=3),), train=TrainConfig(batch_size=16, final_test=True)"
+    report = "def report(result):\n    print('reported', result.run_dir)\n"
+    experiment = write_experiment(folder, fields, report)
     assert main(["train", str(experiment), "--stages.0.epochs", "1"]) == 0
     return folder
 

@@ -14,6 +14,7 @@ from bmjax.cli import main
 from bmjax.runs import identity
 from bmjax.runs.tables import run_files
 from bmjax.runs.tracking import local_run
+from tests.helpers.experiments import write_experiment
 from tests.helpers.wandb_files import inspect
 
 NAME = "wandb:lab/bmjax/best-a1"
@@ -23,16 +24,8 @@ NAME = "wandb:lab/bmjax/best-a1"
 def trained(tmp_path_factory):
     """A run of one epoch, made by the command line, whose W&B is offline."""
     folder = tmp_path_factory.mktemp("remote")
-    experiment = folder / "experiment.py"
-    experiment.write_text(
-        "from bmjax.config import *\n"
-        "def config():\n"
-        f"    return Config(name='cli', run_dir={str(folder / 'run')!r},\n"
-        f"        data=DataConfig(image_size=32, synthetic_per_class=20, cache_dir={str(folder / 'cache')!r}),\n"
-        "        model=ModelConfig(backbone='densenet_tiny', weights=None, head=HeadConfig(widths=(8,))),\n"
-        "        stages=(StageConfig(epochs=1),), train=TrainConfig(batch_size=16, devices=1),\n"
-        "        tracking=TrackingConfig(wandb='offline'))\n"
-    )
+    fields = "stages=(StageConfig(epochs=1),), train=TrainConfig(batch_size=16, devices=1)"
+    experiment = write_experiment(folder, f"{fields}, tracking=TrackingConfig(wandb='offline')")
     with pytest.MonkeyPatch.context() as patch:
         for name in ("DATA", "CACHE", "CONFIG"):
             patch.setenv(f"WANDB_{name}_DIR", str(folder / name.lower()))

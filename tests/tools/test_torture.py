@@ -14,11 +14,11 @@ ROOT = Path(__file__).resolve().parents[2]
     ("arguments", "said"),
     [
         pytest.param(
-            ["kills", "--times", "3", "--saving", "1", "--on", "maps"],
+            ["kills", "--times", "5", "--saving", "2", "--on", "maps"],
             "runs end bit-equal with each step once, 0 do not",
             marks=pytest.mark.slow,
         ),
-        (["damage", "--times", "15"], "15 damaged files, 0 failed"),
+        (["damage", "--times", "30"], "30 damaged files, 0 failed"),
     ],
     ids=["kills", "damage"],
 )

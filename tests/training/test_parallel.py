@@ -50,11 +50,19 @@ def largest_difference(a, b):
     return max(float(np.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
-def test_float64_steps_agree_on_any_devices(tiny_config):
-    """With all that is drawn at random, by micro-batches."""
-    train = dataclasses.replace(tiny_config.train, dtype="float64", accumulate=2)
+@pytest.mark.parametrize(
+    ("backbone", "accumulate"),
+    [
+        ("tests.helpers.net:Net", 2),
+        pytest.param("densenet_tiny", 1, marks=pytest.mark.slow),
+        pytest.param("densenet_tiny", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_float64_steps_agree_on_any_devices(tiny_config, backbone, accumulate):
+    """With all that is drawn at random."""
+    train = dataclasses.replace(tiny_config.train, dtype="float64", accumulate=accumulate)
     augment = dataclasses.replace(tiny_config.augment, mixup=0.4, cutmix=1.0, hed=0.05, erase=0.5)
-    model = dataclasses.replace(tiny_config.model, backbone="tests.helpers.net:Net", preprocess="tf")
+    model = dataclasses.replace(tiny_config.model, backbone=backbone, preprocess="tf")
     config = dataclasses.replace(tiny_config, model=model, train=train, augment=augment)
     with jax.enable_x64(True):
         one, losses = run_steps(config, "jit", 1)

@@ -40,7 +40,7 @@ def final_leaves(run_dir):
 def assert_same_end(a, b):
     left, right = final_leaves(a), final_leaves(b)
     assert left.keys() == right.keys()
-    assert len(left) > 30
+    assert len(left) > 50
     for path, leaf in left.items():
         np.testing.assert_array_equal(leaf, right[path], err_msg=path)
     for split in ("train", "val"):

@@ -71,11 +71,12 @@ def thumbnails(predictions: Predictions, images: np.ndarray, most: int = MOST) -
         for i, row in enumerate(part):
             cell = Image.fromarray(np.asarray(images[predictions.index[row]]))
             sheet.paste(cell.resize((SIDE, SIDE), Image.Resampling.BOX), (i % COLUMNS * SIDE, i // COLUMNS * SIDE))
-        sheets.append(_data_url(sheet, _QUALITY))
+        sheets.append(data_url(sheet, _QUALITY))
     return Thumbnails(tuple(sheets), {int(row): i for i, row in enumerate(rows)})
 
 
-def _data_url(picture: Image.Image, quality: int) -> str:
+def data_url(picture: Image.Image, quality: int) -> str:
+    """A picture as the address of a JPEG that holds it."""
     data = io.BytesIO()
     picture.save(data, "JPEG", quality=quality, optimize=True)
     return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
@@ -104,5 +105,5 @@ def mistakes(
         picture = Image.fromarray(beside_maps(cells[i], [values[i] for values in maps.values()], least=1))
         width = round(LARGE * picture.width / picture.height)
         picture = picture.resize((width, LARGE), Image.Resampling.BICUBIC)
-        found.append(Mistake(int(row), _data_url(picture, _QUALITY_LARGE)))
+        found.append(Mistake(int(row), data_url(picture, _QUALITY_LARGE)))
     return found, list(maps)

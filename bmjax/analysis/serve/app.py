@@ -7,10 +7,8 @@ as the body) and answers with JSON. Nothing that a client sends is kept.
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
 import dataclasses
-import io
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from starlette.routing import Route
 
 from bmjax.analysis.evaluate.refusal import UNSURE
 from bmjax.analysis.export.program import Facts
+from bmjax.analysis.report.pictures import data_url
 from bmjax.analysis.serve.batching import Batcher, Full
 from bmjax.analysis.serve.engine import Engine, read_upload
 from bmjax.analysis.serve.guard import Guard
@@ -36,6 +35,7 @@ from bmjax.analysis.serve.guard import Guard
 MAX_FILES, MAX_FILE_BYTES, MAX_BODY_BYTES = 64, 16 << 20, 64 << 20
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 _UPLOAD_SECONDS, _DECODED_AT_ONCE = 60.0, 2
+_QUALITY = 88
 _PAGE = Path(__file__).parent / "page"
 _KINDS = {"index.html": "text/html", "app.js": "text/javascript", "style.css": "text/css"}
 
@@ -156,15 +156,10 @@ def answer(probs: np.ndarray, facts: Facts) -> dict[str, Any]:
 
 def pictures(image: np.ndarray, over: np.ndarray | None) -> dict[str, str | None]:
     """An image uint8 [s, s, 3] as the model reads it, and the map [s, s] over it, as addresses that hold them."""
+    seen = data_url(Image.fromarray(image), _QUALITY)
     if over is None:
-        return {"seen": _as_address(image), "map": None}
+        return {"seen": seen, "map": None}
     from bmjax.analysis.report.figures import beside_maps
 
     both = beside_maps(image, [over], least=1)
-    return {"seen": _as_address(image), "map": _as_address(both[:, image.shape[1] :])}
-
-
-def _as_address(image: np.ndarray) -> str:
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "JPEG", quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    return {"seen": seen, "map": data_url(Image.fromarray(both[:, image.shape[1] :]), _QUALITY)}
