@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange, reduce
 
-from bmjax.layers import BatchNorm, Conv, global_average
+from bmjax.layers import BatchNorm, Conv, global_average, maximum_over
 
 
 class CBAM(nn.Module):
@@ -29,7 +29,7 @@ class CBAM(nn.Module):
         """[b, h, w, c] -> [b, h, w, c]; sows the map over places [b, h, w] as `map`, that over channels [b, c] as
         `channel_map`, both 0..1."""
         x = x * rearrange(self._channels(x), "b c -> b 1 1 c")
-        places = jnp.stack([reduce(x, "b h w c -> b h w", "max"), x.mean(-1)], axis=-1)
+        places = jnp.stack([maximum_over(x, -1), x.mean(-1)], axis=-1)
         z = Conv(1, self.kernel_size, padding=self.kernel_size // 2, name="spatial_conv")(places)
         gate = nn.sigmoid(BatchNorm(epsilon=1e-5, name="spatial_bn")(z, train=train))
         self.sow("intermediates", "map", reduce(gate, "b h w 1 -> b h w", "sum"))
@@ -39,7 +39,7 @@ class CBAM(nn.Module):
         c = x.shape[-1]
         first = nn.Dense(max(1, c // self.ratio), use_bias=self.use_bias, dtype=x.dtype, name="reduce")
         second = nn.Dense(c, use_bias=self.use_bias, dtype=x.dtype, name="expand")
-        pooled = (global_average(x).astype(x.dtype), reduce(x, "b h w c -> b c", "max"))
+        pooled = (global_average(x).astype(x.dtype), maximum_over(x, (1, 2)))
         gate = nn.sigmoid(sum(second(nn.relu(first(p))) for p in pooled))
         self.sow("intermediates", "channel_map", gate)
         return gate

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from bmjax.layers import BatchNorm, Conv, unit_mean
+from bmjax.layers import BatchNorm, Conv, maximum_over, unit_mean
 
 
 class TripletAttention(nn.Module):
@@ -29,6 +29,6 @@ class TripletAttention(nn.Module):
 
     def _gate(self, x: jax.Array, name: str, train: bool) -> jax.Array:
         """[b, p, q, r] -> [b, p, q, 1]."""
-        z = jnp.stack([x.max(-1), x.mean(-1)], axis=-1)
+        z = jnp.stack([maximum_over(x, -1), x.mean(-1)], axis=-1)
         z = Conv(1, self.kernel_size, padding=self.kernel_size // 2, name=f"{name}_conv")(z)
         return nn.sigmoid(BatchNorm(epsilon=1e-5, name=f"{name}_bn")(z, train=train))

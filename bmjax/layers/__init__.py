@@ -9,6 +9,7 @@ from bmjax.layers.ops import (
     global_average,
     largest_divisor,
     max_pool,
+    maximum_over,
     mean_and_deviation,
     over_channels,
     round_channels,
@@ -18,6 +19,6 @@ from bmjax.layers.remat import by_stage
 
 __all__ = [
     "BATCH_AXIS", "BatchNorm", "Conv", "Dropout", "NormMode", "Tap", "all_reversed", "all_sum", "at_least_float32",
-    "batch_statistics", "by_stage", "global_average", "largest_divisor", "max_pool", "mean_and_deviation",
-    "over_channels", "platform", "prepare", "round_channels", "traced_for", "unit_mean",
+    "batch_statistics", "by_stage", "global_average", "largest_divisor", "max_pool", "maximum_over",
+    "mean_and_deviation", "over_channels", "platform", "prepare", "round_channels", "traced_for", "unit_mean",
 ]  # fmt: skip

@@ -161,6 +161,32 @@ def mean_and_deviation(x: jax.Array, axes: tuple[int, ...]) -> tuple[jax.Array, 
     return mean, jnp.where(positive, jnp.sqrt(jnp.where(positive, variance, 1)), 0)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def maximum_over(x: jax.Array, axes: int | tuple[int, ...]) -> jax.Array:
+    """The largest value over axes, which go; its gradient is shared by all that equal it but for rounding.
+
+    XLA may compute x a second time where the gradient is taken, with other roundings. Then nothing equals the maximum
+    bit for bit, and the gradient of `jnp.max` is 0 / 0.
+    """
+    return x.max(axes)
+
+
+@maximum_over.defjvp
+def _maximum_over_jvp(
+    axes: int | tuple[int, ...], primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    (x,), (dx,) = primals, tangents
+    largest = x.max(axes, keepdims=True)
+    gone = tuple(axis % x.ndim for axis in (axes if isinstance(axes, tuple) else (axes,)))
+    return lax.squeeze(largest, gone), (dx * lax.stop_gradient(shares_of(x, largest, axes))).sum(axes)
+
+
+def shares_of(x: jax.Array, largest: jax.Array, axes: int | tuple[int, ...]) -> jax.Array:
+    """Each element's share of the gradient of a maximum over axes, which `largest` keeps with length one."""
+    near = (x >= largest - 4 * jnp.finfo(x.dtype).eps * jnp.abs(largest)).astype(x.dtype)
+    return near / jnp.maximum(near.sum(axes, keepdims=True), 1)
+
+
 def max_pool(x: jax.Array, window: int, stride: int, padding: Padding) -> jax.Array:
     """The largest value of each square window: [b, h, w, c] -> [b, h', w', c]. Padded with -inf.
 

@@ -11,6 +11,7 @@ from flax import traverse_util
 from bmjax import registry
 from bmjax.analysis.contract.examine import examine
 from bmjax.backbones import create_backbone, list_backbones, stage_of_parameters
+from tests.helpers.slow import slow_but
 
 
 @functools.cache
@@ -77,12 +78,10 @@ def test_each_layer_is_of_the_stage_that_comes_next(name, some):
 
 
 # Those of separable convolutions compile longest, and are in CI's slow part.
-SLOW = ("densenet_small", "efficientnet_tiny", "mobilenet_v2_tiny", "xception_tiny")
+QUICK = {"densenet_tiny", "resnet_tiny"}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in SMALL]
-)
+@pytest.mark.parametrize("name", slow_but(QUICK, SMALL))
 def test_the_contract_is_kept(name):
     """What a tap returns replaces the stage; gradients reach everything; frozen statistics stay; bfloat16 is near; four
     devices are one, in float64."""

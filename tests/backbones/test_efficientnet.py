@@ -100,6 +100,7 @@ def test_a_train_step_of_efficientnetb0_is_keras(float64):
     assert_train_step_is_keras(model, keras_model, x, rtol=1e-10, keras_input=255 * x, cancelled=CANCELLED)
 
 
+@pytest.mark.slow
 def test_efficientnetb0_forward_order_and_rates_are_keras():
     model, keras_model = create_backbone("efficientnetb0"), keras_efficientnet((64, 64), include_top=True)
     rates = {layer.name: layer.rate for layer in keras_model.layers if layer.name.endswith("drop")}

@@ -61,6 +61,7 @@ def test_a_train_step_is_keras(float64, alpha, size):
     assert_train_step_is_keras(model, keras_model, x, rtol=1e-10, cancelled=("_project_BN",))
 
 
+@pytest.mark.slow
 def test_forward_of_the_full_width_and_the_order_of_its_layers_are_keras():
     keras_model = keras_mobilenet_v2(1.0, (64, 64))
     assert_output_is_keras(create_backbone("mobilenet_v2"), keras_model, images((64, 64)))

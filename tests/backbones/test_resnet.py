@@ -67,6 +67,7 @@ def test_a_train_step_of_resnet50_is_keras(float64):
     assert_train_step_is_keras(create_backbone("resnet50", **TOP), keras_model, x, rtol=1e-10, cancelled=("_conv",))
 
 
+@pytest.mark.slow
 def test_resnet50_forward_and_the_order_of_its_layers_are_keras():
     keras_model = keras_resnet(RESNET50, (64, 64))
     assert_output_is_keras(create_backbone("resnet50"), keras_model, images((64, 64)))

@@ -65,6 +65,7 @@ def test_a_train_step_of_the_full_width_is_keras(float64):
     assert_train_step_is_keras(model, keras_model, images(SIZES[0]).astype("float64"), rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_forward_of_the_full_width_and_the_order_of_its_layers_are_keras():
     keras_model = keras_xception((71, 71), **TOP)
     assert_output_is_keras(create_backbone("xception", **TOP), keras_model, images((71, 71)))

@@ -107,6 +107,7 @@ def gradient_program(layers):
     return jax.jit(jax.grad(loss)).trace(variables["params"], variables["batch_stats"], x)
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_layers_not_with_their_square():
     def temporaries(layers):
         return gradient_program(layers).lower().compile().memory_analysis().temp_size_in_bytes

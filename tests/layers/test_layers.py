@@ -16,6 +16,7 @@ from bmjax.layers import (
     global_average,
     largest_divisor,
     max_pool,
+    maximum_over,
     mean_and_deviation,
     over_channels,
     round_channels,
@@ -23,6 +24,7 @@ from bmjax.layers import (
 )
 from bmjax.layers.collectives import batch_axis_bound
 from bmjax.layers.dispatch import traced_for
+from bmjax.layers.ops import shares_of
 
 rng = np.random.default_rng
 
@@ -303,3 +305,26 @@ def test_max_pool_and_its_gradient_are_xlas(spatial, window, stride, padding):
 
 def test_round_channels():
     assert [round_channels(n) for n in (3, 8, 11.9, 12, 19.2, 24.5, 60)] == [8, 8, 16, 16, 24, 24, 64]
+
+
+def test_a_maximum_has_jnps_value_and_gradient():
+    x = jnp.asarray(np.random.default_rng(0).integers(-3, 4, (2, 3, 4, 8)), jnp.float32)  # many are equal
+    for axes in (-1, (1, 2)):
+        weights = np.random.default_rng(1).standard_normal(x.max(axes).shape)
+
+        def score(x, largest, axes=axes, weights=weights):
+            return (weights * jnp.square(largest(x, axes))).sum()
+
+        ours, theirs = (jax.value_and_grad(score)(x, largest) for largest in (maximum_over, jnp.max))
+        np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-6)
+        np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-6)
+
+
+def test_a_maximum_passes_its_gradient_on_where_rounding_hid_it():
+    """What XLA gave that computed x twice: the value of a maximum that no element has bit for bit."""
+    x = jnp.asarray([[1.0, 3.0, 2.0]])
+    rounded = np.nextafter(np.float32(3), np.float32(4))
+    (tangent,) = jax.vjp(lambda x: maximum_over(x, -1), x)[1](jnp.ones(1))
+    np.testing.assert_array_equal(tangent, [[0, 1, 0]])
+    np.testing.assert_array_equal(shares_of(x, jnp.asarray([[rounded]]), -1), [[0, 1, 0]])
+    assert np.isfinite(shares_of(x, jnp.asarray([[np.float32(np.inf)]]), -1)).all()

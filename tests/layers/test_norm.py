@@ -177,7 +177,7 @@ def outcome(module, variables, x, train):
 
 
 FORMED = [
-    ("dense_in_place", Block(), True),
+    pytest.param("dense_in_place", Block(), True, marks=pytest.mark.slow),
     ("dense_in_place", Block(), False),
     ("dense_remat", Block(), True),
     ("dense_remat", Block(), False),

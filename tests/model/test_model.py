@@ -15,8 +15,10 @@ from bmjax.config.training import PARTS
 from bmjax.model.create import create, init
 from bmjax.model.parameters import count_parameters, parameter_table, part_of
 from bmjax.weights.preprocess import preprocess
+from tests.helpers.slow import slow_but
 
 TINY = ModelConfig(backbone="densenet_tiny", weights=None, attention="cbam", head=HeadConfig(widths=(16,)))
+NETS = [name for name in list_backbones() if name.endswith("_tiny")]
 K = 5
 
 
@@ -76,7 +78,7 @@ def gated_everywhere(backbone):
     return gated, create(config, K), variables
 
 
-@pytest.mark.parametrize("backbone", [name for name in list_backbones() if name.endswith("_tiny")])
+@pytest.mark.parametrize("backbone", slow_but({"densenet_tiny", "mobilenet_v2_tiny"}, NETS))
 def test_behind_gates_the_network_starts_as_without_attention_bit_by_bit(backbone):
     gated, plain, variables = gated_everywhere(backbone)
     without = {

@@ -116,6 +116,7 @@ def test_the_moving_average_gets_statistics_of_its_own_parameters(small, tmp_pat
     assert any(jax.tree.leaves(differ))
 
 
+@pytest.mark.slow
 def test_few_steps_evaluate_as_well_as_they_train(small):
     """28 steps: by the lagging statistics nearly every cell is of one class; by the recomputed ones it is not."""
     small = dataclasses.replace(

@@ -15,6 +15,7 @@ from bmjax import weights
 from bmjax.weights import keras_files
 from bmjax.weights.preprocess import IMAGENET_MEAN_RGB, IMAGENET_STD_RGB
 from tests.helpers.keras_saved import FAMILIES, keras_model, save
+from tests.helpers.slow import slow_but
 
 LAYOUTS = ["h5", "weights.h5", "nameless.weights.h5", "keras"]
 
@@ -25,10 +26,7 @@ def assert_equal(ours, theirs):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(
-    "family",
-    [pytest.param(f, marks=pytest.mark.slow) if f in ("mobilenet_v2", "xception") else f for f in FAMILIES],
-)
+@pytest.mark.parametrize("family", slow_but({"densenet", "resnet"}, FAMILIES))
 def test_every_layout_of_every_family(tmp_path, family, layout):
     model, expected = keras_model(family, top=True)
     path = save(model, tmp_path / f"w.{layout}", layout)
@@ -39,7 +37,7 @@ def test_every_layout_of_every_family(tmp_path, family, layout):
     assert_equal(variables, expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_but({"densenet", "mobilenet_v2"}, FAMILIES))
 def test_a_top_that_the_network_has_not_is_left_out(tmp_path, family):
     model, expected = keras_model(family, top=True)
     name, path = FAMILIES[family][0], save(model, tmp_path / "w.h5", "h5")

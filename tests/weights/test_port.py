@@ -14,6 +14,7 @@ from bmjax.model.create import create, init, resolve
 from bmjax.weights import catalog, keras_oracle, safetensors_files
 from bmjax.weights.verify import verify
 from tests.helpers.keras_saved import FAMILIES, SIZE, keras_model, save
+from tests.helpers.slow import slow_but
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def ported(tmp_path):
     return path, out, weights.port(path, "resnet_test", out)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", slow_but({"densenet", "resnet"}, FAMILIES))
 def test_what_is_ported_is_what_was_read(tmp_path, family):
     name, (model, expected) = FAMILIES[family][0], keras_model(family, top=True)
     path, out = save(model, tmp_path / "w.weights.h5", "weights.h5"), tmp_path / "w.safetensors"
@@ -135,10 +136,7 @@ def keras_twin(monkeypatch):
 
 @pytest.mark.parametrize(
     ("family", "top"),
-    [
-        pytest.param(family, i % 2 == 0, marks=[pytest.mark.slow] if family in ("mobilenet_v2", "xception") else [])
-        for i, family in enumerate(FAMILIES)
-    ],
+    slow_but({("densenet", True), ("resnet", False)}, [(family, i % 2 == 0) for i, family in enumerate(FAMILIES)]),
 )
 def test_a_good_file_is_proven_against_keras_itself(tmp_path, keras_twin, family, top):
     name, path = FAMILIES[family][0], save(keras_model(family, top=top)[0], tmp_path / "w.weights.h5", "weights.h5")
