@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import jaxpr_as_fun
+from jax.extend.core import Literal, jaxpr_as_fun
 
 _FORWARD = {"conv_general_dilated", "dot_general", "ffi_call", "custom_jvp_call", "custom_vjp_call", "while", "scan"}
 
@@ -40,8 +40,8 @@ def evaluated(function: Callable[..., Any], *arguments: Any) -> Any:
     for equation in reversed(jaxpr.eqns):
         if not any(id(v) in needed for v in equation.outvars):
             continue
-        if equation.primitive.name == "broadcast_in_dim" and hasattr(equation.invars[0], "val"):
-            constant[id(equation.outvars[0])] = equation.invars[0].val  # zeros and ones: nothing to compile
+        if equation.primitive.name == "broadcast_in_dim" and isinstance(value := equation.invars[0], Literal):
+            constant[id(equation.outvars[0])] = value.val  # zeros and ones: nothing to compile
             continue
         kept.append(equation)
         needed |= {id(v) for v in equation.invars}
@@ -52,7 +52,7 @@ def evaluated(function: Callable[..., Any], *arguments: Any) -> Any:
     small = closed.replace(jaxpr=jaxpr.replace(eqns=kept[::-1], outvars=drawn))
     results = iter(jaxpr_as_fun(small)(*jax.tree.leaves(arguments)))
     leaves = [
-        jnp.asarray(np.full(v.aval.shape, constant[id(v)], v.aval.dtype)) if id(v) in constant else next(results)
-        for v in jaxpr.outvars
+        jnp.asarray(np.full(shape.shape, constant[id(v)], shape.dtype)) if id(v) in constant else next(results)
+        for v, shape in zip(jaxpr.outvars, jax.tree.leaves(shapes), strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
