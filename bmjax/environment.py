@@ -6,6 +6,7 @@ Nothing here overrides what the user has set.
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import platform
 import stat
@@ -65,6 +66,12 @@ def check_own_cache(folder: Path) -> None:
             f"the cache {folder} {why}, so its contents are not to be trusted; expected a folder of your own: set "
             "BMJAX_CACHE or data.cache_dir, or take the right away (chmod go-w)"
         )
+
+
+def quiet_libraries(*further: str) -> None:
+    """Of the libraries that say much, and of further loggers, warnings alone are said."""
+    for name in ("absl", "jax", "orbax", "grain", *further):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def version() -> str:

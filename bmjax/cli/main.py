@@ -152,5 +152,4 @@ def _set_logging(options: argparse.Namespace) -> None:
     handler.setFormatter(_Printable("%(message)s"))
     logging.basicConfig(level=max(level, logging.INFO), handlers=[handler], force=True)
     logging.getLogger("bmjax").setLevel(level)
-    for noisy in ("absl", "jax", "orbax", "grain"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    environment.quiet_libraries()

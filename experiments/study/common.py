@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from bmjax import environment
 from bmjax.analysis.study.records import Entry, Part, read_part, write_part
 from bmjax.config import (
     AugmentConfig,
@@ -118,8 +119,7 @@ def settings(doc: str | None, arguments: Sequence[str] | None = None) -> Setting
     if options.seeds < 1:
         parser.error(f"--seeds is {options.seeds}; expected at least 1")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-    for noisy in ("absl", "jax", "orbax", "grain", "bmjax.training"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    environment.quiet_libraries("bmjax.training")
     return Settings(**vars(options))
 
 

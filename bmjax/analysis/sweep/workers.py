@@ -109,8 +109,7 @@ def main(folder: str, cores: str) -> int:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, [int(core) for core in cores.split(",")])  # before jax makes its threads
     logging.basicConfig(level=logging.INFO, format=f"worker {os.getpid()}: %(message)s", stream=sys.stderr)
-    for noisy in ("absl", "jax", "orbax", "grain", "bmjax.training"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    environment.quiet_libraries("bmjax.training")
     _follow_parent()
     from bmjax.analysis.sweep.here import train_here
     from bmjax.analysis.sweep.plan import load
