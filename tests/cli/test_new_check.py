@@ -11,12 +11,13 @@ from bmjax.cli import check
 from bmjax.cli.main import main
 from bmjax.cli.new import written
 from bmjax.config.experiment import load_experiment
+from tests.helpers.slow import slow_but
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 OWN = [kind for kind in check.KINDS if kind != "attention"]
 
 
-@pytest.mark.parametrize("kind", OWN)
+@pytest.mark.parametrize("kind", slow_but({*OWN} - {"backbone"}, OWN))
 def test_the_starting_file_passes_its_check_and_tells_its_kind(kind, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["new", kind, "my_part"]) == 0

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 TRACE = """
@@ -47,6 +49,7 @@ def test_compiling_says_so_before_it_starts(tmp_path):
     assert "compiling the kernels for this CPU" in seen.read_text()
 
 
+@pytest.mark.slow
 def test_everything_works_without_the_folder(tmp_path):
     """A copy of the package without bmjax/cpu: the backbones' contract on a small one, a training, and a prediction."""
     copy = tmp_path / "copy"

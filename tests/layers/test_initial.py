@@ -15,7 +15,8 @@ from bmjax.model.create import create, init
 def test_he_normal_is_flaxs(shape):
     key = jax.random.key(3)
     expected = nn.initializers.variance_scaling(2.0, "fan_in", "normal")(key, shape, jnp.float32)
-    np.testing.assert_array_equal(he_normal(key, shape), expected)
+    # Where Flax's is one program, it rounds the product of two constants otherwise.
+    np.testing.assert_allclose(he_normal(key, shape), expected, rtol=3e-7)
 
 
 def test_variables_are_those_of_one_program():

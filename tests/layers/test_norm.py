@@ -178,7 +178,7 @@ def outcome(module, variables, x, train):
 
 FORMED = [
     pytest.param("dense_in_place", Block(), True, marks=pytest.mark.slow),
-    ("dense_in_place", Block(), False),
+    pytest.param("dense_in_place", Block(), False, marks=pytest.mark.slow),
     ("dense_remat", Block(), True),
     ("dense_remat", Block(), False),
     ("depthwise_taps", Depthwise(), True),

@@ -17,6 +17,7 @@ def tool():
     return module
 
 
+@pytest.mark.slow
 def test_each_correction_helps_the_rare_classes(tool):
     """Plain cross-entropy learns the frequencies, and the best classifier for balanced accuracy ignores them (Menon et
     al. 2021): on the same data each correction gains recall of rare classes and loses some of common ones."""

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
             "runs end bit-equal with each step once, 0 do not",
             marks=pytest.mark.slow,
         ),
-        (["damage", "--times", "30"], "30 damaged files, 0 failed"),
+        pytest.param(["damage", "--times", "30"], "30 damaged files, 0 failed", marks=pytest.mark.slow),
     ],
     ids=["kills", "damage"],
 )

@@ -37,7 +37,7 @@ def test_every_layout_of_every_family(tmp_path, family, layout):
     assert_equal(variables, expected)
 
 
-@pytest.mark.parametrize("family", slow_but({"densenet", "mobilenet_v2"}, FAMILIES))
+@pytest.mark.parametrize("family", slow_but({"densenet"}, FAMILIES))
 def test_a_top_that_the_network_has_not_is_left_out(tmp_path, family):
     model, expected = keras_model(family, top=True)
     name, path = FAMILIES[family][0], save(model, tmp_path / "w.h5", "h5")
@@ -125,7 +125,7 @@ def test_the_names_of_the_published_mobilenet_v2(tmp_path):
     assert_equal(weights.read(path, "mobilenet_v2_035")[1], expected)
 
 
-@pytest.mark.parametrize("family", ["resnet", "xception"])
+@pytest.mark.parametrize("family", slow_but({"resnet"}, ["resnet", "xception"]))
 def test_files_whose_names_keras_1_made_up(tmp_path, family):
     """`convolution2d_1/convolution2d_1_W:0` and the like, as in the published Xception."""
     _, expected = keras_model(family)
@@ -154,6 +154,7 @@ def test_names_that_a_longer_session_made_up(tmp_path, layout):
     assert_equal(weights.read(path, "xception_test")[1], expected)
 
 
+@pytest.mark.slow
 def test_the_input_of_efficientnet_shows_in_its_normalization(tmp_path):
     path = save(keras_model("efficientnet")[0], tmp_path / "w.weights.h5", "weights.h5")
     assert weights.read(path, "efficientnet_test")[0].preprocess == "unit"
