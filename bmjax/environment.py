@@ -23,6 +23,8 @@ CPU_FLAGS = (
     "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
 )
 CPU_FLAGS_JAXLIB = ("0.10.2",)
+# Where they were measured and change no more than memory, by a tenth and for the worse (docs/speed.md).
+CPU_FLAGS_NEEDLESS = ("0.12.0.1",)
 # Of GPUs, for programs on several: gradients are exchanged while others are still computed. On one GPU it changes
 # nothing. Set only for versions of jaxlib that are known to know it.
 GPU_FLAGS = ("--xla_gpu_enable_latency_hiding_scheduler=true",)

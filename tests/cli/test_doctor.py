@@ -94,6 +94,9 @@ def test_the_flags_for_cpus(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
     assert level("XLA_FLAGS") == "WARN"
     monkeypatch.setattr(environment, "CPU_FLAGS_JAXLIB", ())
+    monkeypatch.setattr(environment, "CPU_FLAGS_NEEDLESS", ())
+    assert level("XLA_FLAGS") == "OK"
+    monkeypatch.setattr(environment, "CPU_FLAGS_NEEDLESS", (metadata.version("jaxlib"),))
     assert level("XLA_FLAGS") == "OK"
 
 

@@ -1,4 +1,4 @@
-"""Measures the formulations of bmjax/convolution.py on this CPU and writes the table they are chosen by.
+"""Measures the formulations of bmjax/cpu/convolution.py on this CPU and writes the table they are chosen by.
 
     python tools/bench/tune_conv.py [--rounds 9] [--kind grouped] [--write]
 
@@ -24,6 +24,7 @@ import numpy as np
 # isort: on
 from bmjax.cpu import build as native
 from bmjax.cpu import convolution, formulations
+from bmjax.layers import prepare
 
 TABLE = Path(convolution.__file__).with_name("convolution_table.json")
 BATCH = 16
@@ -121,6 +122,7 @@ def main() -> None:
     parser.add_argument("--kind", choices=sorted({shape_of(spec).kind for spec in SHAPES}), help="default: all")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
+    prepare()  # builds the kernels, which are formulations too
     kept = [row for row in convolution.table()["rows"] if args.kind and convolution.shape_of_row(row).kind != args.kind]
     chosen = [spec for spec in SHAPES if args.kind in (None, shape_of(spec).kind)]
     rows = kept + [row for spec in chosen for row in rows_of(spec, args.rounds)]
