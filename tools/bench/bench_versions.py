@@ -3,9 +3,9 @@
     python tools/bench/bench_versions.py PYTHON [PYTHON ...] [--backbone densenet121] [--batch 16] [--rounds 12]
 
 PYTHON is the interpreter of an environment that has bmjax. Each serves bmjax's step of tools/bench/bench.py, in a
-process that lives as long as the others'; with `+flags` behind it, with the CPU's flags of bmjax/environment.py, whether
-or not they are set for its jaxlib. Prints Markdown: medians, and the median of the ratios to the first within a round, for the
-machine's speed drifts.
+process that lives as long as the others'; with `+flags` behind it, with the CPU's flags of bmjax/environment.py,
+whether or not they are set for its jaxlib. Prints Markdown: medians, and the median of the ratios to the first within a
+round, for the machine's speed drifts.
 """
 
 from __future__ import annotations
