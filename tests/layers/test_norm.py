@@ -179,7 +179,7 @@ def outcome(module, variables, x, train):
 FORMED = [
     pytest.param("dense_in_place", Block(), True, marks=pytest.mark.slow),
     pytest.param("dense_in_place", Block(), False, marks=pytest.mark.slow),
-    ("dense_remat", Block(), True),
+    pytest.param("dense_remat", Block(), True, marks=pytest.mark.slow),
     ("dense_remat", Block(), False),
     ("depthwise_taps", Depthwise(), True),
     ("depthwise_taps", Depthwise(2), True),

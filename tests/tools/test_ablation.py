@@ -31,7 +31,8 @@ def test_changes_are_held_to_the_first_over_whole_seeds(quick_config):
 
 
 def test_another_sweep_is_refused(quick_config):
-    cells = cells_of(dataclasses.replace(quick_config, stages=(StageConfig(epochs=1),)), [{"seed": 1}])
+    cells = cells_of(quick_config, [{"seed": 1}])
+    write_row(cells[0], row_of(cells[0], FAILED, 0.0))
     run_sweep(quick_config, cells)
     with pytest.raises(ValueError, match="expected CHANGE-SEED"):
         table(cells[0].config.run_dir.rpartition("/")[0])

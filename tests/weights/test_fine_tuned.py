@@ -13,6 +13,7 @@ from bmjax.backbones import create_backbone
 from bmjax.cli.main import main
 from bmjax.weights.network import network_shapes
 from tests.helpers.keras_saved import SIZE, keras_model, save
+from tests.helpers.slow import slow_but
 
 LAYOUTS = ["h5", "weights.h5", "keras", "nameless.weights.h5"]
 
@@ -44,7 +45,10 @@ def assert_equal(found, expected):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "flat"])
-@pytest.mark.parametrize(("family", "member"), [("densenet", "densenet_test"), ("xception", "xception_test")])
+@pytest.mark.parametrize(
+    ("family", "member"),
+    slow_but({("densenet", "densenet_test")}, [("densenet", "densenet_test"), ("xception", "xception_test")]),
+)
 def test_the_base_is_found_and_the_head_named(tmp_path, caplog, family, member, nested, layout):
     expected = keras_model(family)[1]
     path = save(tuned(family, nested), tmp_path / f"w.{layout}", layout)
@@ -62,6 +66,7 @@ def test_the_base_may_have_any_name(tmp_path, name):
     assert_equal(weights.read(path, "densenet_test")[1], keras_model("densenet")[1])
 
 
+@pytest.mark.slow
 def test_the_input_of_a_nested_efficientnet_is_its_own(tmp_path):
     path = save(tuned("efficientnet", True), tmp_path / "w.keras", "keras")
     record, variables = weights.read(path, "efficientnet_test")

@@ -106,6 +106,7 @@ def write_older(path, layers):
     return path
 
 
+@pytest.mark.slow
 def test_the_names_of_the_published_mobilenet_v2(tmp_path):
     """`mobl1_conv_1_expand` and `bn1_conv_1_bn_expand`, as the first version of Keras's MobileNetV2 named them."""
     _, expected = keras_model("mobilenet_v2", top=True)
