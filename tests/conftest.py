@@ -44,21 +44,6 @@ with contextlib.suppress(ImportError):  # a machine with an accelerator needs py
     settings.load_profile("quick")
 
 
-# What these test is numbers, by the programs that users run. The others test what a program does, whatever its speed,
-# and compiling it is most of what they cost: XLA leaves its optimizations out, in processes that they start too.
-NUMBERS = {"accelerator", "attention", "backbones", "cpu", "data", "layers", "model", "tools", "weights"}
-TESTS = pathlib.Path(__file__).resolve().parent
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    quickly = item.path.relative_to(TESTS).parts[0] not in NUMBERS and not ON_ACCELERATOR
-    if jax.config.read("jax_disable_most_optimizations") != quickly:
-        jax.clear_caches()  # a process that is started has none, and a bit may differ
-        jax.config.update("jax_disable_most_optimizations", quickly)
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quickly))
-
-
 def pytest_report_header() -> str:
     kinds = ", ".join(sorted({device.device_kind for device in jax.devices()}))
     return f"devices: {len(jax.devices())} {jax.default_backend()} ({kinds}), jax {jax.__version__}"
