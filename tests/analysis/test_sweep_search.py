@@ -157,6 +157,13 @@ FLAGS = [
 ]
 
 
+def trials_of(optuna, folder):
+    storage = optuna.storages.RDBStorage(f"sqlite:///{folder / 'lab/optuna.db'}")
+    trials = optuna.load_study(study_name="lab", storage=storage).get_trials()
+    storage.engine.dispose()
+    return trials
+
+
 def test_optuna_draws_prunes_and_goes_on_after_a_kill(file, tmp_path, monkeypatch, capsys):
     optuna = pytest.importorskip("optuna", reason='needs pip install -e ".[tune]"')
     real, calls = train_run, []
@@ -177,10 +184,10 @@ def test_optuna_draws_prunes_and_goes_on_after_a_kill(file, tmp_path, monkeypatc
     assert [row["cell"] for row in rows] == ["trial0", "trial1", "trial2", "trial3"]
     assert [row["status"] for row in rows] == ["finished", "finished", "pruned", "finished"]
     assert rows[2]["epochs"] == "1"
-    study = optuna.load_study(study_name="lab", storage=f"sqlite:///{tmp_path / 'lab/optuna.db'}")
-    states = [trial.state.name for trial in study.get_trials()]
+    trials = trials_of(optuna, tmp_path)
+    states = [trial.state.name for trial in trials]
     assert states == ["COMPLETE", "COMPLETE", "PRUNED", "COMPLETE"]
-    for trial, row in zip(study.get_trials(), rows, strict=True):
+    for trial, row in zip(trials, rows, strict=True):
         assert float(row["optim.lr"]) == trial.params["optim.lr"]
         assert json.loads(row["model.head.widths"]) == json.loads(trial.params["model.head.widths"])
         assert trial.value == float(row["score"])
@@ -198,8 +205,7 @@ def test_optunas_workers_share_a_study(file, tmp_path):
     rows = table(tmp_path)
     assert [row["cell"] for row in rows] == ["trial0", "trial1", "trial2", "trial3"]
     assert len({row["optim.lr"] for row in rows}) == 4, "no draw is made twice"
-    study = optuna.load_study(study_name="lab", storage=f"sqlite:///{tmp_path / 'lab/optuna.db'}")
-    assert len(study.get_trials()) == 4
+    assert len(trials_of(optuna, tmp_path)) == 4
 
 
 def test_without_optuna_the_extra_is_named(file, monkeypatch, capsys):

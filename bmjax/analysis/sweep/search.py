@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from bmjax.analysis.several import Crew, width
@@ -29,19 +30,24 @@ log = logging.getLogger(__name__)
 _AGAIN = 0.1  # seconds
 
 
-def study(plan: Plan) -> optuna.Study:
-    """The study of a plan, made where there is none yet."""
+@contextlib.contextmanager
+def opened_study(plan: Plan) -> Iterator[optuna.Study]:
+    """The study of a plan, made where there is none yet; at the end its connections are closed."""
     import optuna
 
     assert plan.tune is not None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna.create_study(
-        study_name=plan.config.name,
-        storage=plan.tune.storage,
-        direction="minimize" if plan.config.train.monitor_falls else "maximize",
-        pruner=optuna.pruners.MedianPruner(),
-        load_if_exists=True,
-    )
+    storage = optuna.storages.RDBStorage(plan.tune.storage)
+    try:
+        yield optuna.create_study(
+            study_name=plan.config.name,
+            storage=storage,
+            direction="minimize" if plan.config.train.monitor_falls else "maximize",
+            pruner=optuna.pruners.MedianPruner(),
+            load_if_exists=True,
+        )
+    finally:
+        storage.engine.dispose()
 
 
 def search(trainer: Trainer, plan: Plan) -> list[Cell]:
@@ -50,20 +56,21 @@ def search(trainer: Trainer, plan: Plan) -> list[Cell]:
     Raises:
       Interrupted: a signal came.
     """
-    searching = _Search(trainer, plan)
-    searching.crew.work(searching.turn, width(plan.at_once, plan.config.features.cached))
-    return [cell for cell in searching.cells() if read_row(cell) is not None]
+    with opened_study(plan) as study:
+        searching = _Search(trainer, plan, study)
+        searching.crew.work(searching.turn, width(plan.at_once, plan.config.features.cached))
+        return [cell for cell in searching.cells() if read_row(cell) is not None]
 
 
 class _Search:
-    def __init__(self, trainer: Trainer, plan: Plan):
+    def __init__(self, trainer: Trainer, plan: Plan, study: optuna.Study):
         import optuna
 
         assert plan.tune is not None
         self._trainer, self._plan, self._tune = trainer, plan, plan.tune
         self._states, self._trial_of = optuna.trial.TrialState, optuna.trial.Trial
         self._sampler = optuna.samplers.TPESampler
-        self._study = study(plan)
+        self._study = study
         self.crew = Crew()
 
     def turn(self) -> bool:

@@ -9,7 +9,7 @@ from bmjax.analysis.sweep.cells import Space, cells_of, draws
 from bmjax.analysis.sweep.checks import checked
 from bmjax.analysis.sweep.plan import Plan, Tune
 from bmjax.analysis.sweep.run import Sweep, execute
-from bmjax.analysis.sweep.search import study
+from bmjax.analysis.sweep.search import opened_study
 from bmjax.config.base import Config
 from bmjax.runs.folder import run_folder
 
@@ -46,5 +46,6 @@ def tune(
     folder.mkdir(parents=True, exist_ok=True)
     tune = Tune(storage or f"sqlite:///{(folder / 'optuna.db').resolve()}", trials, dict(space))
     plan = Plan(config, (), at_once, experiment=experiment, tune=tune)
-    study(plan)
+    with opened_study(plan):
+        pass  # a wrong URL is refused before anything is trained
     return execute(plan, workers)
