@@ -5,7 +5,7 @@
 
 FOLDER has one sub-folder of images per class. Each change is made alone, to `config()`, and trained with the same seeds
 on the same split; the test split stays shut. Short trainings of small images: what they order is a guess for long
-ones, which docs/recipe.md says beside the table. Stopped, the first command goes on where it was.
+ones. Stopped, the first command goes on where it was.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bmjax.config import (
 )
 
 SEEDS = 3
-# Micrometres to a pixel of the collection's files. Its authors don't say; ours, from the size of the lymphocytes.
+# Micrometres to a pixel of the collection's files: ours, a round number, not measured. Only shares of a side count.
 PIXEL_SIZE = 0.1
 
 # Name: fields. In the order in which they run.

@@ -3,7 +3,7 @@
     python tools/ablation.py FOLDER
 
 FOLDER is that of a sweep whose cells are named CHANGE-SEED, as those of experiments/bm7_recipe.py. Prints Markdown:
-mean accuracy, the difference to the first change with its simultaneous interval (docs/statistics.md), minutes a run.
+mean accuracy, the difference to the first change with its simultaneous interval and p (docs/statistics.md), minutes.
 Changes of which a seed is missing are left out, and named.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from bmjax.analysis.compare import statistics
 from bmjax.analysis.study.records import hits_of, seconds_of
-from bmjax.analysis.study.tables import Mean, Table, markdown
+from bmjax.analysis.study.tables import Mean, Table, against, markdown
 from bmjax.analysis.sweep import plan
 from bmjax.analysis.sweep.rows import FINISHED, read_row
 
@@ -52,17 +52,14 @@ def table(folder: str | Path) -> Table:
     seeds, n = hits[baseline].shape
     rows = []
     for row in statistics.compare(hits, baseline):
-        difference = ""
-        if row.difference is not None and row.difference_low is not None and row.difference_high is not None:
-            low, high = 100 * row.difference_low, 100 * row.difference_high
-            difference = f"{100 * row.difference:+.1f} ({low:+.1f} to {high:+.1f})"
+        accuracy = Mean(row.accuracy, row.low, row.high, seeds, n)
         minutes = np.mean([seconds_of(path) for path in whole[row.variant]]) / 60
-        rows.append((row.variant, str(Mean.of(hits[row.variant])), difference, f"{minutes:.1f}"))
+        rows.append((row.variant, str(accuracy), *against(row), f"{minutes:.1f}"))
     left = [f"{change} ({len(paths)} of {seeds} runs)" for change, paths in runs.items() if change not in whole]
     notes = (f"{n} validation images, {seeds} seeds.", *([f"Not finished: {', '.join(left)}."] if left else []))
     return Table(
         "What each change is worth",
-        ("change", "validation accuracy", f"difference to {baseline}, points", "minutes"),
+        ("change", "validation accuracy", f"difference to {baseline}, points", "p, corrected", "minutes"),
         tuple(rows),
         notes,
     )

@@ -125,8 +125,8 @@ def _paired(title: str, field: str, role: str) -> Callable[[Path, Part], list[Ta
             folders = [study / entry.run for entry in whole[row.variant]]
             running = np.mean([running_accuracy(run) for run in folders])
             evaluated = np.mean([results_of(run)["train"]["accuracy"] for run in folders])
-            accuracy = f"{row.accuracy:.3f} ({row.low:.3f} to {row.high:.3f})"
-            rows.append((row.variant, accuracy, *_against(row), f"{running:.3f}", f"{evaluated:.3f}"))
+            accuracy = Mean(row.accuracy, row.low, row.high, seeds, n)
+            rows.append((row.variant, str(accuracy), *against(row), f"{running:.3f}", f"{evaluated:.3f}"))
         verdicts = [statistics.verdict(row, baseline, n, seeds) for row in found if row.variant != baseline]
         notes = (f"{n} validation images, {seeds} seeds.", *(f"{text}." for text in verdicts), *part.notes)
         return [Table(title, header, tuple(rows), notes)]
@@ -134,7 +134,8 @@ def _paired(title: str, field: str, role: str) -> Callable[[Path, Part], list[Ta
     return build
 
 
-def _against(row: statistics.Row) -> tuple[str, str]:
+def against(row: statistics.Row) -> tuple[str, str]:
+    """The difference to the baseline in points, with its interval where there is one, and its p, corrected."""
     if row.difference is None:
         return "", ""
     text = f"{100 * row.difference:+.1f}"
