@@ -1,4 +1,4 @@
-"""All checks, in the order of their cost: `python tools/check.py`. Format, lint, types, tests.
+"""All checks: `python tools/check.py`. Format and lint, then the tests, with the types beside them.
 
 Tests marked `slow`, of a minute or more, are left out: they are `--slow`, a job of its own.
 
@@ -15,13 +15,10 @@ import pathlib
 import subprocess
 import sys
 
-CHECKS = (
-    ("ruff", "format", "--check", "."),
-    ("ruff", "check", "."),
-    ("pyright", "--pythonpath", sys.executable),
-    # Two processes: tracing and most compiling keep one core busy. A file's tests share what they compile.
-    ("pytest", "-n", "2", "--dist", "loadfile", "-m", "not slow"),
-)
+STYLE = (("ruff", "format", "--check", "."), ("ruff", "check", "."))
+TYPES = ("pyright", "--pythonpath", sys.executable)
+# Two processes: tracing and most compiling keep one core busy. A file's tests share what they compile.
+TESTED = ("pytest", "-n", "2", "--dist", "loadfile", "-m", "not slow")
 QUICK = (
     "tests/test_floors.py",
     "tests/config",
@@ -50,6 +47,23 @@ def run(*arguments: str, **environment: str) -> int:
     return subprocess.run([sys.executable, "-m", *arguments], check=False, env=os.environ | environment).returncode
 
 
+def types_and_tests(extra: list[str]) -> int:
+    """Pyright beside the tests, whose processes spend their first minute on imports. Types that are wrong end both."""
+    print("+", *TYPES, flush=True)
+    types = subprocess.Popen(
+        [sys.executable, "-m", *TYPES], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    print("+", *TESTED, *extra, flush=True)
+    tests = subprocess.Popen([sys.executable, "-m", *TESTED, *extra])
+    try:
+        print(types.communicate()[0], flush=True)
+        return types.returncode or tests.wait()
+    finally:
+        for process in (types, tests):
+            if process.poll() is None:
+                process.kill()
+
+
 def on_accelerator(extra: list[str]) -> int:
     """Runs the marked tests in several processes, which share the device's memory; sums in a fixed order."""
     files = sorted(str(path) for path in TESTS.rglob("test_*.py") if "mark.accelerator" in path.read_text())
@@ -70,11 +84,10 @@ def main() -> int:
         return properties or run("pytest", "-n", "2", "--dist", "loadfile", "-m", "slow", *given)
     if "--quick" in given:
         given[given.index("--quick") : given.index("--quick") + 1] = QUICK
-    for module, *arguments in CHECKS:
-        code = run(module, *arguments, *(given if module == "pytest" else ()))
-        if code:
+    for arguments in STYLE:
+        if code := run(*arguments):
             return code
-    return 0
+    return types_and_tests(given)
 
 
 if __name__ == "__main__":
