@@ -25,6 +25,9 @@ CPU_FLAGS = (
 CPU_FLAGS_JAXLIB = ("0.10.2",)
 # Where they were measured and change no more than memory, by a tenth and for the worse (docs/speed.md).
 CPU_FLAGS_NEEDLESS = ("0.12.0.1",)
+# With several virtual devices the second is needed there, too: independent collectives, which begin at a time, wait for
+# each other where the cores are fewer than the devices, until XLA ends the process.
+VIRTUAL_DEVICES = "--xla_force_host_platform_device_count"
 # Of GPUs, for programs on several: gradients are exchanged while others are still computed. On one GPU it changes
 # nothing. Set only for versions of jaxlib that are known to know it.
 GPU_FLAGS = ("--xla_gpu_enable_latency_hiding_scheduler=true",)
@@ -151,6 +154,8 @@ def apply() -> None:
     version = metadata.version("jaxlib")
     if version in CPU_FLAGS_JAXLIB:
         _add_flags(CPU_FLAGS)
+    elif version in CPU_FLAGS_NEEDLESS and VIRTUAL_DEVICES in os.environ.get("XLA_FLAGS", ""):
+        _add_flags(CPU_FLAGS[1:])
     if version in GPU_FLAGS_JAXLIB and gpu_expected():
         _add_flags(GPU_FLAGS)
     if os.environ.get("BMJAX_DETERMINISTIC", "0") not in ("", "0"):

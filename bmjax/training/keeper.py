@@ -38,12 +38,15 @@ class Keeper:
         least_seconds: float = 0.0,
         most_seconds: float = math.inf,
         one_at_a_time: bool = False,
+        keeps_best: bool = False,
     ):
         # Two of each: where one is damaged, the one before it stands in.
         self._best = Checkpoints(run_dir / "checkpoints/best", one_at_a_time=one_at_a_time)
         self._last = Checkpoints(run_dir / "checkpoints/last", one_at_a_time=one_at_a_time)
         self._engine, self._least, self._most = engine, least_seconds, most_seconds
         self._pending: tuple[TrainState, dict[str, Any]] | None = None
+        self._keeps_best = keeps_best
+        self._kept: TrainState | None = None
         self._saved = time.monotonic()
 
     def newest(self, template: Callable[[Progress], TrainState]) -> tuple[Progress, TrainState]:
@@ -78,13 +81,15 @@ class Keeper:
         if self._pending is not None:
             best, at = self._pending
             self._best.save(self._engine.whole(best), at)
-            self._pending = None
+            self._pending, self._kept = None, best if self._keeps_best else None
         self._last.save(self._engine.whole(state), dataclasses.asdict(progress))
         self._saved = time.monotonic()
 
     def best_variables(self, step: int, template: dict[str, Tree], ema: bool) -> tuple[int, dict[str, Tree]]:
         """(its step, what evaluation uses) of the best checkpoint, that of `step`; of the best before it where that is
-        damaged."""
+        damaged. Where the keeper `keeps_best`, what this process wrote is not read again."""
+        if self._kept is not None and int(self._kept.step) == step:
+            return step, self._engine.whole(self._kept).variables()
         return self._best.newest_whole(lambda at: self._best.restore_variables(at, template, ema), at_most=step)
 
     def wait(self) -> None:

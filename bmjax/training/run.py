@@ -318,6 +318,7 @@ def _train(config: Config, run_dir: Path, plan: _Plan, one: _One) -> Result:
         most_seconds=math.inf if minutes is None or several else 60 * minutes,
         # Orbax's processes meet by the number of a save, which two saves at a time would confuse.
         one_at_a_time=cached or several,
+        keeps_best=cached,  # a head, which a checkpoint holds with the whole network
     )
     progress = Progress(run_id=run_id)
     if resumes:

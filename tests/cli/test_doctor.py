@@ -168,6 +168,16 @@ def test_flags_for_gpus_are_set_only_where_one_is_expected(monkeypatch):
     assert not environment.gpu_expected()
 
 
+@pytest.mark.parametrize("version", environment.CPU_FLAGS_NEEDLESS)
+def test_collectives_of_virtual_devices_come_one_after_another(monkeypatch, version):
+    monkeypatch.setattr(metadata, "version", lambda name: version)
+    monkeypatch.delitem(sys.modules, "jax")
+    for given, added in (("", ""), (f"{environment.VIRTUAL_DEVICES}=4", f" {environment.CPU_FLAGS[1]}")):
+        monkeypatch.setenv("XLA_FLAGS", given)
+        environment.apply()
+        assert os.environ["XLA_FLAGS"] == given + added
+
+
 def test_wandb(monkeypatch):
     assert "there is no key" in doctor._wandb()[2]
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
