@@ -122,24 +122,31 @@ def init(model: Classifier, key: jax.Array, image_size: int, config: ModelConfig
     image_size = check_whole("image_size", image_size, 1)
     check_type("config", config, (ModelConfig, type(None)), "a bmjax.config.ModelConfig or None")
 
+    loads = config is not None and config.weights is not None
+    given: dict[str, Tree] = {}
+
     def random_variables(key: jax.Array) -> dict[str, Tree]:
         variables = model.init(key, jnp.zeros((1, image_size, image_size, 3)), train=False)
-        return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+        found: dict[str, Tree] = {name: variables.get(name, {}) for name in ("params", "batch_stats")}
+        if not loads:
+            return found
+        given.update({name: jax.eval_shape(lambda x: x, tree["backbone"]) for name, tree in found.items()})
+        # Of what the weights give nothing is drawn.
+        return {name: {k: v for k, v in tree.items() if k != "backbone"} for name, tree in found.items()}
 
     if isinstance(key, Tracer):
         variables = random_variables(key)
     else:
         prepare()
         variables = evaluated(random_variables, key)
-    if config is not None and config.weights is not None:
-        settings = resolve(config)
-        backbone = {name: tree["backbone"] for name, tree in variables.items()}
-        loaded = weights.load_into(
-            backbone,
-            config.backbone,
-            config.weights,
-            options=settings.backbone_options,
-            preprocess=settings.preprocess,
-        )
-        variables = {name: tree | {"backbone": loaded[name]} for name, tree in variables.items()}
-    return variables
+    if config is None or config.weights is None:
+        return variables
+    settings = resolve(config)
+    loaded = weights.load_into(
+        given,
+        config.backbone,
+        config.weights,
+        options=settings.backbone_options,
+        preprocess=settings.preprocess,
+    )
+    return {name: tree | {"backbone": loaded[name]} for name, tree in variables.items()}
