@@ -146,17 +146,22 @@ def make_deterministic() -> None:
         raise ValueError(f"--deterministic, but XLA_FLAGS is {os.environ['XLA_FLAGS']!r}; expected it without a no")
 
 
+def cpu_flags() -> tuple[str, ...]:
+    """The flags for CPUs that this jaxlib is to have; none where they are not measured, or of no use."""
+    version = metadata.version("jaxlib")
+    if version in CPU_FLAGS_JAXLIB:
+        return CPU_FLAGS
+    virtual = VIRTUAL_DEVICES in os.environ.get("XLA_FLAGS", "")
+    return CPU_FLAGS[1:] if version in CPU_FLAGS_NEEDLESS and virtual else ()
+
+
 def apply() -> None:
     """Sets the flags for CPUs and GPUs, malloc and the persistent compilation cache, if jax is not imported yet."""
     if "jax" in sys.modules:
         return
     _malloc_set.append(_keep_freed_memory())
-    version = metadata.version("jaxlib")
-    if version in CPU_FLAGS_JAXLIB:
-        _add_flags(CPU_FLAGS)
-    elif version in CPU_FLAGS_NEEDLESS and VIRTUAL_DEVICES in os.environ.get("XLA_FLAGS", ""):
-        _add_flags(CPU_FLAGS[1:])
-    if version in GPU_FLAGS_JAXLIB and gpu_expected():
+    _add_flags(cpu_flags())
+    if metadata.version("jaxlib") in GPU_FLAGS_JAXLIB and gpu_expected():
         _add_flags(GPU_FLAGS)
     if os.environ.get("BMJAX_DETERMINISTIC", "0") not in ("", "0"):
         _add_flags((DETERMINISTIC_FLAG,))

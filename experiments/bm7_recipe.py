@@ -33,8 +33,9 @@ PIXEL_SIZE = 0.1
 CHANGES: dict[str, dict[str, Any]] = {
     "as it is": {},
     "middle 18.75 um": {"data.field_size": 18.75},
-    "middle 15 um": {"data.field_size": 15.0},
     "other laboratory's colours": {"augment.preset": "other_laboratory"},
+    "layer-wise rates": {"optim.layer_decay": 0.7},
+    "middle 15 um": {"data.field_size": 15.0},
     "free rotation, zoom": {"augment.rotate": 180.0, "augment.zoom": 0.15},
     "moving average": {"train.ema_decay": 0.99},
     "no attention": {"model.attention": "none"},
@@ -42,7 +43,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     "mixup": {"augment.mixup": 0.2},
     "cutmix": {"augment.cutmix": 1.0},
     "trivialaugment": {"augment.policy": "trivialaugment"},
-    "layer-wise rates": {"optim.layer_decay": 0.7},
     "labels not smoothed": {"train.label_smoothing": 0.0},
     "norms keep ImageNet's statistics": {"stages.1.batch_norm.backbone": "stats_frozen"},
     "twice the epochs": {"stages.1.epochs": 8},

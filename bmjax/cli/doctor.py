@@ -163,12 +163,13 @@ def _kernels() -> Finding:
 
 def _cpu_flags() -> Finding:
     flags, version = os.environ.get("XLA_FLAGS", ""), metadata.version("jaxlib")
-    missing = [flag for flag in environment.CPU_FLAGS if flag not in flags]
-    if not missing:
+    wanted = environment.cpu_flags()
+    if missing := [flag for flag in wanted if flag not in flags]:
+        virtual = "steps on virtual devices may wait for each other until XLA ends the process"
+        why = "faster on CPUs, less memory" if version in environment.CPU_FLAGS_JAXLIB else virtual
+        return ("WARN", "XLA_FLAGS", f"{flags!r}; import bmjax before jax, or add {' '.join(missing)}: {why}")
+    if wanted or all(flag in flags for flag in environment.CPU_FLAGS):
         return ("OK", "XLA_FLAGS", flags)
-    if version in environment.CPU_FLAGS_JAXLIB:
-        advice = f"{flags!r}; import bmjax before jax, or add {' '.join(missing)}: faster on CPUs, less memory"
-        return ("WARN", "XLA_FLAGS", advice)
     if version in environment.CPU_FLAGS_NEEDLESS:
         return ("OK", "XLA_FLAGS", f"{flags!r}; jaxlib {version} needs no flags for CPUs")
     unknown = f"they aren't measured with jaxlib {version}; tools/bench/bench_versions.py says what that costs"
