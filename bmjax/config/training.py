@@ -203,6 +203,9 @@ class TrainConfig:
     """Also every so many steps."""
     checkpoint_minutes: float | None = 15.0
     """Also after so many minutes without one, between two steps, on one host; none: never."""
+    keep_last: bool = True
+    """Keep `checkpoints/last` of a finished run. False: once its results are there, `best` alone stays; with cached
+    features the last `last` is not even written. For sweeps and comparisons of many runs: less disk, less time."""
     profile: str | None = None
     """`10:15` writes a trace of the steps from 10 to 15 into the run's folder (`profile/`), for XProf, TensorBoard or
     Perfetto; with cached features of the whole stretches that hold them. none: no trace."""

@@ -43,7 +43,7 @@ Which = Literal["best", "last"]
 # What may differ between a run and its resume: it changes where and how fast, never which numbers.
 _FREE_TO_CHANGE = {"run_dir", "tracking", "train.devices", "train.workers", "train.parallel", "data.cache_dir"}
 _FREE_TO_CHANGE |= {"train.mesh", "train.shard_params", "train.remat"}
-_FREE_TO_CHANGE |= {"train.checkpoint_epochs", "train.checkpoint_steps", "train.checkpoint_minutes"}
+_FREE_TO_CHANGE |= {"train.checkpoint_epochs", "train.checkpoint_steps", "train.checkpoint_minutes", "train.keep_last"}
 _FREE_TO_CHANGE |= {"train.final_test", "train.profile", "data.root"}
 
 

@@ -39,13 +39,14 @@ class Keeper:
         most_seconds: float = math.inf,
         one_at_a_time: bool = False,
         keeps_best: bool = False,
+        ends_with_best: bool = False,
     ):
         # Two of each: where one is damaged, the one before it stands in.
         self._best = Checkpoints(run_dir / "checkpoints/best", one_at_a_time=one_at_a_time)
         self._last = Checkpoints(run_dir / "checkpoints/last", one_at_a_time=one_at_a_time)
         self._engine, self._least, self._most = engine, least_seconds, most_seconds
         self._pending: tuple[TrainState, dict[str, Any]] | None = None
-        self._keeps_best = keeps_best
+        self._keeps_best, self._ends_with_best = keeps_best, ends_with_best
         self._kept: TrainState | None = None
         self._saved = time.monotonic()
 
@@ -78,12 +79,24 @@ class Keeper:
 
     def last(self, state: TrainState, progress: Progress) -> None:
         """Writes the best so far and a fetched state, in the background."""
+        self._write_best()
+        self._last.save(self._engine.whole(state), dataclasses.asdict(progress))
+        self._saved = time.monotonic()
+
+    def end(self, state: TrainState, progress: Progress, whole: bool) -> None:
+        """Writes what a training ended with, and returns when all is on disk. Where the keeper `ends_with_best`, the
+        best alone of a `whole` training, which no resume goes on from."""
+        if whole and self._ends_with_best:
+            self._write_best()
+        else:
+            self.last(state, progress)
+        self.wait()
+
+    def _write_best(self) -> None:
         if self._pending is not None:
             best, at = self._pending
             self._best.save(self._engine.whole(best), at)
             self._pending, self._kept = None, best if self._keeps_best else None
-        self._last.save(self._engine.whole(state), dataclasses.asdict(progress))
-        self._saved = time.monotonic()
 
     def best_variables(self, step: int, template: dict[str, Tree], ema: bool) -> tuple[int, dict[str, Tree]]:
         """(its step, what evaluation uses) of the best checkpoint, that of `step`; of the best before it where that is

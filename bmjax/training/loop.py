@@ -115,10 +115,10 @@ def fit(
                 if due:
                     keeper.last(fetched, progress)
     fetched = fetched or engine.fetch(placed)
-    keeper.last(fetched, progress)
-    keeper.wait()
+    whole = progress.stopped_early or (step == total and progress.epochs_evaluated * engine.per_epoch == total)
+    keeper.end(fetched, progress, whole)
     recorder.event("end", step, {}, fetched.variables)
-    return step, progress.stopped_early or (step == total and progress.epochs_evaluated * engine.per_epoch == total)
+    return step, whole
 
 
 def learning_rates(plan: StagePlan, engine: Engine, placed: Any, stretch: Stretch) -> np.ndarray:

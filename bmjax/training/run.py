@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -319,6 +320,7 @@ def _train(config: Config, run_dir: Path, plan: _Plan, one: _One) -> Result:
         # Orbax's processes meet by the number of a save, which two saves at a time would confuse.
         one_at_a_time=cached or several,
         keeps_best=cached,  # a head, which a checkpoint holds with the whole network
+        ends_with_best=cached and not config.train.keep_last,
     )
     progress = Progress(run_id=run_id)
     if resumes:
@@ -348,6 +350,8 @@ def _train(config: Config, run_dir: Path, plan: _Plan, one: _One) -> Result:
         if results and hosts.leads():
             pages = one.finish(run_dir, dataset, splits) if one.finish else ()
             track_results(run_dir, tracker, dataset, results, pages)
+    if not config.train.keep_last and hosts.leads():
+        shutil.rmtree(run_dir / "checkpoints/last", ignore_errors=True)
     return Result(run_dir, results, step, (dataset, splits))
 
 

@@ -11,7 +11,6 @@ import dataclasses
 import logging
 import os
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -231,6 +230,8 @@ def sweep_cells(s: Settings, config: Config, changes: Sequence[dict[str, Any]]) 
     from bmjax.analysis.sweep.cells import cells_of
     from bmjax.analysis.sweep.run import run_sweep
 
+    # Only the best checkpoint is read from here on, and each holds the whole backbone.
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, keep_last=False))
     cells = cells_of(config, list(changes))
     at_once = s.at_once if config.features.cached else None
     rows = run_sweep(config, cells, at_once=at_once).rows
@@ -240,9 +241,6 @@ def sweep_cells(s: Settings, config: Config, changes: Sequence[dict[str, Any]]) 
 def _entry(s: Settings, fields: dict[str, Any], row: dict[str, Any]) -> Entry:
     run = Path(row["run_dir"])
     error = "" if row["status"] == "finished" else str(row["error"] or row["status"]).split(" Images of the batch")[0]
-    if not error:
-        # Only the best checkpoint is read from here on, and each holds the whole backbone.
-        shutil.rmtree(run / "checkpoints" / "last", ignore_errors=True)
     fields.pop("name", None)
     return Entry(str(run.relative_to(s.out)), fields, error=error)
 

@@ -98,6 +98,10 @@ def test_the_flags_for_cpus(monkeypatch):
     assert level("XLA_FLAGS") == "OK"
     monkeypatch.setattr(environment, "CPU_FLAGS_NEEDLESS", (metadata.version("jaxlib"),))
     assert level("XLA_FLAGS") == "OK"
+    monkeypatch.setenv("XLA_FLAGS", f"{environment.VIRTUAL_DEVICES}=4")
+    assert level("XLA_FLAGS") == "WARN"
+    monkeypatch.setenv("XLA_FLAGS", f"{environment.VIRTUAL_DEVICES}=4 {environment.CPU_FLAGS[1]}")
+    assert level("XLA_FLAGS") == "OK"
 
 
 def test_what_gpus_bring(monkeypatch):

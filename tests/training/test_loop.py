@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -88,6 +89,34 @@ def test_cached_features_resume_as_images_do(maps_config, tmp_path, monkeypatch)
     )
     # The last checkpoint, too, is that of a whole network.
     assert bmjax.evaluate(end.run_dir, "val", "last")["n"] == whole.metrics["val"]["n"]
+
+
+@pytest.mark.parametrize("name", ["maps_config", "tiny_config"])
+def test_a_finished_run_keeps_its_best_checkpoint_alone_where_told_to(name, request, tmp_path, monkeypatch):
+    config = request.getfixturevalue(name)
+    train = dataclasses.replace(config.train, keep_last=False)
+    whole = bmjax.train(dataclasses.replace(config, run_dir=str(tmp_path / "whole")))
+    step = Recorder.step
+
+    def stop_at(self, at, *arguments):
+        step(self, at, *arguments)
+        if at == whole.steps // 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Recorder, "step", stop_at)
+    config = dataclasses.replace(config, train=train)
+    assert bmjax.train(config).interrupted == "SIGTERM"
+    run = Path(config.run_dir)
+    assert (run / "checkpoints/last").is_dir()
+    monkeypatch.undo()
+    assert bmjax.train(config, resume=True).metrics == whole.metrics
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["best"]
+    # Again, it is finished; and one killed before its results were there is trained anew.
+    assert bmjax.train(config, resume=True).metrics == whole.metrics
+    (run / "results.json").unlink()
+    assert bmjax.train(config, resume=True).metrics == whole.metrics
+    assert len(read_records(run, "epoch")) == len(read_records(whole.run_dir, "epoch"))
+    assert bmjax.evaluate(run, "val")["accuracy"] == whole.metrics["val"]["accuracy"]
 
 
 def test_a_map_run_is_resumed_within_an_epoch(maps_config, tmp_path, monkeypatch):

@@ -10,7 +10,6 @@ import dataclasses
 import itertools
 import json
 import logging
-import shutil
 import threading
 import time
 from collections.abc import Sequence
@@ -169,9 +168,6 @@ class _Runs:
         prepared = self._shared.prepared(run) if run.features.cached else None
         result = train_run(run, resume=True, prepared=prepared, signals=self._crew.signals)
         self._crew.signals.check()
-        # There are hundreds, each checkpoint with the whole network.
-        if (run.data.folds or self._word == "trial") and hosts.leads():
-            shutil.rmtree(Path(run.run_dir) / "checkpoints" / "last", ignore_errors=True)
         figure = run.train.monitor.removeprefix("-")
         value, took = result.metrics["val"][figure], time.perf_counter() - start
         with self._lock:

@@ -120,11 +120,17 @@ def _run(row: Config, config: Config, name: str, seed: int, place: tuple[int, in
     folder, run_name, data = run_folder(config) / _folder(name), f"{config.name}-{_folder(name)}-{seed}", config.data
     if folds:
         folder, run_name = folder / f"fold{fold}", f"{run_name}-fold{fold}"
+        row = _best_alone(row)
         data = dataclasses.replace(data, folds=folds, fold=fold)
     tracking = dataclasses.replace(config.tracking, group=config.tracking.group or config.name)
     return dataclasses.replace(
         row, name=run_name, seed=seed, run_dir=str(folder / f"seed{seed}"), data=data, tracking=tracking
     )
+
+
+def _best_alone(run: Config) -> Config:
+    """The run, kept by its best checkpoint alone: there are hundreds, and each checkpoint has the whole network."""
+    return dataclasses.replace(run, train=dataclasses.replace(run.train, keep_last=False))
 
 
 def rates(config: Config, count: int) -> list[float]:
@@ -145,7 +151,7 @@ def trials(configs: Configs, design: Design) -> Configs:
 
 def _trial(run: Config, rate: float) -> Config:
     return dataclasses.replace(
-        run,
+        _best_alone(run),
         name=f"{run.name}-trial-{rate:g}",
         seed=_TRIAL_SEED + run.seed,
         run_dir=str(Path(run.run_dir).parent / "trials" / f"lr{rate:g}"),
