@@ -45,7 +45,8 @@ def setting(args: argparse.Namespace, folder: str) -> tuple[Any, list[dict[str, 
     chosen = options.Settings(data=args.data, weights=args.weights, out=Path(folder), smoke=not args.data)
     config = options.config(chosen)
     stage = dataclasses.replace(config.stages[0], epochs=args.epochs)
-    return dataclasses.replace(config, stages=(stage,)), list(options.sweep(chosen))
+    train = dataclasses.replace(config.train, keep_last=False)  # as the study trains them
+    return dataclasses.replace(config, stages=(stage,), train=train), list(options.sweep(chosen))
 
 
 def features(args: argparse.Namespace) -> Found:

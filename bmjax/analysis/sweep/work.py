@@ -77,8 +77,9 @@ class Round:
 
     def __init__(self, trainer: Trainer, plan: Plan, cells: Sequence[Cell], until: int | None = None):
         self._trainer, self._plan, self._cells, self._until = trainer, plan, cells, until
-        # Runs of one seed first, so that two at a time don't wait for the same to be compiled.
-        self._waiting = [(0.0, cell) for cell in sorted(cells, key=lambda cell: cell.config.seed)]
+        # On cached features runs of one seed first, so that two at a time don't wait for the same to be compiled.
+        order = sorted(cells, key=lambda cell: cell.config.seed if cell.config.features.cached else 0)
+        self._waiting = [(0.0, cell) for cell in order]
         self._lock, self._crew, self._said = threading.Lock(), Crew(), False
         self._done = 0
 
