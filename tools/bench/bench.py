@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 CLASSES = 7
-# Name here -> in keras.applications. PyTorch's contender is there for the DenseNets.
+# Name here -> in keras.applications. PyTorch's contender is there for the DenseNets, ONNX Runtime's for ResNet50, too.
 BACKBONES = {
     "densenet121": "DenseNet121",
     "densenet169": "DenseNet169",
@@ -48,8 +48,16 @@ LABELS = {
     "keras_jax": "Keras on JAX",
     "torch": "PyTorch, channels-last",
     "keras_tensorflow": "Keras on TensorFlow",
+    "onnxruntime": "ONNX Runtime",
 }
-NEEDS = {"bmjax": "bmjax", "flax": "flax", "keras_jax": "keras", "torch": "torch", "keras_tensorflow": "tensorflow"}
+NEEDS = {
+    "bmjax": "bmjax",
+    "flax": "flax",
+    "keras_jax": "keras",
+    "torch": "torch",
+    "keras_tensorflow": "tensorflow",
+    "onnxruntime": "onnxruntime",
+}
 Run = Callable[[], None]
 
 
@@ -234,6 +242,19 @@ def torch_run(args: argparse.Namespace) -> Run:
     return update
 
 
+def onnx_run(args: argparse.Namespace) -> Run:
+    """A prediction by ONNX Runtime, with the settings that it comes with and a thread for each CPU."""
+    import onnxruntime
+    from peers import onnx_network
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = os.cpu_count() or 1
+    model = onnx_network(args.backbone, args.size)
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    images, _ = random_batch(args)
+    return lambda: session.run(None, {"images": images}) and None
+
+
 def pipeline_speed(args: argparse.Namespace, seconds: float = 5.0) -> float:
     """Images a second that the cached input pipeline delivers as uint8 batches."""
     from bmjax.config import DataConfig
@@ -284,7 +305,14 @@ def forward_flops(args: argparse.Namespace) -> float:
 
 
 QUESTIONS = {"pipeline": pipeline_speed, "peak": machine_peak, "flops": forward_flops}
-RUNS = {"bmjax": bmjax_run, "flax": flax_run, "keras_jax": keras_run, "torch": torch_run, "keras_tensorflow": keras_run}
+RUNS = {
+    "bmjax": bmjax_run,
+    "flax": flax_run,
+    "keras_jax": keras_run,
+    "torch": torch_run,
+    "keras_tensorflow": keras_run,
+    "onnxruntime": onnx_run,
+}
 
 
 def peak_memory() -> int:
@@ -435,11 +463,16 @@ def main() -> None:
     results = {}
     for backbone in args.backbone:
         args.backbone = backbone
-        # Beside the DenseNets, PyTorch would need networks that are not written here.
-        names = [name for name in installed if name != "torch" or backbone.startswith("densenet")]
-        results |= compare_backbone(args, names)
+        results |= compare_backbone(args, [name for name in installed if has(name, backbone)])
     if args.plot:
         plot(results, args.plot, f"{args.size}x{args.size}, float32, {os.cpu_count()} CPUs")
+
+
+def has(contender: str, backbone: str) -> bool:
+    """Whether the contender has this network; others of PyTorch and ONNX Runtime are not written here."""
+    if contender == "onnxruntime" and backbone == "resnet50":
+        return True
+    return contender not in ("torch", "onnxruntime") or backbone.startswith("densenet")
 
 
 def compare_backbone(args: argparse.Namespace, names: list[str]) -> dict[tuple[str, str, int], dict[str, dict]]:
@@ -451,14 +484,15 @@ def compare_backbone(args: argparse.Namespace, names: list[str]) -> dict[tuple[s
     results = {}
     for mode in args.mode:
         for batch in args.batch:
-            found = results[args.backbone, mode, batch] = compare(args, names, mode, batch)
+            taking_part = [name for name in names if mode == "inference" or name != "onnxruntime"]
+            found = results[args.backbone, mode, batch] = compare(args, taking_part, mode, batch)
             work = 3 * flops if mode == "train" else flops
             print(f"{args.backbone}, {mode}, batch {batch}:\n")
             print(
                 "| | images/s | bmjax is faster by | peak memory, GB | compiling, GB | first step done, s | of peak |"
             )
             print("|---|---|---|---|---|---|---|")
-            for name in names:
+            for name in taking_part:
                 f = found[name]
                 speed = batch / statistics.median(f["seconds"])
                 times = f"{ratio(found, 'bmjax', name):.2f}x" if "bmjax" in found else ""

@@ -1,5 +1,5 @@
 """The networks that tools/bench/bench.py compares with: DenseNet in plain Flax and in PyTorch, written as one would at
-first, and any other network in plain Flax, layer by layer as keras.applications has it.
+first, any other network in plain Flax, layer by layer as keras.applications has it, and DenseNets and ResNet50 in ONNX.
 
 All have the architecture and the head of the bmjax network they stand beside: same parameters, same FLOPs.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 from typing import Any
+
+import numpy as np
 
 BLOCKS: dict[str, tuple[int, ...]] = {
     "densenet121": (6, 12, 24, 16),
@@ -143,3 +145,92 @@ def torch_densenet(name: str) -> tuple[Any, Any]:
         nn.BatchNorm1d(channels), nn.Dropout(0.5), nn.Linear(channels, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, CLASSES)
     )
     return backbone.to(memory_format=torch.channels_last), head  # pyright: ignore[reportCallIssue]
+
+
+class _Onnx:
+    """An ONNX graph that grows layer by layer, as an exporter of PyTorch writes it: channels first, random weights."""
+
+    def __init__(self) -> None:
+        import onnx.helper
+        import onnx.numpy_helper
+
+        self._helper, self._from_array = onnx.helper, onnx.numpy_helper.from_array
+        self._nodes: list[Any] = []
+        self._weights: list[Any] = []
+        self._rng = np.random.default_rng(0)
+
+    def add(self, kind: str, *inputs: str, **attributes: Any) -> str:
+        """The name of the output of a new node."""
+        name = f"{kind}_{len(self._nodes)}"
+        self._nodes.append(self._helper.make_node(kind, list(inputs), [name], **attributes))
+        return name
+
+    def weight(self, values: Any) -> str:
+        name = f"weight_{len(self._weights)}"
+        self._weights.append(self._from_array(np.asarray(values, np.float32), name))
+        return name
+
+    def conv(self, x: str, channels: int, filters: int, size: int, stride: int = 1) -> str:
+        scale = (channels * size * size) ** -0.5
+        kernel = self.weight(scale * self._rng.standard_normal((filters, channels, size, size)))
+        pads = [(size - 1) // 2] * 4
+        return self.add("Conv", x, kernel, kernel_shape=[size, size], strides=[stride, stride], pads=pads)
+
+    def norm(self, x: str, channels: int) -> str:
+        ones, zeros = self.weight(np.ones(channels)), self.weight(np.zeros(channels))
+        return self.add("BatchNormalization", x, ones, zeros, zeros, ones, epsilon=1.001e-5)
+
+    def norm_relu(self, x: str, channels: int) -> str:
+        return self.add("Relu", self.norm(x, channels))
+
+    def max_pool(self, x: str) -> str:
+        return self.add("MaxPool", x, kernel_shape=[3, 3], strides=[2, 2], pads=[1, 1, 1, 1])
+
+    def dense(self, x: str, channels: int, units: int) -> str:
+        kernel = self.weight(channels**-0.5 * self._rng.standard_normal((channels, units)))
+        return self.add("Gemm", x, kernel, self.weight(np.zeros(units)))
+
+    def start(self) -> str:
+        """Images uint8 [b, h, w, 3], scaled."""
+        x = self.add("Cast", "images", to=1)
+        mean, deviation = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+        x = self.add("Div", self.add("Sub", x, self.weight(255 * mean)), self.weight(255 * deviation))
+        return self.add("Transpose", x, perm=[0, 3, 1, 2])
+
+    def serialized(self, x: str, channels: int, size: int) -> bytes:
+        """The model whose last feature maps are `x`, with the head that the others have."""
+        x = self.add("Flatten", self.add("GlobalAveragePool", x))
+        x = self.add("Relu", self.dense(self.norm(x, channels), channels, HIDDEN))
+        x = self.dense(x, HIDDEN, CLASSES)
+        make = self._helper.make_tensor_value_info
+        given, found = make("images", 2, ["b", size, size, 3]), make(x, 1, ["b", CLASSES])
+        graph = self._helper.make_graph(self._nodes, "peer", [given], [found], self._weights)
+        opset = self._helper.make_opsetid("", 17)
+        return self._helper.make_model(graph, opset_imports=[opset], ir_version=9).SerializeToString()
+
+
+def onnx_network(name: str, size: int) -> bytes:
+    """The ONNX model of a DenseNet or of ResNet50: images uint8 [b, size, size, 3] -> logits [b, 7], in eval mode."""
+    graph = _Onnx()
+    x = graph.conv(graph.start(), 3, 64, 7, 2)
+    x, channels = graph.max_pool(graph.norm_relu(x, 64)), 64
+    if name == "resnet50":
+        for number, count in enumerate((3, 4, 6, 3)):
+            width = 64 << number
+            for layer in range(count):
+                stride = 2 if number and not layer else 1
+                short = x if layer else graph.norm(graph.conv(x, channels, 4 * width, 1, stride), 4 * width)
+                y = graph.norm_relu(graph.conv(x, channels, width, 1, stride), width)
+                y = graph.norm_relu(graph.conv(y, width, width, 3), width)
+                y = graph.norm(graph.conv(y, width, 4 * width, 1), 4 * width)
+                x, channels = graph.add("Relu", graph.add("Add", short, y)), 4 * width
+        return graph.serialized(x, channels, size)
+    for number, count in enumerate(BLOCKS[name]):
+        for _ in range(count):
+            y = graph.norm_relu(graph.conv(graph.norm_relu(x, channels), channels, 128, 1), 128)
+            x, channels = graph.add("Concat", x, graph.conv(y, 128, 32, 3), axis=1), channels + 32
+        x = graph.norm_relu(x, channels)
+        if number < 3:
+            x, channels = graph.conv(x, channels, channels // 2, 1), channels // 2
+            x = graph.add("AveragePool", x, kernel_shape=[2, 2], strides=[2, 2])
+    return graph.serialized(x, channels, size)
