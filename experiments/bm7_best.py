@@ -37,6 +37,6 @@ def config() -> Config:
         optim=OptimConfig(
             name="adam", lr=1e-3, layer_decay=0.8, schedule=ScheduleConfig(kind="cosine", warmup_epochs=0.5)
         ),
-        stages=(StageConfig(epochs=1, train=("attention", "head")), StageConfig(epochs=30, lr_scale=0.3)),
+        stages=(StageConfig(epochs=1, train=("attention", "head")), StageConfig(epochs=20, lr_scale=0.3)),
         train=TrainConfig(batch_size=32, train_eval_epochs=0, label_smoothing=0.1, ema_decay=0.995),
     )
