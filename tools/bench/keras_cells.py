@@ -6,8 +6,9 @@ The network is the run's, from FILE (Keras's own, without top), with the run's s
 them; `--whole` gives whole images instead of the run's field. The rest are Keras's means, as its guide to transfer
 learning has them: `fit` of a new head on the frozen network for two epochs, then of everything, batch-norms in
 inference mode, Adam, a cosine over the time that is left, flips, quarter turns, zoom, brightness and contrast as
-layers, dropout, smoothed labels; the weights of the epoch that is best on validation are kept. Its compiling counts,
-without a cache. One run each: no verdict. `--split test` opens the run's test split, and records that.
+layers, dropout, smoothed labels; the weights of the epoch that is best on validation are kept. All batches of a split
+have one size, for each further one would be compiled for. Its compiling counts, without a cache. One run each: no
+verdict. `--split test` opens the run's test split, and records that.
 """
 
 from __future__ import annotations
@@ -62,6 +63,11 @@ def write_cells(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
+def divisor(n: int, most: int = 64) -> int:
+    """The largest batch size up to `most` that divides n."""
+    return max(size for size in range(1, most + 1) if n % size == 0)
+
+
 def keras_train(folder: Path, weights: str, split: str, about: dict[str, Any]) -> dict[str, Any]:
     """Trains for about["seconds"]; epochs, and the images of the split that it names rightly."""
     began = time.monotonic()
@@ -112,17 +118,34 @@ def keras_train(folder: Path, weights: str, split: str, about: dict[str, Any]) -
             if logs and logs["val_accuracy"] > best["val"]:
                 best.update(val=float(logs["val_accuracy"]), weights=model.get_weights())
 
+    class Batches(keras.utils.PyDataset):
+        """Whole batches of the training images, in another order each epoch; what is over is left out of it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self._rng = np.random.default_rng(0)
+            self.on_epoch_end()
+
+        def __len__(self) -> int:
+            return len(data["train"]["labels"]) // BATCH
+
+        def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+            rows = self._order[index * BATCH : (index + 1) * BATCH]
+            return data["train"]["images"][rows], targets["train"][rows]
+
+        def on_epoch_end(self) -> None:
+            self._order = self._rng.permutation(len(data["train"]["labels"]))
+
     def fit(rate: float, epochs: int, *, cosine: bool) -> int:
         loss = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=SMOOTHING)
         model.compile(keras.optimizers.Adam(rate), loss, metrics=["accuracy"])
         clock = Clock()
         clock.rate, clock.cosine = rate, cosine
         history: Any = model.fit(
-            data["train"]["images"],
-            targets["train"],
-            batch_size=BATCH,
+            Batches(),
             epochs=epochs,
             validation_data=(data["val"]["images"], targets["val"]),
+            validation_batch_size=divisor(len(targets["val"])),
             callbacks=[clock],
             verbose=0,  # pyright: ignore[reportArgumentType]
         )
@@ -134,7 +157,8 @@ def keras_train(folder: Path, weights: str, split: str, about: dict[str, Any]) -
     epochs.append(fit(RATE, 10_000, cosine=True))
     seconds = time.monotonic() - began
     model.set_weights(best["weights"])
-    logits: Any = model.predict(data[split]["images"], batch_size=64, verbose=0)  # pyright: ignore[reportArgumentType]
+    size = divisor(len(targets[split]))
+    logits: Any = model.predict(data[split]["images"], batch_size=size, verbose=0)  # pyright: ignore[reportArgumentType]
     hits = int((np.asarray(logits).argmax(1) == data[split]["labels"]).sum())
     return {"epochs": epochs, "seconds": seconds, "hits": hits, "n": len(logits), "val": best["val"]}
 
