@@ -252,7 +252,11 @@ def onnx_run(args: argparse.Namespace) -> Run:
     model = onnx_network(args.backbone, args.size)
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     images, _ = random_batch(args)
-    return lambda: session.run(None, {"images": images}) and None
+
+    def predict() -> None:
+        session.run(None, {"images": images})
+
+    return predict
 
 
 def pipeline_speed(args: argparse.Namespace, seconds: float = 5.0) -> float:
