@@ -139,6 +139,15 @@ def test_a_damaged_directory_of_a_zip_is_named(tmp_path):
         list_archive(path)
 
 
+def test_a_damaged_name_that_takes_an_image_out_of_its_class_is_named(tmp_path):
+    path = write(tmp_path / "a.zip", FILES, "top/")
+    whole = path.read_bytes()
+    at = whole.rindex(b"top/NGS/2.png")  # in the list at the end
+    path.write_bytes(whole[: at + 7] + b"x" + whole[at + 8 :])
+    with pytest.raises(ValueError, match=r"NGSx2\.png: damaged in the archive"):
+        list_archive(path)
+
+
 def test_a_cut_tar_is_named(tmp_path):
     path = write(tmp_path / "a.tar", FILES)
     data = path.read_bytes()

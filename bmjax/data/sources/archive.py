@@ -58,6 +58,9 @@ def list_archive(path: str | Path) -> Listing:
         raise ValueError(f"{path}: folders of images found: {found}; expected at least two")
     layout = arrange(str(path), inner, below)
     ids = [above + inside for inside in layout.ids]
+    # Never opened later, so a damaged name would lose an image without a word.
+    for name in sorted(set(images) - set(ids)):
+        members[name]()
     counts = collections.Counter(reason for reason in reasons.values() if reason)
     seen = Seen(len(members), len(ids), outside=len(images) - len(ids), **counts)
     reads = [members[name] for name in ids]
