@@ -311,6 +311,8 @@ def _train(config: Config, run_dir: Path, plan: _Plan, one: _One) -> Result:
         run_id = _record(config, run_dir, dataset, splits, one.files) if hosts.leads() else ""
     cached, several = config.features.cached, hosts.several()
     minutes = config.train.checkpoint_minutes
+    # Without a split to report on nothing says that the run is finished but its last checkpoint.
+    best_alone = not config.train.keep_last and bool(_wanted(config, splits))
     keeper = Keeper(
         run_dir,
         engine,
@@ -320,7 +322,7 @@ def _train(config: Config, run_dir: Path, plan: _Plan, one: _One) -> Result:
         # Orbax's processes meet by the number of a save, which two saves at a time would confuse.
         one_at_a_time=cached or several,
         keeps_best=cached,  # a head, which a checkpoint holds with the whole network
-        ends_with_best=cached and not config.train.keep_last,
+        ends_with_best=cached and best_alone,
     )
     progress = Progress(run_id=run_id)
     if resumes:
@@ -350,7 +352,7 @@ def _train(config: Config, run_dir: Path, plan: _Plan, one: _One) -> Result:
         if results and hosts.leads():
             pages = one.finish(run_dir, dataset, splits) if one.finish else ()
             track_results(run_dir, tracker, dataset, results, pages)
-    if not config.train.keep_last and hosts.leads():
+    if best_alone and hosts.leads():
         shutil.rmtree(run_dir / "checkpoints/last", ignore_errors=True)
     return Result(run_dir, results, step, (dataset, splits))
 

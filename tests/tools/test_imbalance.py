@@ -1,24 +1,13 @@
 """Settings against unequal classes, on the collection's 21 frequencies: do they do what they are for?"""
 
-import importlib.util
-import pathlib
-
 import numpy as np
 import pytest
 
-PATH = pathlib.Path(__file__).resolve().parents[2] / "tools/simulate_imbalance.py"
-
-
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("simulate_imbalance", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tools import simulate_imbalance as tool
 
 
 @pytest.mark.slow
-def test_each_correction_helps_the_rare_classes(tool):
+def test_each_correction_helps_the_rare_classes():
     """Plain cross-entropy learns the frequencies, and the best classifier for balanced accuracy ignores them (Menon et
     al. 2021): on the same data each correction gains recall of rare classes and loses some of common ones."""
     counts = tool.counts_of(4000)

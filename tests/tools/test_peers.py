@@ -1,7 +1,5 @@
 """The networks that tools/bench/bench.py gives to ONNX Runtime are those that bmjax stands beside."""
 
-import importlib.util
-import pathlib
 from collections import Counter
 
 import jax
@@ -13,20 +11,11 @@ import pytest
 
 from bmjax.config import ModelConfig
 from bmjax.model.create import create, init
-
-PATH = pathlib.Path(__file__).resolve().parents[2] / "tools/bench/peers.py"
-
-
-@pytest.fixture(scope="module")
-def peers():
-    spec = importlib.util.spec_from_file_location("peers", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tools.bench import peers
 
 
 @pytest.mark.parametrize(("backbone", "convolutions"), [("densenet121", 120), ("resnet50", 53)])
-def test_the_onnx_network_has_the_parameters_of_ours(peers, backbone, convolutions):
+def test_the_onnx_network_has_the_parameters_of_ours(backbone, convolutions):
     model = onnx.load_model_from_string(peers.onnx_network(backbone, 64))
     kinds = Counter(node.op_type for node in model.graph.node)
     assert kinds["Conv"] == convolutions
@@ -38,7 +27,7 @@ def test_the_onnx_network_has_the_parameters_of_ours(peers, backbone, convolutio
     assert sum(onnx.numpy_helper.to_array(weight).size for weight in model.graph.initializer) - 6 == expected
 
 
-def test_the_onnx_network_computes(peers):
+def test_the_onnx_network_computes():
     model = peers.onnx_network("densenet_tiny", 32)
     session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
     images = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)

@@ -1,23 +1,9 @@
 """The model of cost counts what is known of convolutions."""
 
-import importlib.util
-import pathlib
-import sys
-
-import pytest
-
-PATH = pathlib.Path(__file__).resolve().parents[2] / "tools/bench/roofline.py"
+from tools.bench import roofline as tool
 
 
-@pytest.fixture(scope="module")
-def tool():
-    spec = importlib.util.spec_from_file_location("roofline", PATH)
-    module = sys.modules["roofline"] = importlib.util.module_from_spec(spec)  # dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_gradients_cost_what_the_forward_pass_costs(tool):
+def test_gradients_cost_what_the_forward_pass_costs():
     """Each convolution's two gradients have its FLOPs; the first one has no input gradient."""
     found, parameters = tool.costs("resnet_tiny", 64, 4)
     ways = ("forward", "kernel", "input")
@@ -27,13 +13,13 @@ def test_gradients_cost_what_the_forward_pass_costs(tool):
     assert parameters > 0
 
 
-def test_a_kinds_time_is_the_slower_of_computing_and_moving(tool):
+def test_a_kinds_time_is_the_slower_of_computing_and_moving():
     device = tool.Device("d", compute=100.0, bandwidth=10.0)
     assert tool.Cost(1, flops=200.0, numbers=1.0).seconds(device) == 2.0
     assert tool.Cost(1, flops=200.0, numbers=10.0).seconds(device) == 4.0
 
 
-def test_what_is_fused_costs_nothing(tool):
+def test_what_is_fused_costs_nothing():
     found = {"forward 3x3": tool.Cost(1, 200.0, 1.0), "norms' sums, forward": tool.Cost(1, 1.0, 10.0)}
     device = tool.Device("d", compute=100.0, bandwidth=10.0)
     assert device.step_seconds(found) == 6.0

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from peers import DEVIATION, MEAN
 
 CLASSES = 7
 # Name here -> in keras.applications. PyTorch's contender is there for the DenseNets, ONNX Runtime's for ResNet50, too.
@@ -140,7 +141,7 @@ def flax_run(args: argparse.Namespace) -> Run:
     whole = args.mode != "frozen"
 
     def scaled(images):
-        mean, std = jnp.array([0.485, 0.456, 0.406]), jnp.array([0.229, 0.224, 0.225])
+        mean, std = jnp.array(MEAN), jnp.array(DEVIATION)
         return (images.astype(jnp.float32) / 255 - mean) / std
 
     init = jax.jit(lambda key: model.init(key, jnp.zeros((1, args.size, args.size, 3)), False))
@@ -211,7 +212,7 @@ def torch_run(args: argparse.Namespace) -> Run:
     torch.set_num_threads(os.cpu_count() or 1)
     backbone, head = torch_densenet(args.backbone)
     images, labels = (torch.from_numpy(a) for a in random_batch(args))
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, DEVIATION))
     labels = labels.long()
 
     def scaled():

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from bench import CLASSES, keras_base, peak_memory
+from peers import DEVIATION, MEAN
 
 BATCHES = 4
 """Batches on the device, taken in turn."""
@@ -34,7 +35,6 @@ TINY = {
     "xception": "xception_tiny",
     "efficientnetb5": "efficientnet_tiny",
 }
-MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Unavailable(RuntimeError):

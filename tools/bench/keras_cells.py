@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 from bench import environment
+from peers import DEVIATION, MEAN
 
 NETWORKS = {"densenet121": "DenseNet121", "densenet169": "DenseNet169", "densenet201": "DenseNet201"}
 BATCH, HEAD_EPOCHS, HEAD_RATE, RATE, DROPOUT, WIDTH, SMOOTHING = 32, 2, 1e-3, 1e-4, 0.5, 256, 0.1
@@ -89,8 +90,7 @@ def keras_train(folder: Path, weights: str, split: str, about: dict[str, Any]) -
         layers.RandomContrast(0.1),
     ):
         x = layer(x)
-    mean, deviation = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # keras.applications.densenet's, mode `torch`
-    x = layers.Normalization(mean=mean, variance=[d * d for d in deviation])(layers.Rescaling(1 / 255)(x))
+    x = layers.Normalization(mean=MEAN, variance=[d * d for d in DEVIATION])(layers.Rescaling(1 / 255)(x))
     x = layers.GlobalAveragePooling2D()(base(x, training=False))
     x = layers.Dropout(DROPOUT)(layers.BatchNormalization()(x))
     outputs = layers.Dense(about["classes"])(layers.Dense(WIDTH, activation="relu")(x))

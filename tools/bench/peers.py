@@ -18,6 +18,8 @@ BLOCKS: dict[str, tuple[int, ...]] = {
     "densenet_tiny": (1, 2, 2),  # for dry runs
 }
 HIDDEN, CLASSES = 256, 7
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of ImageNet's colours, 0 to 1: keras.applications' mode `torch`."""
 
 
 def flax_densenet(name: str, dtype: Any = None) -> Any:
@@ -193,8 +195,8 @@ class _Onnx:
     def start(self) -> str:
         """Images uint8 [b, h, w, 3], scaled."""
         x = self.add("Cast", "images", to=1)
-        mean, deviation = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
-        x = self.add("Div", self.add("Sub", x, self.weight(255 * mean)), self.weight(255 * deviation))
+        mean, deviation = self.weight(255 * np.array(MEAN)), self.weight(255 * np.array(DEVIATION))
+        x = self.add("Div", self.add("Sub", x, mean), deviation)
         return self.add("Transpose", x, perm=[0, 3, 1, 2])
 
     def serialized(self, x: str, channels: int, size: int) -> bytes:

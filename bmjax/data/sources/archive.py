@@ -10,6 +10,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,6 +20,14 @@ from bmjax.data.sources.listing import Listing, Seen, why_folder_passed_over, wh
 from bmjax.files import printable, reading
 
 Read = Callable[[], bytes]
+
+
+class _Members(NamedTuple):
+    """The files, the folders that have an entry of their own, and of a zip the checks of the files' names."""
+
+    reads: dict[str, Read]
+    folders: set[str]
+    checks: dict[str, Callable[[], None]]
 
 
 def list_archive(path: str | Path) -> Listing:
@@ -37,9 +46,9 @@ def list_archive(path: str | Path) -> Listing:
     path = Path(path)
     with reading(path, "zip or tar file"):
         if zipfile.is_zipfile(path):
-            members, folders = _zip_members(path)
+            members, folders, checks = _zip_members(path)
         elif _is_tar(path):
-            members, folders = _tar_members(path)
+            members, folders, checks = _tar_members(path)
         else:
             raise ValueError(f"{path}: neither a zip nor a tar file; expected one of them")
     reasons = {name: why_passed_over(name) for name in members}
@@ -59,8 +68,8 @@ def list_archive(path: str | Path) -> Listing:
     layout = arrange(str(path), inner, below)
     ids = [above + inside for inside in layout.ids]
     # Never opened later, so a damaged name would lose an image without a word.
-    for name in sorted(set(images) - set(ids)):
-        members[name]()
+    for name in sorted(checks.keys() & (set(images) - set(ids))):
+        checks[name]()
     counts = collections.Counter(reason for reason in reasons.values() if reason)
     seen = Seen(len(members), len(ids), outside=len(images) - len(ids), **counts)
     reads = [members[name] for name in ids]
@@ -93,14 +102,12 @@ def _limited(size: int) -> None:
         raise ValueError(f"{size} bytes; expected at most {MAX_BYTES}")
 
 
-def _zip_members(path: Path) -> tuple[dict[str, Read], set[str]]:
-    """The files, and the folders that have an entry of their own."""
+def _zip_members(path: Path) -> _Members:
     try:
         archive = zipfile.ZipFile(path)  # stays open: it is read by many threads until the listing is gone
     except zipfile.BadZipFile as e:
         raise ValueError(f"{path}: {e}") from e
-    members: dict[str, Read] = {}
-    folders: set[str] = set()
+    found = _Members({}, set(), {})
     for info in archive.infolist():
         _check_name(path, info.filename)
         name = _plain(info.filename)
@@ -109,16 +116,17 @@ def _zip_members(path: Path) -> tuple[dict[str, Read], set[str]]:
         if why_passed_over(name):  # never opened, so a damaged name would lose an image without a word
             _check_entry(path, info)
         if info.filename.endswith(("/", "\\")):
-            folders.add(name)
+            found.folders.add(name)
             continue
         if stat.S_ISLNK(info.external_attr >> 16):
             raise ValueError(f"{path}: member {info.filename!r} is a link; expected files only")
         if info.flag_bits & 1:
             raise ValueError(f"{path}: member {info.filename!r} is encrypted; expected files that can be read")
-        if name in members:
+        if name in found.reads:
             raise ValueError(f"{path}: member {info.filename!r} is there twice; expected one of a name")
-        members[name] = lambda info=info: _read_zipped(archive, info)
-    return members, folders
+        found.reads[name] = lambda info=info: _read_zipped(archive, info)
+        found.checks[name] = lambda info=info: _check_entry(path, info)
+    return found
 
 
 def _check_entry(path: Path, info: zipfile.ZipInfo) -> None:
@@ -140,25 +148,23 @@ def _read_zipped(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
         raise ValueError(f"{info.filename}: damaged in the archive: {str(e) or type(e).__name__}") from e
 
 
-def _tar_members(path: Path) -> tuple[dict[str, Read], set[str]]:
-    """As `_zip_members`."""
+def _tar_members(path: Path) -> _Members:
     try:
         archive = tarfile.open(path, "r:")  # noqa: SIM115  (its file is closed below)
     except tarfile.ReadError as e:
         raise ValueError(f"{path}: a compressed tar has no random access; expected a plain .tar or a .zip") from e
-    members: dict[str, Read] = {}
-    folders: set[str] = set()
+    found = _Members({}, set(), {})
     with archive:
         for info in _infos(path, archive):
             _check_name(path, info.name)
             if info.isdir():
-                folders.add(_plain(info.name))
+                found.folders.add(_plain(info.name))
                 continue
             if not info.isreg() or info.issparse():
                 raise ValueError(f"{path}: member {info.name!r} is a link or a device; expected files only")
             # Of two of a name the later one counts, as in unpacking.
-            members[_plain(info.name)] = lambda info=info: _read_tarred(path, info)
-    return members, folders
+            found.reads[_plain(info.name)] = lambda info=info: _read_tarred(path, info)
+    return found
 
 
 def _infos(path: Path, archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
