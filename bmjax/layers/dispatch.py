@@ -33,6 +33,7 @@ FORMS = {
     "dense_in_place": "dense blocks in one buffer with a derivative of their own, as on CPUs",
     "dense_remat": "dense blocks whose concatenations and norms are computed again on the way back",
     "depthwise_taps": "depthwise convolutions as sums of shifted maps",
+    "pointwise_dot": "1x1 convolutions as products of matrices",
 }
 """Alternatives away from CPUs, off unless BMJAX_FORMS names them; tools/bench/accelerator.py measures them."""
 

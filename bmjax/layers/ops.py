@@ -78,6 +78,11 @@ def depthwise_taps(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pa
     return functools.reduce(jnp.add, terms).astype(x.dtype)
 
 
+def pointwise_dot(x: jax.Array, kernel: jax.Array, strides: tuple[int, int]) -> jax.Array:
+    """Convolution of x [b, h, w, c] with a kernel [1, 1, c, n] as a product of matrices."""
+    return x[:, :: strides[0], :: strides[1]] @ kernel[0, 0]
+
+
 @replaceable
 def convolution(
     x: jax.Array, kernel: jax.Array, strides: tuple[int, int] = (1, 1), padding: Pixels = NO_PADDING, groups: int = 1
@@ -89,6 +94,8 @@ def convolution(
     """
     if groups > 1 and groups == x.shape[-1] == kernel.shape[-1] and wants("depthwise_taps"):
         return depthwise_taps(x, kernel, strides, padding)
+    if groups == 1 and kernel.shape[:2] == (1, 1) and padding == NO_PADDING and wants("pointwise_dot"):
+        return pointwise_dot(x, kernel, strides)
     return plain_convolution(x, kernel, strides, padding, groups)
 
 

@@ -3,11 +3,12 @@
     python tools/bench/accelerator.py --limit 480 --out FOLDER [--cells FOLDER --weights FILE] [--dry-run]
 
 Rows come by priority, each printed as soon as it is measured; when the limit nears, what is left is named and left out.
-Each row is a process of its own, since a JAX process takes most of a card's memory. A row: four batches on the device,
-taken in turn; the first step (compiling), 5 steps of warm-up, 30 timed with one wait at their end. bmjax's own loop on
-rendered cells comes after the first two networks' rows; the first row again at the end, for the spread. What fails is a
-row with its reason. OUT/rows.jsonl holds every row, OUT/<row>.log what its process said; with `--go-on` a second call
-measures what the first had no time for.
+Each row is a process of its own. `--together` rows are compiled at a time, since that takes most of the time and mostly
+the host's; then they are measured one by one, while nothing else uses the card. A row: four batches on the device,
+taken in turn; 6 steps of warm-up, 30 timed with one wait at their end. bmjax's own loop on rendered cells comes after
+the first two networks' rows; the first row again at the end, for the spread. What fails is a row with its reason.
+OUT/rows.jsonl holds every row, OUT/<row>.log what its process said; with `--go-on` a second call measures what the
+first had no time for. `--profile` writes OUT/<row>.kernels.txt, the kernels of bmjax's step by their time.
 
 `--dry-run` is the same plan with tiny networks and batches on whatever is there: it shows that every row runs, and its
 figures mean nothing.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import platform
@@ -25,7 +27,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,9 @@ LABELS = {
     "bmjax_in_place": "bmjax, in-place dense block",
     "bmjax_remat": "bmjax, dense block by remat",
     "bmjax_taps": "bmjax, depthwise by shifted sums",
+    "bmjax_dot": "bmjax, 1x1 convolutions as products",
+    "bmjax_dot_remat": "bmjax, products and remat",
+    "bmjax_dot_taps": "bmjax, products and shifted sums",
     "flax": "plain Flax",
     "keras_jax": "Keras on JAX",
     "timm": "timm, channels-last",
@@ -51,9 +56,9 @@ LABELS = {
 MAIN = ("bmjax", "flax", "timm")
 WARM_UP, TIMED = 5, 30
 LONGEST = 170.0
-"""Seconds after which a row's process is ended."""
+"""Seconds after which a row that is not compiled, or not measured, is ended."""
 LEAST = 20.0
-"""Seconds that must be left for a row to begin."""
+"""Seconds that must be left for rows to begin."""
 AGAIN = 30.0
 """Seconds kept for the first row's repetition, whose program is compiled by then."""
 PARTS = ("rows", "check", "cells")
@@ -65,29 +70,27 @@ HEADER = (
     "images/s",
     "bmjax is faster by",
     "peak GB",
-    "first step, s",
-    "row, s",
+    "compiled in, s",
 )
 
 
 def plan(dry: bool) -> list[Job]:
     """All measured rows, by priority."""
     dense, res = ("densenet121", 224, 256), ("resnet50", 224, 256)
-    wide, compiled = ("bmjax", "bmjax_taps", "flax", "timm", "timm_compiled"), ("timm_compiled",)
+    others = (("mobilenet_v2", 224, 256), ("xception", 224, 256), ("efficientnetb5", 224, 128))
     rows: list[tuple[tuple[str, int, int], str, tuple[str, ...]]] = [
         (dense, "bfloat16", MAIN),
         (res, "bfloat16", MAIN),
         # Compiled by torch, a network takes minutes until its first step.
-        (dense, "bfloat16", compiled),
-        (res, "bfloat16", compiled),
-        (dense, "bfloat16", ("bmjax_in_place", "bmjax_remat")),
-        (dense, "float32", MAIN),
-        (res, "float32", MAIN),
-        (("mobilenet_v2", 224, 256), "bfloat16", wide),
-        (("xception", 224, 256), "bfloat16", wide),
-        (("efficientnetb5", 224, 128), "bfloat16", wide),
-        (dense, "bfloat16", ("bmjax_pmap", "keras_jax")),
-        (("mobilenet_v2", 224, 256), "bfloat16", ("keras_jax",)),
+        *((network, "bfloat16", ("timm_compiled",)) for network in (dense, res)),
+        (dense, "bfloat16", ("bmjax_remat", "bmjax_dot", "bmjax_dot_remat")),
+        (res, "bfloat16", ("bmjax_dot",)),
+        *((network, "bfloat16", (*MAIN, "bmjax_taps", "bmjax_dot")) for network in others),
+        *((network, "float32", MAIN) for network in (dense, res)),
+        *((network, "bfloat16", ("timm_compiled",)) for network in others),
+        (dense, "bfloat16", ("bmjax_in_place", "bmjax_pmap", "keras_jax")),
+        *((network, "bfloat16", ("bmjax_dot_taps",)) for network in others),
+        (others[0], "bfloat16", ("keras_jax",)),
         # At the sizes of timm's public figures; 456 pixels of 128 images would not fit 80 GB.
         (("xception", 299, 256), "bfloat16", ("bmjax", "timm")),
         (("efficientnetb5", 456, 32), "bfloat16", ("bmjax", "timm")),
@@ -99,11 +102,9 @@ def plan(dry: bool) -> list[Job]:
 
 
 def measure(stepper: Stepper, job: Job) -> dict[str, Any]:
-    """{"images_per_second", "first_seconds", "peak_bytes"} of a contender."""
+    """{"images_per_second", "peak_bytes"} of a contender."""
     warm_up, timed = (1, 2) if job.dry else (WARM_UP, TIMED)
-    began = time.perf_counter()
     stepper.wait(stepper.step(0))
-    first = time.perf_counter() - began
     last = None
     for k in range(warm_up):
         last = stepper.step(k)
@@ -113,13 +114,80 @@ def measure(stepper: Stepper, job: Job) -> dict[str, Any]:
         last = stepper.step(k)
     stepper.wait(last)
     rate = timed * job.batch / (time.perf_counter() - began)
-    return {"images_per_second": rate, "first_seconds": first, "peak_bytes": stepper.peak()}
+    return {"images_per_second": rate, "peak_bytes": stepper.peak()}
 
 
-def work(job: Job) -> None:
-    """What a row's process does; its last line is the row as JSON."""
+def kernels(folder: str) -> list[tuple[str, int, float]]:
+    """(kernel, how often, milliseconds in all) of the device's events in a trace's folder, the longest first."""
+    from jax.profiler import ProfileData
+
+    found: dict[str, tuple[int, float]] = {}
+    for path in Path(folder).rglob("*.xplane.pb"):
+        for plane in ProfileData.from_file(str(path)).planes:
+            if not plane.name.startswith("/device:"):
+                continue
+            for line in plane.lines:
+                if not line.name.startswith("Stream"):
+                    continue
+                for event in line.events:
+                    stats = dict(event.stats)
+                    name = f"{stats.get('hlo_op', '')} {event.name}"
+                    count, total = found.get(name, (0, 0.0))
+                    found[name] = (count + 1, total + event.duration_ns / 1e6)
+    return sorted(((name, *values) for name, values in found.items()), key=lambda row: -row[2])
+
+
+def profile(stepper: Stepper, prefix: Path, steps: int = 3) -> None:
+    """Writes the kernels of so many steps beside a row's log, and the program they belong to."""
+    import gzip
+    import tempfile
+
+    import jax
+
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            last = None
+            for k in range(steps):
+                last = stepper.step(k)
+            stepper.wait(last)
+        rows = kernels(folder)
+    lines = [f"{total / steps:9.3f} ms {count / steps:7.1f} x  {name}" for name, count, total in rows]
+    whole = sum(row[2] for row in rows) / steps
+    Path(f"{prefix}.kernels.txt").write_text("\n".join([f"{whole:.3f} ms of kernels a step", *lines, ""]))
+    if stepper.program is not None:
+        Path(f"{prefix}.program.txt.gz").write_bytes(gzip.compress(stepper.program().encode()))
+
+
+def wait_for(gate: Path) -> None:
+    """Waits until the parent opens a gate, which is a file; ends this process if the parent is gone."""
+    parent = os.getppid()
+    while not gate.exists():
+        if os.getppid() != parent:
+            raise SystemExit("the parent is gone")
+        time.sleep(0.02)
+
+
+def work(job: Job, prefix: Path | None) -> None:
+    """What a row's process does; its last line is the row as JSON. With a prefix it waits at PREFIX.build before it
+    uses the device, and at PREFIX.measure before it is timed; it makes PREFIX.ready when it is compiled."""
     try:
-        found = contenders.run_loop(job) if job.contender == "loop" else measure(MAKERS[job.contender](job), job)
+        if job.contender == "loop" or prefix is None:
+            found = contenders.run_loop(job)
+        else:
+            contenders.imported(job)
+            wait_for(Path(f"{prefix}.build"))
+            began = time.perf_counter()
+            stepper = MAKERS[job.contender](job)
+            built = time.perf_counter() - began
+            Path(f"{prefix}.ready").touch()
+            wait_for(Path(f"{prefix}.measure"))
+            found = measure(stepper, job) | {"build_seconds": built}
+            print("\n" + json.dumps(found), flush=True)
+            if os.environ.get("ROW_PROFILE") and job.contender == "bmjax":
+                try:
+                    profile(stepper, prefix)
+                except Exception as error:
+                    print(f"no profile: {error!r}", flush=True)
     except Unavailable as reason:
         found = {"unavailable": str(reason)}
     print("\n" + json.dumps(found), flush=True)
@@ -130,6 +198,7 @@ def environment(job: Job, cache: Path) -> dict[str, str]:
     own = {"PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", "KERAS_BACKEND": "jax"}
     own |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "WANDB_MODE": "disabled", "TQDM_DISABLE": "1"}
     own |= {"BMJAX_FORMS": FORMS.get(job.contender, ""), "JAX_TRACEBACK_FILTERING": "off"}
+    own |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # several are compiled at a time
     if job.dry:  # compiles quickly, and builds nothing
         own |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true", "BMJAX_NATIVE": "0"}
     return os.environ | own
@@ -144,20 +213,61 @@ def reason_of(text: str, code: int) -> str:
     return f"exit {code}: {lines[-1][:160]}" if lines else f"exit {code}, and it said nothing"
 
 
-def run_process(command: Sequence[str], env: dict[str, str], log: Path, seconds: float) -> tuple[int | None, str]:
-    """(exit status, or None where it ran out of time; what it said), which is written to the log too."""
-    with log.open("w") as out:
-        # In a group of its own: what it starts, as torch.compile does, is ended with it.
-        process = subprocess.Popen(
-            command, env=env, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
-        )
+class Process:
+    """A process whose words go to a log. In a group of its own: what it starts, as torch.compile does, is ended too."""
+
+    def __init__(self, command: Sequence[str], env: dict[str, str], log: Path):
+        self.log = log
+        with log.open("w") as out:
+            self._process = subprocess.Popen(
+                command, env=env, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    @property
+    def runs(self) -> bool:
+        """Whether it has not ended yet."""
+        return self._process.poll() is None
+
+    def end(self, seconds: float) -> tuple[int | None, str]:
+        """(exit status, or None where it had to be ended after so many seconds; what it said)."""
         try:
-            code: int | None = process.wait(timeout=max(seconds, 1.0))
+            code: int | None = self._process.wait(timeout=max(seconds, 1.0))
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
             code = None
-    return code, log.read_text(errors="replace")
+        return code, self.log.read_text(errors="replace")
+
+
+class Row(Process):
+    """A row's process, which waits at its gates."""
+
+    def __init__(self, job: Job, folder: Path, env: dict[str, str]):
+        name = f"{job.contender}-{job.network}-{job.dtype}-{job.size}{'-again' if job.repeat else ''}"
+        self.job, self._prefix = job, folder / name
+        for gate in ("build", "ready", "measure"):
+            Path(f"{self._prefix}.{gate}").unlink(missing_ok=True)
+        command = [sys.executable, str(Path(__file__).resolve()), "--worker", json.dumps(dataclasses.asdict(job))]
+        super().__init__([*command, "--prefix", str(self._prefix)], env, Path(f"{self._prefix}.log"))
+
+    def open(self, gate: str) -> None:
+        """Lets it go on to build or to measure."""
+        Path(f"{self._prefix}.{gate}").touch()
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is compiled."""
+        return Path(f"{self._prefix}.ready").exists()
+
+    def found(self, seconds: float) -> dict[str, Any]:
+        """What it measured, or why it did not."""
+        code, text = self.end(seconds)
+        answers = [line for line in text.splitlines() if line.startswith("{")]
+        if answers:
+            return json.loads(answers[-1])
+        if code is None:
+            return {"failed": f"not done after {seconds:.0f} s more"}
+        return {"failed": reason_of(text, code) if code else "it gave no answer"}
 
 
 class Report:
@@ -179,7 +289,7 @@ class Report:
     def known(self, job: Job) -> dict[str, Any] | None:
         """A row that was measured before, printed once more."""
         if (found := self._known.get(job)) is not None:
-            self._print(job, found, found["row_seconds"])
+            self._print(job, found)
         return found
 
     def left(self) -> float:
@@ -195,19 +305,19 @@ class Report:
         self.say(*HEADER)
         self.say(*("---" for _ in HEADER))
 
-    def row(self, job: Job, found: dict[str, Any], took: float) -> None:
+    def row(self, job: Job, found: dict[str, Any]) -> None:
         """Prints a row and writes it down; what failed has a reason instead of figures."""
-        record = dataclasses.asdict(job) | {"network": job.network, "row_seconds": took} | found
+        record = dataclasses.asdict(job) | {"network": job.network} | found
         with (self.folder / "rows.jsonl").open("a") as f:
             f.write(json.dumps(record) + "\n")
-        self._print(job, found, took)
+        self._print(job, found)
 
-    def _print(self, job: Job, found: dict[str, Any], took: float) -> None:
+    def _print(self, job: Job, found: dict[str, Any]) -> None:
         label = LABELS[job.contender] + (", again" if job.repeat else "")
         kind = "TF32" if job.dtype == "float32" else "bf16"
         head = (f"{job.network} {job.size}", label, kind, str(job.batch))
         if "images_per_second" not in found:
-            self.say(*head, next(f"{k}: {v}" for k, v in found.items()), "", "", "", f"{took:.0f}")
+            self.say(*head, next(f"{k}: {v}" for k, v in found.items()), "", "", "")
             return
         rate = found["images_per_second"]
         what = (job.backbone, job.dtype, job.size, job.batch)
@@ -216,31 +326,67 @@ class Report:
         ours = self._rates.get(what)
         ratio = "" if ours is None else f"{ours / rate:.2f}x"
         peak = "" if found.get("peak_bytes") is None else f"{found['peak_bytes'] / 1e9:.2f}"
-        self.say(*head, f"{rate:,.1f}", ratio, peak, f"{found['first_seconds']:.1f}", f"{took:.0f}")
+        built = found.get("build_seconds", found.get("first_seconds"))
+        self.say(*head, f"{rate:,.1f}", ratio, peak, f"{built:.1f}")
 
 
-def run_job(job: Job, report: Report, cache: Path, keep: float = 0.0) -> dict[str, Any]:
-    """Runs a row in a process of its own and reports it; `keep` seconds are kept for what must come after it."""
-    if not job.repeat and (known := report.known(job)) is not None:
-        return known
-    seconds = min(LONGEST, report.left() - keep)
-    if seconds < LEAST:
-        found: dict[str, Any] = {"left out": "no time"}
-        report.row(job, found, 0.0)
-        return found
-    began = time.monotonic()
-    name = f"{job.contender}-{job.network}-{job.dtype}-{job.size}{'-again' if job.repeat else ''}"
-    command = [sys.executable, str(Path(__file__).resolve()), "--worker", json.dumps(dataclasses.asdict(job))]
-    code, text = run_process(command, environment(job, cache), report.folder / f"{name}.log", seconds)
-    if code is None:
-        found = {"failed": f"not done after {seconds:.0f} s"}
-    elif code:
-        found = {"failed": reason_of(text, code)}
-    else:
-        answers = [line for line in text.splitlines() if line.startswith("{")]
-        found = json.loads(answers[-1]) if answers else {"failed": "it gave no answer"}
-    report.row(job, found, time.monotonic() - began)
-    return found
+def run_group(rows: Sequence[Row], report: Report, keep: float, compiled: Callable[[], None]) -> list[dict[str, Any]]:
+    """Compiles rows together, then measures them one by one; `keep` seconds are kept for what must come after.
+
+    `compiled` is called between the two.
+    """
+    for row in rows:
+        row.open("build")
+    until = time.monotonic() + min(LONGEST, report.left() - keep)
+    while time.monotonic() < until and not all(row.ready or not row.runs for row in rows):
+        time.sleep(0.05)
+    compiled()
+    results = []
+    for row in rows:
+        if row.ready:
+            row.open("measure")
+        results.append(row.found(min(LONGEST, report.left() - keep) if row.ready or not row.runs else 0.0))
+        report.row(row.job, results[-1])
+    return results
+
+
+def groups_of(jobs: Sequence[Job], together: int) -> list[list[Job]]:
+    """Jobs in their order, so many at a time; bmjax's loop is alone, since it is timed from its beginning."""
+    groups: list[list[Job]] = []
+    for job in jobs:
+        joins = groups and len(groups[-1]) < together and "loop" not in (job.contender, groups[-1][0].contender)
+        if joins:
+            groups[-1].append(job)
+        else:
+            groups.append([job])
+    return groups
+
+
+def run_rows(jobs: Sequence[Job], report: Report, cache: Path, together: int, keep: float) -> dict[Job, dict[str, Any]]:
+    """Rows in their order; the processes of the next are there, and wait, while some are measured."""
+    results = {job: known for job in jobs if not job.repeat and (known := report.known(job)) is not None}
+    groups = groups_of([job for job in jobs if job not in results], together)
+    waiting: list[Row] = []
+
+    def start(jobs: Sequence[Job]) -> None:
+        waiting.extend(Row(job, report.folder, environment(job, cache)) for job in jobs)
+
+    for i, group in enumerate(groups):
+        if report.left() - keep < LEAST:
+            while waiting:
+                waiting.pop().end(0.0)
+            for job in group:
+                results[job] = {"left out": "no time"}
+                report.row(job, results[job])
+            continue
+        if not waiting:
+            start(group)
+        rows, following = list(waiting), groups[i + 1] if i + 1 < len(groups) else []
+        waiting.clear()
+        # The loop does not wait at gates.
+        then = functools.partial(start, [job for job in following if job.contender != "loop"])
+        results |= dict(zip(group, run_group(rows, report, keep, then), strict=True))
+    return results
 
 
 def run_command(name: str, command: Sequence[str], report: Report, env: dict[str, str], passes: str) -> None:
@@ -250,7 +396,7 @@ def run_command(name: str, command: Sequence[str], report: Report, env: dict[str
         print(f"\n{LABELS[name]}: left out, no time", flush=True)
         return
     began = time.monotonic()
-    code, text = run_process(command, env, report.folder / f"{name}.log", seconds)
+    code, text = Process(command, env, report.folder / f"{name}.log").end(seconds)
     lines = [line for line in text.splitlines() if line.strip()]
     said = [line for line in lines if passes in line][-3:] or lines[-1:]
     verdict = {0: "done", None: f"not done after {seconds:.0f} s"}.get(code, f"failed, exit {code}")
@@ -298,20 +444,18 @@ def measured(options: argparse.Namespace, report: Report, cache: Path) -> None:
     jobs = [j for j in plan(options.dry_run) if not options.only or j.backbone in options.only]
     jobs = [j for j in jobs if not options.contenders or j.contender in options.contenders]
     first, early = jobs[0], 2 * len(MAIN)
+    loop, again = dataclasses.replace(first, contender="loop"), dataclasses.replace(first, repeat=True)
+    if not options.contenders:
+        jobs.insert(early, loop)
     report.header()
-    base = run_job(first, report, cache)
-    for job in jobs[1:early]:
-        run_job(job, report, cache, keep=AGAIN)
-    loop = run_job(dataclasses.replace(first, contender="loop"), report, cache, keep=AGAIN)
-    for job in jobs[early:]:
-        run_job(job, report, cache, keep=AGAIN)
-    again = run_job(dataclasses.replace(first, repeat=True), report, cache)
-    rates = [found["images_per_second"] for found in (base, again) if "images_per_second" in found]
+    results = run_rows(jobs, report, cache, options.together, AGAIN)
+    results |= run_rows([again], report, cache, 1, 0.0)
+    rates = [results[job]["images_per_second"] for job in (first, again) if "images_per_second" in results[job]]
     if len(rates) == 2:
         print(f"\nspread of the first row: {abs(rates[0] - rates[1]) / max(rates):.1%}", flush=True)
-    if rates and "images_per_second" in loop:
-        bare, whole = sum(rates) / len(rates), loop["images_per_second_whole_epochs"]
-        said = f"the loop: {loop['images_per_second'] / bare:.2f} of the bare step within epochs (at least 0.90), "
+    if rates and "images_per_second" in (found := results.get(loop, {})):
+        bare, whole = sum(rates) / len(rates), found["images_per_second_whole_epochs"]
+        said = f"the loop: {found['images_per_second'] / bare:.2f} of the bare step within epochs (at least 0.90), "
         print(f"{said}{whole / bare:.2f} with evaluation and checkpoints", flush=True)
 
 
@@ -326,14 +470,19 @@ def main() -> None:
     parser.add_argument("--weights", help="file of ImageNet weights for that")
     parser.add_argument("--go-on", action="store_true", help="measure only rows that OUT/rows.jsonl does not have yet")
     parser.add_argument("--dry-run", action="store_true", help="tiny networks and batches: shows that every row runs")
+    parser.add_argument("--together", type=int, default=6, help="rows that are compiled at a time; default 6")
+    parser.add_argument("--profile", action="store_true", help="write the kernels of bmjax's rows by their time")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--prefix", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        work(Job(**json.loads(options.worker)))
+        work(Job(**json.loads(options.worker)), options.prefix)
         return
     folder = Path(options.out).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     report, cache = Report(folder, options.limit), folder / "compiled"
+    if options.profile:
+        os.environ["ROW_PROFILE"] = "1"
     if options.go_on:
         report.go_on()
     print(f"{'DRY RUN: tiny networks, the figures mean nothing. ' if options.dry_run else ''}{card()}\n{versions()}\n")

@@ -7,6 +7,7 @@ Images are uint8 [b, h, w, 3] throughout, scaled on the device; the optimizer is
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -61,11 +62,13 @@ class Job:
 
 
 class Stepper(NamedTuple):
-    """`step(k)` sends step k off and gives what `wait` waits for; `peak()` is the device's largest use of memory."""
+    """A contender that is built and compiled. `step(k)` sends step k off and gives what `wait` waits for; `peak()` is
+    the device's largest use of memory; `program()` is the compiled step as XLA's text, where there is one."""
 
     step: Callable[[int], Any]
     wait: Callable[[Any], Any]
     peak: Callable[[], int | None]
+    program: Callable[[], str] | None = None
 
 
 def batches(job: Job) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -143,13 +146,14 @@ def bmjax_stepper(job: Job, kind: str = "jit") -> Stepper:
     train_step = compile_stage(config, model, plan, parallel, cross_entropy)
     position = np.arange(job.batch, dtype=np.int32)
     placed = [parallel.put_batch({"image": x, "label": y, "position": position}) for x, y in batches(job)]
+    compiled = train_step.lower(state, placed[0]).compile()
 
     def step(k: int) -> Any:
         nonlocal state
-        state, metrics = train_step(state, placed[k % BATCHES])
+        state, metrics = compiled(state, placed[k % BATCHES])
         return metrics["loss"]
 
-    return Stepper(step, jax.block_until_ready, jax_peak)
+    return Stepper(step, jax.block_until_ready, jax_peak, compiled.as_text)
 
 
 def bmjax_pmap(job: Job) -> Stepper:
@@ -211,9 +215,9 @@ def flax_stepper(job: Job) -> Stepper:
         updates, opt_state = tx.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), stats, opt_state, loss
 
-    compiled = jax.jit(one, donate_argnums=(0, 1, 2))
     placed = jax.device_put(batches(job))
     key = jax.random.key(0)
+    compiled = jax.jit(one, donate_argnums=(0, 1, 2)).lower(*carry, *placed[0], key).compile()
 
     def step(k: int) -> Any:
         nonlocal carry
@@ -221,7 +225,7 @@ def flax_stepper(job: Job) -> Stepper:
         carry = tuple(new)
         return loss
 
-    return Stepper(step, jax.block_until_ready, jax_peak)
+    return Stepper(step, jax.block_until_ready, jax_peak, compiled.as_text)
 
 
 def keras_stepper(job: Job) -> Stepper:
@@ -251,10 +255,10 @@ def keras_stepper(job: Job) -> Stepper:
         trainable, opt_state = optimizer.stateless_apply(opt_state, grads, trainable)
         return trainable, rest, opt_state, loss
 
-    compiled = jax.jit(one, donate_argnums=(0, 1, 2))
     groups = (model.trainable_variables, model.non_trainable_variables, optimizer.variables)
     carry: tuple[Any, ...] = tuple([jax.numpy.array(v.value, copy=True) for v in group] for group in groups)
     placed = jax.device_put(batches(job))
+    compiled = jax.jit(one, donate_argnums=(0, 1, 2)).lower(*carry, *placed[0]).compile()
 
     def step(k: int) -> Any:
         nonlocal carry
@@ -262,7 +266,7 @@ def keras_stepper(job: Job) -> Stepper:
         carry = tuple(new)
         return loss
 
-    return Stepper(step, jax.block_until_ready, jax_peak)
+    return Stepper(step, jax.block_until_ready, jax_peak, compiled.as_text)
 
 
 def timm_stepper(job: Job, compiled: bool = False) -> Stepper:
@@ -305,6 +309,12 @@ def timm_stepper(job: Job, compiled: bool = False) -> Stepper:
         if on_gpu:
             torch.cuda.synchronize()
 
+    if compiled:  # torch compiles when it is called; the memory of that step is given back, for others compile too
+        wait(step(0))
+        if on_gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
     return Stepper(step, wait, torch.cuda.max_memory_allocated if on_gpu else peak_memory)
 
 
@@ -324,6 +334,14 @@ def cells(size: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         round_ = i // n
         images[i] = np.roll(rendered[i % n], (round_ % size, round_ // size), (0, 1))
     return images, labels[np.arange(count) % n]
+
+
+def imported(job: Job) -> None:
+    """Imports what a row needs and nothing that uses the device, so that the next rows can begin while one is timed."""
+    wanted = ("torch", "timm") if job.contender.startswith("timm") else ("bmjax", "jax", "flax.linen", "optax")
+    for name in wanted:
+        if importlib.util.find_spec(name.partition(".")[0]) is not None:
+            importlib.import_module(name)
 
 
 def run_loop(job: Job) -> dict[str, Any]:
@@ -361,10 +379,20 @@ MAKERS: dict[str, Callable[[Job], Stepper]] = {
     "bmjax_in_place": bmjax_stepper,
     "bmjax_remat": bmjax_stepper,
     "bmjax_taps": bmjax_stepper,
+    "bmjax_dot": bmjax_stepper,
+    "bmjax_dot_remat": bmjax_stepper,
+    "bmjax_dot_taps": bmjax_stepper,
     "flax": flax_stepper,
     "keras_jax": keras_stepper,
     "timm": timm_stepper,
     "timm_compiled": timm_compiled,
 }
-FORMS = {"bmjax_in_place": "dense_in_place", "bmjax_remat": "dense_remat", "bmjax_taps": "depthwise_taps"}
+FORMS = {
+    "bmjax_in_place": "dense_in_place",
+    "bmjax_remat": "dense_remat",
+    "bmjax_taps": "depthwise_taps",
+    "bmjax_dot": "pointwise_dot",
+    "bmjax_dot_remat": "pointwise_dot,dense_remat",
+    "bmjax_dot_taps": "pointwise_dot,depthwise_taps",
+}
 """What BMJAX_FORMS is for the variants of bmjax; see bmjax/layers/dispatch.py."""
