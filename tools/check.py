@@ -70,7 +70,8 @@ def on_accelerator(extra: list[str]) -> int:
     processes = str(max(1, min(6, (os.cpu_count() or 2) // 2)))
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
     environment = {"BMJAX_TEST_ACCELERATOR": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_FLAGS": flags}
-    return run("pytest", "-n", processes, "-m", "accelerator", *files, *extra, **environment)
+    # Such machines have plugins of others; that of pytest-benchmark warns of several processes, which is an error here.
+    return run("pytest", "-p", "no:benchmark", "-n", processes, "-m", "accelerator", *files, *extra, **environment)
 
 
 def main() -> int:

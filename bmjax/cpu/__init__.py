@@ -16,7 +16,7 @@ REPLACEMENTS = {
         norm.by_hand,
         norm.moments,
         norm.channel_sums,
-        pool.max_pool_in_pixels,
+        pool.pool_gradient,
         dense_block.dense_layers,
     )
 }

@@ -34,6 +34,7 @@ FORMS = {
     "dense_remat": "dense blocks whose concatenations and norms are computed again on the way back",
     "depthwise_taps": "depthwise convolutions as sums of shifted maps",
     "pointwise_dot": "1x1 convolutions as products of matrices",
+    "plain_pool": "max pooling with XLA's own derivative",
 }
 """Alternatives away from CPUs, off unless BMJAX_FORMS names them; tools/bench/accelerator.py measures them."""
 

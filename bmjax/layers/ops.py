@@ -210,10 +210,68 @@ def plain_max_pool(x: jax.Array, window: int, stride: int, pads: Pixels) -> jax.
     return lax.reduce_window(x, -jnp.inf, lax.max, (1, window, window, 1), (1, stride, stride, 1), sides)
 
 
+def plain_pool_gradient(
+    gradient: jax.Array, place: jax.Array, window: int, stride: int, pads: Pixels, spatial: tuple[int, int]
+) -> jax.Array:
+    """As `pool_gradient`, by a padded map for each place."""
+    (top, _), (left, _) = pads
+    zero = jnp.zeros((), gradient.dtype)
+
+    def spread(n: int) -> jax.Array:
+        """The gradients of the windows whose maximum was at place n, where they came from."""
+        sides = [
+            (start, size + before + after - start - (count - 1) * stride - 1, stride - 1)
+            for start, size, (before, after), count in zip(
+                divmod(n, window), spatial, pads, place.shape[1:3], strict=True
+            )
+        ]
+        return lax.pad(jnp.where(place == n, gradient, zero), zero, ((0, 0, 0), *sides, (0, 0, 0)))
+
+    total = functools.reduce(jnp.add, [spread(n) for n in range(window * window)])
+    return total[:, top : top + spatial[0], left : left + spatial[1]]
+
+
 @replaceable
-def max_pool_in_pixels(x: jax.Array, window: int, stride: int, pads: Pixels) -> jax.Array:
-    """As `max_pool`, its padding in pixels."""
+def pool_gradient(
+    gradient: jax.Array, place: jax.Array, window: int, stride: int, pads: Pixels, spatial: tuple[int, int]
+) -> jax.Array:
+    """The gradient of a pool's input [b, *spatial, c] from that of its output [b, h', w', c] and the place in its
+    window, int8, that each maximum came from."""
+    return plain_pool_gradient(gradient, place, window, stride, pads, spatial)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _pool_by_place(x: jax.Array, window: int, stride: int, pads: Pixels) -> jax.Array:
     return plain_max_pool(x, window, stride, pads)
+
+
+def _pool_forward(x, window, stride, pads):
+    padded = jnp.pad(x, ((0, 0), *pads, (0, 0)), constant_values=-jnp.inf)
+    seen = views(padded, (window, window), (stride, stride), NO_PADDING)
+    y = functools.reduce(jnp.maximum, seen)
+    place = jnp.zeros(y.shape, jnp.int8)
+    for n in reversed(range(len(seen))):  # so that the first of equal values is written last
+        place = jnp.where(seen[n] == y, jnp.int8(n), place)
+    return y, (place, x.shape[1:3])
+
+
+def _pool_backward(window, stride, pads, residuals, gradient):
+    place, spatial = residuals
+    return (pool_gradient(gradient, place, window, stride, pads, spatial),)
+
+
+_pool_by_place.defvjp(_pool_forward, _pool_backward)
+
+
+def max_pool_in_pixels(x: jax.Array, window: int, stride: int, pads: Pixels) -> jax.Array:
+    """As `max_pool`, its padding in pixels.
+
+    Kept for the way back is the place in its window that each maximum came from, in a byte; XLA's own derivative keeps
+    four indices of 32 bits, and adds gradients one by one where they belong.
+    """
+    if window**2 > 127 or wants("plain_pool"):
+        return plain_max_pool(x, window, stride, pads)
+    return _pool_by_place(x, window, stride, pads)
 
 
 def round_channels(channels: float) -> int:

@@ -1,12 +1,14 @@
 """A norm away from CPUs: one pass, two sums each way, derivatives by hand; and formulations that can be asked for."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bmjax.layers import BatchNorm, Conv, batch_statistics, ops
+from bmjax.layers import BatchNorm, Conv, batch_statistics, max_pool, ops
 from bmjax.layers.dense_block import dense_block
 from bmjax.layers.dispatch import traced_for, wants, with_forms
 from bmjax.layers.norm import affine, moments, norm_affine, norm_relu
@@ -164,6 +166,27 @@ class Depthwise(nn.Module):
         return jnp.sin(Conv(x.shape[-1], 3, strides=self.strides, groups=x.shape[-1], name="depthwise")(x))
 
 
+class Pointwise(nn.Module):
+    strides: int = 1
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        del train
+        return jnp.sin(Conv(6, 1, strides=self.strides, name="pointwise")(x))
+
+
+class Pool(nn.Module):
+    padding: Any = "SAME"
+    window: int = 3
+    stride: int = 2
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        del train
+        x = self.param("scale", nn.initializers.ones, (x.shape[-1],))[None, None, None].astype(x.dtype) * x
+        return jnp.sin(max_pool(x, self.window, self.stride, self.padding))
+
+
 def outcome(module, variables, x, train):
     """Output, new statistics, and gradients of parameters and input."""
 
@@ -183,7 +206,21 @@ FORMED = [
     ("dense_remat", Block(), False),
     ("depthwise_taps", Depthwise(), True),
     ("depthwise_taps", Depthwise(2), True),
+    ("pointwise_dot", Pointwise(), True),
+    ("pointwise_dot", Pointwise(2), True),
+    ("plain_pool", Pool(), True),
+    ("plain_pool", Pool(1), True),
+    ("plain_pool", Pool("VALID", 2, 2), True),
+    ("plain_pool", Pool("VALID", 2, 3), True),
 ]
+
+
+def test_equal_values_of_a_pool_give_the_gradient_to_the_first():
+    x = jnp.asarray([[3.0, 3, 1], [3, 3, 3], [0, 3, 3]])[None, :, :, None]
+    for forms in ((), ("plain_pool",)):
+        with traced_for("gpu"), with_forms(*forms):
+            found = jax.grad(lambda x: (max_pool(x, 2, 1, "VALID") * jnp.arange(1.0, 5).reshape(1, 2, 2, 1)).sum())(x)
+        np.testing.assert_array_equal(found[0, :, :, 0], [[1, 2, 0], [3, 4, 0], [0, 0, 0]])
 
 
 @pytest.mark.parametrize(("form", "module", "train"), FORMED)

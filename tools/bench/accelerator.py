@@ -8,7 +8,7 @@ the host's; then they are measured one by one, while nothing else uses the card.
 taken in turn; 6 steps of warm-up, 30 timed with one wait at their end. bmjax's own loop on rendered cells comes after
 the first two networks' rows; the first row again at the end, for the spread. What fails is a row with its reason.
 OUT/rows.jsonl holds every row, OUT/<row>.log what its process said; with `--go-on` a second call measures what the
-first had no time for. `--profile` writes OUT/<row>.kernels.txt, the kernels of bmjax's step by their time.
+first had no time for. `--profile NETWORK` writes OUT/<row>.kernels.txt, the kernels of bmjax's step by their time.
 
 `--dry-run` is the same plan with tiny networks and batches on whatever is there: it shows that every row runs, and its
 figures mean nothing.
@@ -43,6 +43,7 @@ LABELS = {
     "bmjax_remat": "bmjax, dense block by remat",
     "bmjax_taps": "bmjax, depthwise by shifted sums",
     "bmjax_dot": "bmjax, 1x1 convolutions as products",
+    "bmjax_pool": "bmjax, XLA's pooling",
     "bmjax_dot_remat": "bmjax, products and remat",
     "bmjax_dot_taps": "bmjax, products and shifted sums",
     "flax": "plain Flax",
@@ -55,7 +56,7 @@ LABELS = {
 }
 MAIN = ("bmjax", "flax", "timm")
 WARM_UP, TIMED = 5, 30
-LONGEST = 170.0
+LONGEST = 210.0
 """Seconds after which a row that is not compiled, or not measured, is ended."""
 LEAST = 20.0
 """Seconds that must be left for rows to begin."""
@@ -84,7 +85,7 @@ def plan(dry: bool) -> list[Job]:
         # Compiled by torch, a network takes minutes until its first step.
         *((network, "bfloat16", ("timm_compiled",)) for network in (dense, res)),
         (dense, "bfloat16", ("bmjax_remat", "bmjax_dot", "bmjax_dot_remat")),
-        (res, "bfloat16", ("bmjax_dot",)),
+        (res, "bfloat16", ("bmjax_pool", "bmjax_dot")),
         *((network, "bfloat16", (*MAIN, "bmjax_taps", "bmjax_dot")) for network in others),
         *((network, "float32", MAIN) for network in (dense, res)),
         *((network, "bfloat16", ("timm_compiled",)) for network in others),
@@ -183,7 +184,7 @@ def work(job: Job, prefix: Path | None) -> None:
             wait_for(Path(f"{prefix}.measure"))
             found = measure(stepper, job) | {"build_seconds": built}
             print("\n" + json.dumps(found), flush=True)
-            if os.environ.get("ROW_PROFILE") and job.contender == "bmjax":
+            if job.contender == "bmjax" and job.backbone in os.environ.get("ROW_PROFILE", ""):
                 try:
                     profile(stepper, prefix)
                 except Exception as error:
@@ -199,6 +200,8 @@ def environment(job: Job, cache: Path) -> dict[str, str]:
     own |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "WANDB_MODE": "disabled", "TQDM_DISABLE": "1"}
     own |= {"BMJAX_FORMS": FORMS.get(job.contender, ""), "JAX_TRACEBACK_FILTERING": "off"}
     own |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # several are compiled at a time
+    # XLA times its candidates, but does not also fill their buffers and compare what they give.
+    own |= {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=1".strip()}
     if job.dry:  # compiles quickly, and builds nothing
         own |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true", "BMJAX_NATIVE": "0"}
     return os.environ | own
@@ -337,16 +340,22 @@ def run_group(rows: Sequence[Row], report: Report, keep: float, compiled: Callab
     """
     for row in rows:
         row.open("build")
-    until = time.monotonic() + min(LONGEST, report.left() - keep)
+    # Not all of the time that is left, so that there is time to measure.
+    until = time.monotonic() + min(LONGEST, report.left() - keep, max(0.65 * report.left(), LEAST))
     while time.monotonic() < until and not all(row.ready or not row.runs for row in rows):
         time.sleep(0.05)
+    # All that are not ready end now: while one is measured, none may use the card.
+    late = {row for row in rows if row.runs and not row.ready}
+    for row in late:
+        row.end(0.0)
     compiled()
     results = []
     for row in rows:
         if row.ready:
             row.open("measure")
-        results.append(row.found(min(LONGEST, report.left() - keep) if row.ready or not row.runs else 0.0))
-        report.row(row.job, results[-1])
+        found = {"failed": "not compiled in time"} if row in late else row.found(min(LONGEST, report.left() - keep))
+        results.append(found)
+        report.row(row.job, found)
     return results
 
 
@@ -471,7 +480,9 @@ def main() -> None:
     parser.add_argument("--go-on", action="store_true", help="measure only rows that OUT/rows.jsonl does not have yet")
     parser.add_argument("--dry-run", action="store_true", help="tiny networks and batches: shows that every row runs")
     parser.add_argument("--together", type=int, default=6, help="rows that are compiled at a time; default 6")
-    parser.add_argument("--profile", action="store_true", help="write the kernels of bmjax's rows by their time")
+    parser.add_argument(
+        "--profile", nargs="+", choices=contenders.TIMM, default=(), help="write these networks' kernels by their time"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--prefix", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -481,8 +492,7 @@ def main() -> None:
     folder = Path(options.out).resolve()
     folder.mkdir(parents=True, exist_ok=True)
     report, cache = Report(folder, options.limit), folder / "compiled"
-    if options.profile:
-        os.environ["ROW_PROFILE"] = "1"
+    os.environ["ROW_PROFILE"] = " ".join(options.profile)
     if options.go_on:
         report.go_on()
     print(f"{'DRY RUN: tiny networks, the figures mean nothing. ' if options.dry_run else ''}{card()}\n{versions()}\n")

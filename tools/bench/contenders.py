@@ -380,6 +380,7 @@ MAKERS: dict[str, Callable[[Job], Stepper]] = {
     "bmjax_remat": bmjax_stepper,
     "bmjax_taps": bmjax_stepper,
     "bmjax_dot": bmjax_stepper,
+    "bmjax_pool": bmjax_stepper,
     "bmjax_dot_remat": bmjax_stepper,
     "bmjax_dot_taps": bmjax_stepper,
     "flax": flax_stepper,
@@ -392,6 +393,7 @@ FORMS = {
     "bmjax_remat": "dense_remat",
     "bmjax_taps": "depthwise_taps",
     "bmjax_dot": "pointwise_dot",
+    "bmjax_pool": "plain_pool",
     "bmjax_dot_remat": "pointwise_dot,dense_remat",
     "bmjax_dot_taps": "pointwise_dot,depthwise_taps",
 }
