@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import os
 import platform
@@ -27,7 +26,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -169,14 +168,12 @@ def wait_for(gate: Path) -> None:
 
 
 def work(job: Job, prefix: Path | None) -> None:
-    """What a row's process does; its last line is the row as JSON. With a prefix it waits at PREFIX.build before it
-    uses the device, and at PREFIX.measure before it is timed; it makes PREFIX.ready when it is compiled."""
+    """What a row's process does; its last line is the row as JSON. With a prefix it makes PREFIX.ready when it is
+    compiled, and waits for PREFIX.measure before it is timed."""
     try:
         if job.contender == "loop" or prefix is None:
             found = contenders.run_loop(job)
         else:
-            contenders.imported(job)
-            wait_for(Path(f"{prefix}.build"))
             began = time.perf_counter()
             stepper = MAKERS[job.contender](job)
             built = time.perf_counter() - began
@@ -184,7 +181,7 @@ def work(job: Job, prefix: Path | None) -> None:
             wait_for(Path(f"{prefix}.measure"))
             found = measure(stepper, job) | {"build_seconds": built}
             print("\n" + json.dumps(found), flush=True)
-            if job.contender == "bmjax" and job.backbone in os.environ.get("ROW_PROFILE", ""):
+            if job.contender == "bmjax" and not job.repeat and job.backbone in os.environ.get("ROW_PROFILE", ""):
                 try:
                     profile(stepper, prefix)
                 except Exception as error:
@@ -243,19 +240,19 @@ class Process:
 
 
 class Row(Process):
-    """A row's process, which waits at its gates."""
+    """A row's process, which waits when it is compiled."""
 
     def __init__(self, job: Job, folder: Path, env: dict[str, str]):
         name = f"{job.contender}-{job.network}-{job.dtype}-{job.size}{'-again' if job.repeat else ''}"
         self.job, self._prefix = job, folder / name
-        for gate in ("build", "ready", "measure"):
+        for gate in ("ready", "measure"):
             Path(f"{self._prefix}.{gate}").unlink(missing_ok=True)
         command = [sys.executable, str(Path(__file__).resolve()), "--worker", json.dumps(dataclasses.asdict(job))]
         super().__init__([*command, "--prefix", str(self._prefix)], env, Path(f"{self._prefix}.log"))
 
-    def open(self, gate: str) -> None:
-        """Lets it go on to build or to measure."""
-        Path(f"{self._prefix}.{gate}").touch()
+    def measure(self) -> None:
+        """Lets it go on to what is timed."""
+        Path(f"{self._prefix}.measure").touch()
 
     @property
     def ready(self) -> bool:
@@ -333,13 +330,8 @@ class Report:
         self.say(*head, f"{rate:,.1f}", ratio, peak, f"{built:.1f}")
 
 
-def run_group(rows: Sequence[Row], report: Report, keep: float, compiled: Callable[[], None]) -> list[dict[str, Any]]:
-    """Compiles rows together, then measures them one by one; `keep` seconds are kept for what must come after.
-
-    `compiled` is called between the two.
-    """
-    for row in rows:
-        row.open("build")
+def run_group(rows: Sequence[Row], report: Report, keep: float) -> list[dict[str, Any]]:
+    """Compiles rows together, then measures them one by one; `keep` seconds are kept for what must come after."""
     # Not all of the time that is left, so that there is time to measure.
     until = time.monotonic() + min(LONGEST, report.left() - keep, max(0.65 * report.left(), LEAST))
     while time.monotonic() < until and not all(row.ready or not row.runs for row in rows):
@@ -348,11 +340,10 @@ def run_group(rows: Sequence[Row], report: Report, keep: float, compiled: Callab
     late = {row for row in rows if row.runs and not row.ready}
     for row in late:
         row.end(0.0)
-    compiled()
     results = []
     for row in rows:
         if row.ready:
-            row.open("measure")
+            row.measure()
         found = {"failed": "not compiled in time"} if row in late else row.found(min(LONGEST, report.left() - keep))
         results.append(found)
         report.row(row.job, found)
@@ -372,29 +363,16 @@ def groups_of(jobs: Sequence[Job], together: int) -> list[list[Job]]:
 
 
 def run_rows(jobs: Sequence[Job], report: Report, cache: Path, together: int, keep: float) -> dict[Job, dict[str, Any]]:
-    """Rows in their order; the processes of the next are there, and wait, while some are measured."""
+    """Rows in their order; what there is no time for is said."""
     results = {job: known for job in jobs if not job.repeat and (known := report.known(job)) is not None}
-    groups = groups_of([job for job in jobs if job not in results], together)
-    waiting: list[Row] = []
-
-    def start(jobs: Sequence[Job]) -> None:
-        waiting.extend(Row(job, report.folder, environment(job, cache)) for job in jobs)
-
-    for i, group in enumerate(groups):
+    for group in groups_of([job for job in jobs if job not in results], together):
         if report.left() - keep < LEAST:
-            while waiting:
-                waiting.pop().end(0.0)
             for job in group:
                 results[job] = {"left out": "no time"}
                 report.row(job, results[job])
             continue
-        if not waiting:
-            start(group)
-        rows, following = list(waiting), groups[i + 1] if i + 1 < len(groups) else []
-        waiting.clear()
-        # The loop does not wait at gates.
-        then = functools.partial(start, [job for job in following if job.contender != "loop"])
-        results |= dict(zip(group, run_group(rows, report, keep, then), strict=True))
+        rows = [Row(job, report.folder, environment(job, cache)) for job in group]
+        results |= dict(zip(group, run_group(rows, report, keep), strict=True))
     return results
 
 

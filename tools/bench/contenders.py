@@ -7,7 +7,6 @@ Images are uint8 [b, h, w, 3] throughout, scaled on the device; the optimizer is
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import importlib.util
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -334,14 +333,6 @@ def cells(size: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         round_ = i // n
         images[i] = np.roll(rendered[i % n], (round_ % size, round_ // size), (0, 1))
     return images, labels[np.arange(count) % n]
-
-
-def imported(job: Job) -> None:
-    """Imports what a row needs and nothing that uses the device, so that the next rows can begin while one is timed."""
-    wanted = ("torch", "timm") if job.contender.startswith("timm") else ("bmjax", "jax", "flax.linen", "optax")
-    for name in wanted:
-        if importlib.util.find_spec(name.partition(".")[0]) is not None:
-            importlib.import_module(name)
 
 
 def run_loop(job: Job) -> dict[str, Any]:
