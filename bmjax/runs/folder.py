@@ -278,6 +278,12 @@ def owned(run_dir: Path) -> Iterator[None]:
         yield
 
 
+def remove_leftovers(run_dir: Path) -> None:
+    """Removes what a process that was killed left in the folder, its lock too, unless another process owns it."""
+    with contextlib.suppress(BlockingIOError), owned(run_dir):
+        pass
+
+
 def _remove_half_written(run_dir: Path) -> None:
     """Removes what killed processes of this machine left half written: `.<name>.<process>`, see `write_text`."""
     for path in run_dir.glob(".*.*"):

@@ -140,6 +140,8 @@ def train_run(
             return Result(run_dir, {}, 0, None, interrupted=stop.name)
         if resume and (found := hosts.told(_finished(config, run_dir, plan.splits))) is not None:
             folder.write_config(run_dir, config)  # its data may have moved
+            if hosts.leads():
+                folder.remove_leftovers(run_dir)
             return Result(run_dir, found, next(iter(found.values()))["step"], (plan.dataset, plan.splits))
         with watched.gently():
             one = _One(resume, callbacks, watched, files, finish, quiet=signals is not None or not hosts.leads())

@@ -83,7 +83,9 @@ def test_a_cached_run_is_a_run(frozen_config, tmp_path, monkeypatch):
         bmjax.train(config)
     # A finished run stays as it is; one that was cut off before its results were written ends the same.
     record = (result.run_dir / "metrics.jsonl").read_bytes()
+    (result.run_dir / "lock").write_text("of a process that was killed as it ended")
     assert bmjax.train(config, resume=True).metrics == json.loads((result.run_dir / "results.json").read_text())
+    assert not (result.run_dir / "lock").exists()
     assert (result.run_dir / "metrics.jsonl").read_bytes() == record
     probs = np.load(result.run_dir / "predictions_test.npz")["probs"]
     (result.run_dir / "results.json").unlink()
