@@ -63,6 +63,21 @@ def test_a_shape_beyond_the_file_is_named():
         keras_files.read(CASES / "shape-bomb.h5")
 
 
+def test_attributes_whose_values_lie_wherever_they_say_are_refused(tmp_path):
+    """HDF5 follows such addresses out of the file, and dies, when a bit of them is damaged."""
+    path = tmp_path / "lists.h5"
+    with h5py.File(path, "w") as file:
+        file.attrs["layer_names"] = [b"conv"]
+        group = file.create_group("conv")
+        lists = np.empty(1, object)
+        lists[0] = np.arange(3, dtype=np.int32)
+        group.attrs.create("weight_names", lists, dtype=h5py.vlen_dtype(np.int32))
+    with pytest.raises(
+        ValueError, match=r"lists\.h5.*attribute 'weight_names' of '/conv' is neither text nor a number"
+    ):
+        keras_files.read(path)
+
+
 def test_an_archive_whose_lzma_is_damaged_names_the_member():
     listing = list_archive(CASES / "lzma-error.zip")
     damaged = []

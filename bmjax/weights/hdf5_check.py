@@ -109,8 +109,10 @@ def _check_attributes(name: str, node: Any, size: int) -> None:
         needed = math.prod(shape) * kind.get_size()
         if needed > size:
             raise _Refused(f"attribute {key!r} of {name!r} would take {needed} bytes in a file of {size}")
-        if kind.get_class() in (h5py.h5t.STRING, h5py.h5t.INTEGER, h5py.h5t.FLOAT, h5py.h5t.ENUM):
-            node.attrs[key]
+        # Of others, as lists of varying length, the library follows addresses in the file wherever they lead.
+        if kind.get_class() not in (h5py.h5t.STRING, h5py.h5t.INTEGER, h5py.h5t.FLOAT, h5py.h5t.ENUM):
+            raise _Refused(f"attribute {key!r} of {name!r} is neither text nor a number; Keras writes no others")
+        node.attrs[key]
 
 
 def _check_dataset(name: str, node: Any) -> int:
