@@ -32,7 +32,8 @@ _forms: ContextVar[frozenset[str] | None] = ContextVar("_forms", default=None)
 FORMS = {
     "dense_in_place": "dense blocks in one buffer with a derivative of their own, as on CPUs",
     "dense_remat": "dense blocks whose concatenations and norms are computed again on the way back",
-    "depthwise_taps": "depthwise convolutions as sums of shifted maps",
+    "depthwise_taps": "depthwise convolutions of every size as sums of shifted maps, on GPUs those above 3x3 too",
+    "plain_depthwise": "depthwise convolutions as XLA has them, on GPUs too",
     "pointwise_dot": "1x1 convolutions as products of matrices",
     "plain_pool": "max pooling with XLA's own derivative",
 }

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bmjax.layers.dispatch import replaceable, wants
+from bmjax.layers.dispatch import platform, replaceable, wants
 
 Padding = str | int | Sequence[tuple[int, int]]
 """Of a convolution or a pool: "SAME" (as TensorFlow: more at the end where uneven), "VALID", or pixels before and after
@@ -78,6 +78,16 @@ def depthwise_taps(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], pa
     return functools.reduce(jnp.add, terms).astype(x.dtype)
 
 
+def _by_taps(kernel: jax.Array) -> bool:
+    """Whether a depthwise convolution is a sum of shifted maps.
+
+    On an NVIDIA H200 MobileNetV2 trains faster so than timm does (docs/speed.md), and its program was compiled in half
+    the time after which the library's depthwise kernels were still being tried out.
+    """
+    small = kernel.shape[0] * kernel.shape[1] <= 9
+    return wants("depthwise_taps") or (platform() == "gpu" and small and not wants("plain_depthwise"))
+
+
 def pointwise_dot(x: jax.Array, kernel: jax.Array, strides: tuple[int, int]) -> jax.Array:
     """Convolution of x [b, h, w, c] with a kernel [1, 1, c, n] as a product of matrices."""
     return x[:, :: strides[0], :: strides[1]] @ kernel[0, 0]
@@ -92,7 +102,7 @@ def convolution(
     On CPUs derivatives of any order work in reverse mode and forward-over-reverse; plain forward mode (`jax.jvp` of
     the convolution itself) does not, as with any `jax.custom_vjp`.
     """
-    if groups > 1 and groups == x.shape[-1] == kernel.shape[-1] and wants("depthwise_taps"):
+    if groups > 1 and groups == x.shape[-1] == kernel.shape[-1] and _by_taps(kernel):
         return depthwise_taps(x, kernel, strides, padding)
     if groups == 1 and kernel.shape[:2] == (1, 1) and padding == NO_PADDING and wants("pointwise_dot"):
         return pointwise_dot(x, kernel, strides)

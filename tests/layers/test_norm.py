@@ -159,11 +159,12 @@ class Block(nn.Module):
 
 class Depthwise(nn.Module):
     strides: int = 1
+    size: int = 3
 
     @nn.compact
     def __call__(self, x, train=True):
         del train
-        return jnp.sin(Conv(x.shape[-1], 3, strides=self.strides, groups=x.shape[-1], name="depthwise")(x))
+        return jnp.sin(Conv(x.shape[-1], self.size, strides=self.strides, groups=x.shape[-1], name="depthwise")(x))
 
 
 class Pointwise(nn.Module):
@@ -204,8 +205,9 @@ FORMED = [
     pytest.param("dense_in_place", Block(), False, marks=pytest.mark.slow),
     pytest.param("dense_remat", Block(), True, marks=pytest.mark.slow),
     ("dense_remat", Block(), False),
-    ("depthwise_taps", Depthwise(), True),
-    ("depthwise_taps", Depthwise(2), True),
+    ("depthwise_taps", Depthwise(1, 5), True),
+    ("plain_depthwise", Depthwise(), True),
+    ("plain_depthwise", Depthwise(2), True),
     ("pointwise_dot", Pointwise(), True),
     ("pointwise_dot", Pointwise(2), True),
     ("plain_pool", Pool(), True),

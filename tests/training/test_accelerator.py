@@ -147,7 +147,13 @@ def step_and_shapes(config):
 
 @pytest.mark.parametrize(
     ("family", "form"),
-    [("densenet", ""), ("densenet", "dense_in_place"), ("densenet", "dense_remat"), ("mobilenet_v2", "depthwise_taps")],
+    [
+        ("densenet", ""),
+        ("densenet", "dense_in_place"),
+        ("densenet", "dense_remat"),
+        ("mobilenet_v2", ""),
+        ("mobilenet_v2", "plain_depthwise"),
+    ],
 )
 def test_steps_lower_for_cuda_without_the_cpus_kernels(family, form):
     """On any machine: the program that a GPU would compile, in bfloat16."""
@@ -156,7 +162,7 @@ def test_steps_lower_for_cuda_without_the_cpus_kernels(family, form):
         text = jax.jit(step).trace(state, batch).lower(lowering_platforms=("cuda",)).as_text()
     assert "bmjax_" not in text
     grouped = text.count("feature_group_count = 1 ") < text.count("feature_group_count")
-    assert grouped == (family == "mobilenet_v2" and form != "depthwise_taps")
+    assert grouped == (form == "plain_depthwise")
 
 
 def test_the_configured_precision_is_that_of_every_product_and_gradient():

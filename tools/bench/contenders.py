@@ -370,10 +370,10 @@ MAKERS: dict[str, Callable[[Job], Stepper]] = {
     "bmjax_in_place": bmjax_stepper,
     "bmjax_remat": bmjax_stepper,
     "bmjax_taps": bmjax_stepper,
+    "bmjax_depthwise": bmjax_stepper,
     "bmjax_dot": bmjax_stepper,
     "bmjax_pool": bmjax_stepper,
     "bmjax_dot_remat": bmjax_stepper,
-    "bmjax_dot_taps": bmjax_stepper,
     "flax": flax_stepper,
     "keras_jax": keras_stepper,
     "timm": timm_stepper,
@@ -383,9 +383,9 @@ FORMS = {
     "bmjax_in_place": "dense_in_place",
     "bmjax_remat": "dense_remat",
     "bmjax_taps": "depthwise_taps",
+    "bmjax_depthwise": "plain_depthwise",
     "bmjax_dot": "pointwise_dot",
     "bmjax_pool": "plain_pool",
     "bmjax_dot_remat": "pointwise_dot,dense_remat",
-    "bmjax_dot_taps": "pointwise_dot,depthwise_taps",
 }
 """What BMJAX_FORMS is for the variants of bmjax; see bmjax/layers/dispatch.py."""
