@@ -91,7 +91,7 @@ def test_cached_features_resume_as_images_do(maps_config, tmp_path, monkeypatch)
     assert bmjax.evaluate(end.run_dir, "val", "last")["n"] == whole.metrics["val"]["n"]
 
 
-@pytest.mark.parametrize("name", ["maps_config", "tiny_config"])
+@pytest.mark.parametrize("name", ["maps_config", pytest.param("tiny_config", marks=pytest.mark.slow)])
 def test_a_finished_run_keeps_its_best_checkpoint_alone_where_told_to(name, request, tmp_path, monkeypatch):
     config = request.getfixturevalue(name)
     train = dataclasses.replace(config.train, keep_last=False)
