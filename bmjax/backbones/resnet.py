@@ -15,7 +15,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from bmjax.layers import BatchNorm, Conv, NormMode, Tap, by_stage, global_average, max_pool
+from bmjax.layers import BatchNorm, Conv, NormMode, Tap, by_stage, conv_norm, global_average, max_pool
 
 
 class ResNet(nn.Module):
@@ -52,12 +52,26 @@ class ResNet(nn.Module):
         """
         tap = tap or (lambda stage, x: x)
         conv = functools.partial(Conv, use_bias=self.use_bias)
+        # Not where parameters are made, whose order is that of the published files.
+        in_units = not train and not self.is_initializing()
 
         def norm(name: str, x: jax.Array) -> jax.Array:
             return BatchNorm(epsilon=self.epsilon, name=name)(x, train=train, mode=mode)
 
+        def unit(name: str, x: jax.Array, features: int, size: int, stride: int = 1, **options: Any) -> jax.Array:
+            """Convolution, norm by its running statistics, ReLU, as one operation."""
+            names = {"conv": f"{name}_conv", "norm": f"{name}_bn"}
+            return conv_norm(
+                x, features, size, stride, **names, use_bias=self.use_bias, epsilon=self.epsilon, **options
+            )
+
         def block(name: str, x: jax.Array, width: int, stride: int, project: bool) -> jax.Array:
             first, second = (1, stride) if self.stride_in_3x3 else (stride, 1)
+            if in_units:
+                y = unit(f"{name}_2", unit(f"{name}_1", x, width, 1, first), width, 3, second)
+                if project:
+                    x = unit(f"{name}_0", x, 4 * width, 1, stride, relu=False)
+                return unit(f"{name}_3", y, 4 * width, 1, add=x)
             y = nn.relu(norm(f"{name}_1_bn", conv(width, 1, strides=first, name=f"{name}_1_conv")(x)))
             y = nn.relu(norm(f"{name}_2_bn", conv(width, 3, strides=second, padding=1, name=f"{name}_2_conv")(y)))
             # In the order of Keras's layers, which is that of the published files.
@@ -69,6 +83,8 @@ class ResNet(nn.Module):
             return nn.relu(x + norm(f"{name}_3_bn", y))
 
         def stem(x: jax.Array) -> jax.Array:
+            if in_units:
+                return unit("conv1", x, self.width, 7, 2)
             return nn.relu(norm("conv1_bn", conv(self.width, 7, strides=2, padding=3, name="conv1_conv")(x)))
 
         def stage(x: jax.Array, number: int, blocks: int) -> jax.Array:

@@ -16,6 +16,7 @@ REPLACEMENTS = {
         norm.by_hand,
         norm.moments,
         norm.channel_sums,
+        norm.conv_norm,
         pool.pool_gradient,
         dense_block.dense_layers,
     )

@@ -40,6 +40,8 @@ SOURCE = Path(__file__).parent / "kernels" / "kernels.cc"
 """It includes the headers that lie beside it."""
 TARGETS = (
     "conv",
+    "conv_norm",
+    "conv_norm_add",
     "conv_kernel_gradient",
     "norm_conv",
     "norm_conv_into",

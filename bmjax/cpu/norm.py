@@ -1,12 +1,15 @@
-"""Batch-norm's sums over a feature map for CPUs; what is made of them is in bmjax/layers/norm.py."""
+"""Batch-norm for CPUs: its sums over a feature map, and its running form within the convolution before it."""
 
 from __future__ import annotations
+
+import functools
 
 import jax
 
 from bmjax.cpu import build
 from bmjax.layers import ops
-from bmjax.layers.ops import at_least_float32
+from bmjax.layers.norm import plain_conv_norm
+from bmjax.layers.ops import Pixels, at_least_float32
 
 
 def by_hand(x: jax.Array) -> bool:
@@ -22,3 +25,24 @@ def moments(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def channel_sums(gradient: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Takes the place of bmjax.layers.norm.channel_sums."""
     return build.call("channel_sums", ops.channel_sums, gradient, x)
+
+
+def conv_norm(
+    x: jax.Array,
+    kernel: jax.Array,
+    factor: jax.Array,
+    offset: jax.Array,
+    add: jax.Array | None = None,
+    *,
+    strides: tuple[int, int],
+    padding: Pixels,
+    relu: bool,
+) -> jax.Array:
+    """Takes the place of bmjax.layers.norm.conv_norm: a tile of the result is finished while it is in the cache."""
+    if not build.usable(x.dtype):
+        return NotImplemented
+    reference = functools.partial(plain_conv_norm, strides=strides, padding=padding, relu=relu)
+    window = (*strides, padding[0][0], padding[1][0])
+    if add is None:
+        return build.call("conv_norm", reference, x, kernel, factor, offset, window=window, relu=relu)
+    return build.call("conv_norm_add", reference, x, kernel, factor, offset, add, window=window, relu=relu)

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from bmjax.layers import norm as operations
 from bmjax.layers.collectives import BATCH_AXIS, axis_size
 from bmjax.layers.initial import he_normal
 from bmjax.layers.norm import affine, batch_statistics, norm_affine
@@ -153,6 +154,47 @@ class BatchNorm(nn.Module):
         # One affine map over x: a fused pass that keeps only x for the backward one.
         y = affine(x, *norm_affine((scale, bias, mean, var), self.epsilon, x.dtype))
         return y.astype(self.dtype or x.dtype)
+
+
+class ConvVariables(nn.Module):
+    """What a `Conv` of that name would have, for layers that compute it their own way: (kernel, bias or None)."""
+
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, shape: tuple[int, int, int, int]) -> tuple[jax.Array, jax.Array | None]:
+        kernel = self.param("kernel", he_normal, shape, jnp.float32)
+        if not self.use_bias:
+            return kernel, None
+        return kernel, self.param("bias", nn.initializers.zeros_init(), shape[-1:], jnp.float32)
+
+
+def conv_norm(
+    x: jax.Array,
+    features: int,
+    size: int,
+    stride: int,
+    *,
+    conv: str,
+    norm: str,
+    use_bias: bool,
+    epsilon: float,
+    relu: bool = True,
+    add: jax.Array | None = None,
+) -> jax.Array:
+    """What `Conv` and then `BatchNorm`, by its running statistics, give of x [b, h, w, c], plus `add`, and the ReLU of
+    it: [b, h', w', features], padded as torch does, by half the size.
+
+    Called inside a Linen module that has these layers already, by the names `conv` and `norm`.
+    """
+    kernel, bias = ConvVariables(use_bias, name=conv)((size, size, x.shape[-1], features))
+    v = BatchNormVariables(name=norm)(features)
+    factor, offset = norm_affine((v.scale, v.bias, v.mean.value, v.var.value), epsilon, x.dtype)
+    if bias is not None:
+        offset = offset + factor * bias
+    padding = in_pixels(size // 2, (x.shape[1], x.shape[2]), (size, size), (stride, stride))
+    options: dict[str, Any] = {"strides": (stride, stride), "padding": padding, "relu": relu}
+    return operations.conv_norm(x, kernel.astype(x.dtype), factor, offset, add, **options)
 
 
 class Dropout(nn.Module):

@@ -16,7 +16,7 @@ from jax import lax
 from bmjax.layers import ops
 from bmjax.layers.collectives import all_sum, batch_count, over_devices
 from bmjax.layers.dispatch import replaceable
-from bmjax.layers.ops import apply_affine, at_least_float32, over_channels
+from bmjax.layers.ops import Pixels, apply_affine, at_least_float32, over_channels
 
 
 @replaceable
@@ -122,6 +122,40 @@ _affine.defvjp(_affine_forward, _affine_backward)
 def affine(x: jax.Array, factor: jax.Array, offset: jax.Array) -> jax.Array:
     """factor * x + offset per channel of x [..., c], in the type of the factor."""
     return _affine(x, factor, offset) if by_hand(x) else apply_affine(x, factor, offset)
+
+
+def plain_conv_norm(
+    x: jax.Array,
+    kernel: jax.Array,
+    factor: jax.Array,
+    offset: jax.Array,
+    add: jax.Array | None = None,
+    *,
+    strides: tuple[int, int],
+    padding: Pixels,
+    relu: bool,
+) -> jax.Array:
+    """As `conv_norm`, one operation after another."""
+    y = affine(ops.convolution(x, kernel, strides, padding), factor, offset).astype(x.dtype)
+    y = y if add is None else add + y
+    return jax.nn.relu(y) if relu else y
+
+
+@replaceable
+def conv_norm(
+    x: jax.Array,
+    kernel: jax.Array,
+    factor: jax.Array,
+    offset: jax.Array,
+    add: jax.Array | None = None,
+    *,
+    strides: tuple[int, int],
+    padding: Pixels,
+    relu: bool,
+) -> jax.Array:
+    """factor * convolution(x, kernel) + offset [+ add], and its ReLU where wanted: what a norm by running statistics
+    makes of a convolution. Shapes as `ops.convolution`; factor and offset [n], `add` as the result."""
+    return plain_conv_norm(x, kernel, factor, offset, add, strides=strides, padding=padding, relu=relu)
 
 
 @jax.custom_vjp

@@ -10,7 +10,7 @@ import pytest
 from bmjax.cpu import convolution, formulations
 from bmjax.cpu.formulations import Shape
 from bmjax.layers import ops
-from bmjax.layers.dispatch import fits_loop, inside_loop, traced_for
+from bmjax.layers.dispatch import fits_loop, inside_loop, traced_for, with_forms
 
 # size, stride, padding per side (before, after), inputs, outputs, groups, height and width
 CASES = {
@@ -123,7 +123,7 @@ def test_on_accelerators_it_is_xlas_convolution_and_nothing_else(name):
         text = jax.jit(conv_and_gradients).trace(x, kernel).lower(lowering_platforms=("cuda",)).as_text()
         return "\n".join(line.split(" loc(")[0] for line in text.splitlines())
 
-    with traced_for("gpu"):
+    with traced_for("gpu"), with_forms("plain_depthwise"):  # small depthwise ones are sums there by default
         ours = program(lambda x, k, *how: ops.convolution(x, k, *how))
     assert ours == program(lambda x, k, *how: formulations.plain(x, k, *how))
     assert ours.count("stablehlo.convolution") == 3
@@ -205,9 +205,9 @@ def test_gradients_inside_a_loop_leave_xlas_own_convolution(size, groups):
     assert not fits_loop(gradients(plain))
     with inside_loop():
         assert fits_loop(gradients(ours))
-        with traced_for("gpu"):
+        with traced_for("gpu"), with_forms("plain_depthwise"):
             on_gpu = gradients(ours)
-    with traced_for("gpu"):
+    with traced_for("gpu"), with_forms("plain_depthwise"):
         assert str(on_gpu) == str(gradients(ours)), "nothing changes elsewhere"
         assert fits_loop(on_gpu)
     assert not fits_loop(on_gpu)

@@ -14,7 +14,7 @@ import pytest
 from bmjax import layers
 from bmjax.cpu import build as native
 from bmjax.cpu import dense_layer, formulations
-from bmjax.layers import ops
+from bmjax.layers import norm, ops
 
 native.prepare()
 if not native.available():
@@ -83,6 +83,22 @@ def test_convolutions(name):
     assert calls == (2 if name in ("stem", "3x3, stride 2") else 3)
 
 
+@pytest.mark.parametrize("name", CONVS)
+@pytest.mark.parametrize(("relu", "added"), [(True, False), (False, True), (True, True)])
+def test_a_norm_within_the_convolution(name, relu, added):
+    batch, spatial, size, stride, padding, inputs, outputs = CONVS[name]
+    size = (size, size) if isinstance(size, int) else size
+    how = {"strides": (stride, stride), "padding": padding, "relu": relu}
+    x, kernel = normal(0, batch, *spatial, inputs), normal(1, *size, inputs, outputs)
+    factor, offset = normal(2, outputs), normal(3, outputs)
+    add = normal(4, *formulations.plain(x, kernel, (stride, stride), padding).shape) if added else None
+    ours, expected, calls = with_and_without(lambda *args: norm.conv_norm(*args, **how), x, kernel, factor, offset, add)
+    equal(ours, expected)
+    assert calls == 1
+    grad = jax.grad(lambda x: (norm.conv_norm(x, kernel, factor, offset, add, **how) ** 2).sum())
+    equal(*with_and_without(grad, x)[:2])
+
+
 # batch, height and width, kernel, stride, padding per axis, channels
 DEPTHWISE = {
     "3x3": (2, (9, 11), 3, 1, ((1, 1), (1, 1)), 48),
@@ -117,13 +133,13 @@ def test_depthwise_convolutions(name):
 
 @pytest.mark.parametrize("shape", [(3, 17, 18, 96), (2, 3, 1, 5), (5, 1, 1, 40), (64, 30, 30, 24)])
 def test_a_norm_by_the_batch_and_its_gradients(shape):
-    norm = layers.BatchNorm()
+    layer = layers.BatchNorm()
     x, into = 3 + 2 * normal(0, *shape), normal(1, *shape)
-    variables = norm.init(jax.random.key(0), x)
+    variables = layer.init(jax.random.key(0), x)
     variables["params"]["scale"] += normal(2, shape[-1])
 
     def run(x, params):
-        y, new = norm.apply({**variables, "params": params}, x, train=True, mutable=["batch_stats"])
+        y, new = layer.apply({**variables, "params": params}, x, train=True, mutable=["batch_stats"])
         return (y * into).sum(), new
 
     def both(x, params):

@@ -239,10 +239,36 @@ struct ChannelSums {
   }
 };
 
-// y = conv(change(x), w): writes n channels of pixels that lie pitch_y apart; `moments` of y where given.
-template <typename F>
+struct AsItIs {
+  void operator()(float*, Index, Index, Index, Index) const {}
+};
+// factor * y + offset, plus `add` [pixels, n] where given, and its positive part if wanted, while a tile is in the cache.
+struct Affine {
+  Index n;
+  const float *factor, *offset, *add;  // the first two padded to whole panels
+  bool relu;
+  // Of r pixels from `pixel` on, channels [first, first + count).
+  void operator()(float* out, Index pixel, Index first, Index r, Index count) const {
+    for (Index i = 0; i < r; i++, out += n) {
+      const float* a = add ? add + (pixel + i) * n + first : nullptr;
+      for (Index k = 0; k < count; k += LANES) {
+        const Index here = std::min<Index>(LANES, count - k);
+        Lanes v = load_first(out + k, here) * load(factor + first + k) + load(offset + first + k);
+        if (a) v += load_first(a + k, here);
+        if (relu) v = positive(v);
+        if (here == LANES)
+          store(out + k, v);
+        else
+          std::memcpy(out + k, &v, 4 * here);
+      }
+    }
+  }
+};
+
+// y = finish(conv(change(x), w)): writes n channels of pixels that lie pitch_y apart; `moments` of y where given.
+template <typename F, typename E = AsItIs>
 void convolve(ffi::ThreadPool& pool, const Conv& g, const float* x, const F& change, const std::vector<float>& w, float* y,
-              std::unique_ptr<Moments>* moments = nullptr) {
+              std::unique_ptr<Moments>* moments = nullptr, const E& finish = E()) {
   const Index threads = threads_of(pool), panels = g.panels();
   const auto strips = strips_of(g, g.row_step(), threads);
   const auto taps = tap_offsets(g);
@@ -268,6 +294,7 @@ void convolve(ffi::ThreadPool& pool, const Conv& g, const float* x, const F& cha
             by_size<Product>(r, in, step, taps.data(), (int)taps.size(), g.depth(), wp, (float*)rest, (Index)PANEL);
             for (Index i = 0; i < r; i++) std::memcpy(out + i * g.pitch_y, rest + i * PANEL, 4 * count);
           }
+          finish(out, place + p, first, r, count);
         });
       });
     }

@@ -38,6 +38,27 @@ ffi::Error conv(ffi::ThreadPool pool, Map x, Map w, MapResult y, Window window, 
   return ffi::Error::Success();
 }
 
+// factor * conv(x, w) + offset, and its positive part where `relu` is set.
+ffi::Error finished_conv(ffi::ThreadPool& pool, const Map& x, const Map& w, const Vector& factor, const Vector& offset,
+                         const float* add, Map& y, Window window, bool relu) {
+  const auto k = w.dimensions();
+  const Conv g = geometry(x, k[0], k[1], window, y);
+  const auto panels = panels_of(pool, w.typed_data(), g.taps(), g.depth(), k[3], k[2] * k[3], k[3], 1, false);
+  const auto f = padded(factor.typed_data(), g.n), o = padded(offset.typed_data(), g.n);
+  convolve(pool, g, x.typed_data(), Same(), panels, y.typed_data(), nullptr, Affine{g.n, f.data(), o.data(), add, relu});
+  return ffi::Error::Success();
+}
+
+ffi::Error conv_norm(ffi::ThreadPool pool, Map x, Map w, Vector factor, Vector offset, MapResult y, Window window, bool relu) {
+  return finished_conv(pool, x, w, factor, offset, nullptr, *y, window, relu);
+}
+
+// The same with a map of the result's shape added before the positive part is taken.
+ffi::Error conv_norm_add(ffi::ThreadPool pool, Map x, Map w, Vector factor, Vector offset, Map add, MapResult y, Window window,
+                         bool relu) {
+  return finished_conv(pool, x, w, factor, offset, add.typed_data(), *y, window, relu);
+}
+
 ffi::Error conv_kernel_gradient(ffi::ThreadPool pool, Map x, Map y, MapResult w, Window window) {
   const auto k = w->dimensions();
   const Conv g = geometry(x, k[0], k[1], window, y);
@@ -141,6 +162,8 @@ ffi::Error channel_sums(ffi::ThreadPool pool, Map dy, Map x, VectorResult sum, V
 #define HANDLER(name, ...) XLA_FFI_DEFINE_HANDLER_SYMBOL(bmjax_##name, name, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().__VA_ARGS__)
 
 HANDLER(conv, MAP.MAP.MAP_OUT.Attr<Window>("window").Attr<bool>("turned"));
+HANDLER(conv_norm, MAP.MAP.VECTOR.VECTOR.MAP_OUT.Attr<Window>("window").Attr<bool>("relu"));
+HANDLER(conv_norm_add, MAP.MAP.VECTOR.VECTOR.MAP.MAP_OUT.Attr<Window>("window").Attr<bool>("relu"));
 HANDLER(conv_kernel_gradient, MAP.MAP.MAP_OUT.Attr<Window>("window"));
 HANDLER(norm_conv, MAP.VECTOR.VECTOR.MAP.MAP_OUT.VECTOR_OUT.VECTOR_OUT.CHANNEL);
 HANDLER(norm_conv_into, MAP.VECTOR.VECTOR.MAP.MAP.MAP_OUT.VECTOR_OUT.VECTOR_OUT.CHANNEL);
