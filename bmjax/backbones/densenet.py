@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 from einops import reduce
 
-from bmjax.layers import BatchNorm, Conv, NormMode, Tap, by_stage, global_average, max_pool
+from bmjax.layers import BatchNorm, Conv, NormMode, Tap, by_stage, conv_norm, global_average, max_pool
 from bmjax.layers.dense_block import dense_block
 
 
@@ -61,6 +61,9 @@ class DenseNet(nn.Module):
             return nn.relu(norm(x, train=train, mode=mode, statistics=statistics))
 
         def stem(x: jax.Array) -> jax.Array:
+            if not train and not self.is_initializing():
+                names = {"conv": "conv1_conv", "norm": "conv1_bn"}
+                return conv_norm(x, self.stem, 7, 2, **names, use_bias=False, epsilon=self.epsilon)
             return norm_relu("conv1_bn", Conv(self.stem, 7, strides=2, padding=3, name="conv1_conv")(x))
 
         block = functools.partial(dense_block, growth=self.growth, epsilon=self.epsilon, train=train, mode=mode)

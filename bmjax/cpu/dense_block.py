@@ -45,15 +45,15 @@ def _in_place_forward(epsilon, x, statistics, params, running):
     for i, p in enumerate(params):
         c = channels + i * growth
         before = running[i][0] if statistics is None else (jnp.concatenate(means), jnp.concatenate(variances))
-        y, inner = norm_conv(buffer, norm_affine((p.scale0, p.bias0, *before), epsilon, x.dtype), p.kernel1)
+        affine = norm_affine((p.scale0, p.bias0, *before), epsilon, x.dtype)
+        y, inner = norm_conv(buffer, affine, p.kernel1, moments=statistics is not None)
         kept.append(y)
-        if statistics is None:
-            inner = running[i][1]
-        affine = norm_affine((p.scale1, p.bias1, *inner), epsilon, x.dtype)
-        buffer, (mean, var) = norm_conv_into(y, affine, p.kernel2, buffer, c)
-        if statistics is not None:
-            means.append(mean)
-            variances.append(var)
+        used = running[i][1] if inner is None else inner
+        affine = norm_affine((p.scale1, p.bias1, *used), epsilon, x.dtype)
+        buffer, added = norm_conv_into(y, affine, p.kernel2, buffer, c, moments=statistics is not None)
+        if added is not None:
+            means.append(added[0])
+            variances.append(added[1])
             bottlenecks.append(inner)
     if statistics is not None:
         statistics = (jnp.concatenate(means), jnp.concatenate(variances))

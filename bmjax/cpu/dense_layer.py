@@ -40,7 +40,10 @@ def _compute(name: str, reference: Callable[..., Any], *args: jax.Array, **optio
     return build.call(name, reference, *args, **options) if on_cpu else reference(*args)
 
 
-def _moments(y: jax.Array) -> Statistics:
+def _moments(y: jax.Array, wanted: bool) -> Statistics:
+    if not wanted:
+        nothing = jnp.zeros(y.shape[-1:], y.dtype)
+        return nothing, nothing
     return ops.moments(y) if platform() == "cpu" else norm.moments(y)
 
 
@@ -49,30 +52,35 @@ def write(buffer: jax.Array, y: jax.Array, channel: int) -> jax.Array:
     return lax.dynamic_update_slice(buffer, y, (0, 0, 0, channel))
 
 
-def norm_conv(x: jax.Array, affine: Affine, kernel: jax.Array) -> tuple[jax.Array, Statistics]:
-    """(conv(relu(norm(x))) [b, h, w, m], its statistics): stride 1, padding "SAME", kernel [i, j, c, m]."""
+def norm_conv(
+    x: jax.Array, affine: Affine, kernel: jax.Array, *, moments: bool = True
+) -> tuple[jax.Array, Statistics | None]:
+    """(conv(relu(norm(x))) [b, h, w, m], its statistics): stride 1, padding "SAME", kernel [i, j, c, m].
+
+    Without `moments` there are no statistics.
+    """
 
     def reference(x, factor, offset, kernel):
         y = norm_relu(x[..., : kernel.shape[2]], factor, offset)
         y = forward(y, kernel, (1, 1), _padding(kernel))
-        return y, *_moments(y)
+        return y, *_moments(y, moments)
 
-    y, mean, var = _compute("norm_conv", reference, x, *affine, kernel, channel=0)
-    return y, over_devices(mean, var)
+    y, mean, var = _compute("norm_conv", reference, x, *affine, kernel, channel=0, moments=moments)
+    return y, over_devices(mean, var) if moments else None
 
 
 def norm_conv_into(
-    x: jax.Array, affine: Affine, kernel: jax.Array, buffer: jax.Array, channel: int
-) -> tuple[jax.Array, Statistics]:
+    x: jax.Array, affine: Affine, kernel: jax.Array, buffer: jax.Array, channel: int, *, moments: bool = True
+) -> tuple[jax.Array, Statistics | None]:
     """As `norm_conv`, but the result is put into the buffer's channels from `channel` on: (buffer, statistics)."""
 
     def reference(x, factor, offset, kernel, buffer):
         y = forward(norm_relu(x, factor, offset), kernel, (1, 1), _padding(kernel))
-        return write(buffer, y, channel), *_moments(y)
+        return write(buffer, y, channel), *_moments(y, moments)
 
-    into = {"aliases": {4: 0}, "channel": channel}
+    into = {"aliases": {4: 0}, "channel": channel, "moments": moments}
     buffer, mean, var = _compute("norm_conv_into", reference, x, *affine, kernel, buffer, **into)
-    return buffer, over_devices(mean, var)
+    return buffer, over_devices(mean, var) if moments else None
 
 
 def _through_relu(x, gradient, factor, offset):

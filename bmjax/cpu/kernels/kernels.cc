@@ -66,10 +66,10 @@ ffi::Error conv_kernel_gradient(ffi::ThreadPool pool, Map x, Map y, MapResult w,
   return ffi::Error::Success();
 }
 
-// y = conv(relu(factor * x + offset), w) of the first channels of x, stride 1, padding "SAME", and the moments of y;
-// written to the channels of `y` from `channel` on.
+// y = conv(relu(factor * x + offset), w) of the first channels of x, stride 1, padding "SAME", and the moments of y, or
+// zeros where nobody asks for them; written to the channels of `y` from `channel` on.
 ffi::Error norm_conv(ffi::ThreadPool pool, Map x, Vector factor, Vector offset, Map w, MapResult y, VectorResult mean,
-                     VectorResult variance, Index channel) {
+                     VectorResult variance, Index channel, bool with_moments) {
   const auto k = w.dimensions();
   const int64_t window[] = {1, 1, k[0] / 2, k[1] / 2};
   Conv g = geometry(x, k[0], k[1], Window(window, 4), *y);
@@ -78,16 +78,22 @@ ffi::Error norm_conv(ffi::ThreadPool pool, Map x, Vector factor, Vector offset, 
   const auto panels = panels_of(pool, w.typed_data(), g.taps(), g.c, g.n, g.c * g.n, g.n, 1, false);
   const auto f = padded(factor.typed_data(), g.c), o = padded(offset.typed_data(), g.c);
   std::unique_ptr<Moments> moments;
-  convolve(pool, g, x.typed_data(), NormRelu{f.data(), o.data()}, panels, y->typed_data() + channel, &moments);
-  moments->finish(mean->typed_data(), variance->typed_data());
+  convolve(pool, g, x.typed_data(), NormRelu{f.data(), o.data()}, panels, y->typed_data() + channel,
+           with_moments ? &moments : nullptr);
+  if (with_moments) {
+    moments->finish(mean->typed_data(), variance->typed_data());
+  } else {
+    std::fill_n(mean->typed_data(), g.n, 0.f);
+    std::fill_n(variance->typed_data(), g.n, 0.f);
+  }
   return ffi::Error::Success();
 }
 
 // The result is `buffer` but for those channels; XLA gives both the same memory.
 ffi::Error norm_conv_into(ffi::ThreadPool pool, Map x, Vector factor, Vector offset, Map w, Map buffer, MapResult y,
-                          VectorResult mean, VectorResult variance, Index channel) {
+                          VectorResult mean, VectorResult variance, Index channel, bool with_moments) {
   if (buffer.typed_data() != y->typed_data()) std::memcpy(y->typed_data(), buffer.typed_data(), buffer.size_bytes());
-  return norm_conv(std::move(pool), x, factor, offset, w, y, mean, variance, channel);
+  return norm_conv(std::move(pool), x, factor, offset, w, y, mean, variance, channel, with_moments);
 }
 
 ffi::Error norm_conv_backward(ffi::ThreadPool pool, Map x, Vector factor, Vector offset, Map w, Map dy, MapResult dz,
@@ -158,15 +164,15 @@ ffi::Error channel_sums(ffi::ThreadPool pool, Map dy, Map x, VectorResult sum, V
 #define VECTOR Arg<Vector>()
 #define MAP_OUT Ret<Map>()
 #define VECTOR_OUT Ret<Vector>()
-#define CHANNEL Attr<int64_t>("channel")
+#define WHERE Attr<int64_t>("channel").Attr<bool>("moments")
 #define HANDLER(name, ...) XLA_FFI_DEFINE_HANDLER_SYMBOL(bmjax_##name, name, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().__VA_ARGS__)
 
 HANDLER(conv, MAP.MAP.MAP_OUT.Attr<Window>("window").Attr<bool>("turned"));
 HANDLER(conv_norm, MAP.MAP.VECTOR.VECTOR.MAP_OUT.Attr<Window>("window").Attr<bool>("relu"));
 HANDLER(conv_norm_add, MAP.MAP.VECTOR.VECTOR.MAP.MAP_OUT.Attr<Window>("window").Attr<bool>("relu"));
 HANDLER(conv_kernel_gradient, MAP.MAP.MAP_OUT.Attr<Window>("window"));
-HANDLER(norm_conv, MAP.VECTOR.VECTOR.MAP.MAP_OUT.VECTOR_OUT.VECTOR_OUT.CHANNEL);
-HANDLER(norm_conv_into, MAP.VECTOR.VECTOR.MAP.MAP.MAP_OUT.VECTOR_OUT.VECTOR_OUT.CHANNEL);
+HANDLER(norm_conv, MAP.VECTOR.VECTOR.MAP.MAP_OUT.VECTOR_OUT.VECTOR_OUT.WHERE);
+HANDLER(norm_conv_into, MAP.VECTOR.VECTOR.MAP.MAP.MAP_OUT.VECTOR_OUT.VECTOR_OUT.WHERE);
 HANDLER(norm_conv_backward, MAP.VECTOR.VECTOR.MAP.MAP.MAP_OUT.MAP_OUT.VECTOR_OUT.VECTOR_OUT);
 HANDLER(norm_product_backward,
         MAP.VECTOR.VECTOR.MAP.MAP.MAP.VECTOR.VECTOR.VECTOR.MAP.MAP_OUT.MAP_OUT.VECTOR_OUT.VECTOR_OUT);
