@@ -62,8 +62,8 @@ class DenseNet(nn.Module):
 
         def stem(x: jax.Array) -> jax.Array:
             if not train and not self.is_initializing():
-                names = {"conv": "conv1_conv", "norm": "conv1_bn"}
-                return conv_norm(x, self.stem, 7, 2, **names, use_bias=False, epsilon=self.epsilon)
+                options: dict[str, Any] = {"conv": "conv1_conv", "norm": "conv1_bn", "epsilon": self.epsilon}
+                return conv_norm(x, self.stem, 7, 2, use_bias=False, **options)
             return norm_relu("conv1_bn", Conv(self.stem, 7, strides=2, padding=3, name="conv1_conv")(x))
 
         block = functools.partial(dense_block, growth=self.growth, epsilon=self.epsilon, train=train, mode=mode)

@@ -154,8 +154,8 @@ def profile(stepper: Stepper, prefix: Path, steps: int = 3) -> None:
     lines = [f"{total / steps:9.3f} ms {count / steps:7.1f} x  {name}" for name, count, total in rows]
     whole = sum(row[2] for row in rows) / steps
     Path(f"{prefix}.kernels.txt").write_text("\n".join([f"{whole:.3f} ms of kernels a step", *lines, ""]))
-    if stepper.program is not None:
-        Path(f"{prefix}.program.txt.gz").write_bytes(gzip.compress(stepper.program().encode()))
+    if (program := stepper.program and stepper.program()) is not None:
+        Path(f"{prefix}.program.txt.gz").write_bytes(gzip.compress(program.encode()))
 
 
 def wait_for(gate: Path) -> None:

@@ -67,7 +67,7 @@ class Stepper(NamedTuple):
     step: Callable[[int], Any]
     wait: Callable[[Any], Any]
     peak: Callable[[], int | None]
-    program: Callable[[], str] | None = None
+    program: Callable[[], str | None] | None = None
 
 
 def batches(job: Job) -> list[tuple[np.ndarray, np.ndarray]]:
