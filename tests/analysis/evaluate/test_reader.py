@@ -55,8 +55,13 @@ def test_norms_are_adapted_to_the_moments_of_the_images(run):
 
     @jax.jit
     def convolved(variables, x):
-        _, kept = run.model.apply(
-            variables, x, capture_intermediates=lambda module, _: module.name == "conv1_conv", mutable=["intermediates"]
+        _, kept = run.model.apply(  # in training, where convolution and norm are apart
+            variables,
+            x,
+            train=True,
+            rngs={"dropout": jax.random.key(0)},
+            capture_intermediates=lambda module, _: module.name == "conv1_conv",
+            mutable=["intermediates", "batch_stats"],
         )
         return kept["intermediates"]["backbone"]["conv1_conv"]["__call__"][0]
 
