@@ -54,7 +54,7 @@ struct AddScaled {
 // Gradients of conv(relu(factor * x + offset), w) to the norm's result and to w, from `dy` of its result. `g` is the
 // convolution of dy with the turned kernel: its input has the layer's new channels, its output those of x.
 void spatial_backward(ffi::ThreadPool& pool, const Conv& g, const float* x, const NormRelu& norm, const float* dy,
-                      const std::vector<float>& turned, float* dz, float* dw, float* sum, float* sum_x) {
+                      const Floats& turned, float* dz, float* dw, float* sum, float* sum_x) {
   const Index threads = threads_of(pool), m = g.n, pitch_n = pitch(m), pitch_d = g.pitch_p();
   const Index taps = g.taps(), wide = round_up(g.c, PANEL), rows = taps * m, panels = g.panels();
   const auto strips = strips_of(g, g.row_step() + g.ow * (pitch_n + PANEL), threads);
@@ -108,7 +108,7 @@ void spatial_backward(ffi::ThreadPool& pool, const Conv& g, const float* x, cons
 // dy = scale * dz + shift + slope * y. Adds factor * (that to the norm's result) to `into`, which lies as x does.
 void pointwise_backward(ffi::ThreadPool& pool, Index pixels, Index c, Index pitch_x, Index m, const float* x,
                         const NormRelu& norm, const float* dz, const float* y, const float* scale, const float* shift,
-                        const float* slope, const std::vector<float>& transposed, float* into, float* dw, float* sum,
+                        const float* slope, const Floats& transposed, float* into, float* dw, float* sum,
                         float* sum_x) {
   const Index threads = threads_of(pool), wide = round_up(m, PANEL), panels = (c + PANEL - 1) / PANEL;
   const Index pitch_n = pitch(c), pitch_d = pitch(wide), tap = 0;
