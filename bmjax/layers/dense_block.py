@@ -15,7 +15,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name, checkpoint_policies
 
 from bmjax.layers.dispatch import replaceable, wants
-from bmjax.layers.modules import BatchNormVariables, Kernel, NormMode
+from bmjax.layers.modules import BatchNormVariables, ConvVariables, NormMode
 from bmjax.layers.norm import batch_statistics, norm_affine, norm_relu
 from bmjax.layers.ops import NO_PADDING, convolution
 
@@ -56,9 +56,9 @@ def dense_block(
     for i in range(layers):
         prefix, c = f"{name}_block{i + 1}", channels + i * growth
         norm0 = BatchNormVariables(name=f"{prefix}_0_bn")(c)
-        kernel1 = Kernel(name=f"{prefix}_1_conv")((1, 1, c, 4 * growth))
+        kernel1, _ = ConvVariables(name=f"{prefix}_1_conv")((1, 1, c, 4 * growth))
         norm1 = BatchNormVariables(name=f"{prefix}_1_bn")(4 * growth)
-        kernel2 = Kernel(name=f"{prefix}_2_conv")((3, 3, 4 * growth, growth))
+        kernel2, _ = ConvVariables(name=f"{prefix}_2_conv")((3, 3, 4 * growth, growth))
         params.append(Layer(norm0.scale, norm0.bias, kernel1, norm1.scale, norm1.bias, kernel2))
         norms.append((norm0, norm1))
     if mode == "frozen":

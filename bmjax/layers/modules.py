@@ -24,12 +24,17 @@ Tap = Callable[[str, jax.Array], jax.Array]
 """What a backbone calls on each stage's output, with the stage's name; what it returns goes on instead."""
 
 
-class Kernel(nn.Module):
-    """A convolution's kernel alone, for layers that compute it their own way: as `Conv`'s, float32."""
+class ConvVariables(nn.Module):
+    """What a `Conv` of that name would have, for layers that compute it their own way: (kernel, bias or None)."""
+
+    use_bias: bool = False
 
     @nn.compact
-    def __call__(self, shape: tuple[int, int, int, int]) -> jax.Array:
-        return self.param("kernel", he_normal, shape, jnp.float32)
+    def __call__(self, shape: tuple[int, int, int, int]) -> tuple[jax.Array, jax.Array | None]:
+        kernel = self.param("kernel", he_normal, shape, jnp.float32)
+        if not self.use_bias:
+            return kernel, None
+        return kernel, self.param("bias", nn.initializers.zeros_init(), shape[-1:], jnp.float32)
 
 
 class Conv(nn.Module):
@@ -154,19 +159,6 @@ class BatchNorm(nn.Module):
         # One affine map over x: a fused pass that keeps only x for the backward one.
         y = affine(x, *norm_affine((scale, bias, mean, var), self.epsilon, x.dtype))
         return y.astype(self.dtype or x.dtype)
-
-
-class ConvVariables(nn.Module):
-    """What a `Conv` of that name would have, for layers that compute it their own way: (kernel, bias or None)."""
-
-    use_bias: bool = False
-
-    @nn.compact
-    def __call__(self, shape: tuple[int, int, int, int]) -> tuple[jax.Array, jax.Array | None]:
-        kernel = self.param("kernel", he_normal, shape, jnp.float32)
-        if not self.use_bias:
-            return kernel, None
-        return kernel, self.param("bias", nn.initializers.zeros_init(), shape[-1:], jnp.float32)
 
 
 def conv_norm(
