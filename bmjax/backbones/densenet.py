@@ -61,7 +61,7 @@ class DenseNet(nn.Module):
             return nn.relu(norm(x, train=train, mode=mode, statistics=statistics))
 
         def stem(x: jax.Array) -> jax.Array:
-            if not train and not self.is_initializing():
+            if not train:
                 options: dict[str, Any] = {"conv": "conv1_conv", "norm": "conv1_bn", "epsilon": self.epsilon}
                 return conv_norm(x, self.stem, 7, 2, use_bias=False, **options)
             return norm_relu("conv1_bn", Conv(self.stem, 7, strides=2, padding=3, name="conv1_conv")(x))

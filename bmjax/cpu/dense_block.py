@@ -41,16 +41,16 @@ def _in_place_forward(epsilon, x, statistics, params, running):
     channels, growth = x.shape[-1], params[0].kernel2.shape[-1]
     buffer = write(jnp.zeros((*x.shape[:-1], channels + len(params) * growth), x.dtype), x, 0)
     means, variances = ([], []) if statistics is None else ([statistics[0]], [statistics[1]])
-    kept, bottlenecks = [], []
+    kept, bottlenecks, by_batch = [], [], statistics is not None
     for i, p in enumerate(params):
         c = channels + i * growth
         before = running[i][0] if statistics is None else (jnp.concatenate(means), jnp.concatenate(variances))
         affine = norm_affine((p.scale0, p.bias0, *before), epsilon, x.dtype)
-        y, inner = norm_conv(buffer, affine, p.kernel1, moments=statistics is not None)
+        y, inner = norm_conv(buffer, affine, p.kernel1, moments=by_batch)
         kept.append(y)
         used = running[i][1] if inner is None else inner
         affine = norm_affine((p.scale1, p.bias1, *used), epsilon, x.dtype)
-        buffer, added = norm_conv_into(y, affine, p.kernel2, buffer, c, moments=statistics is not None)
+        buffer, added = norm_conv_into(y, affine, p.kernel2, buffer, c, moments=by_batch)
         if added is not None:
             means.append(added[0])
             variances.append(added[1])

@@ -8,8 +8,8 @@ import jax
 
 from bmjax.cpu import build
 from bmjax.layers import ops
-from bmjax.layers.norm import plain_conv_norm
-from bmjax.layers.ops import Pixels, at_least_float32
+from bmjax.layers.norm import Around, plain_conv_norm
+from bmjax.layers.ops import at_least_float32
 
 
 def by_hand(x: jax.Array) -> bool:
@@ -27,22 +27,11 @@ def channel_sums(gradient: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Arra
     return build.call("channel_sums", ops.channel_sums, gradient, x)
 
 
-def conv_norm(
-    x: jax.Array,
-    kernel: jax.Array,
-    factor: jax.Array,
-    offset: jax.Array,
-    add: jax.Array | None = None,
-    *,
-    strides: tuple[int, int],
-    padding: Pixels,
-    relu: bool,
-) -> jax.Array:
+def conv_norm(fixed: Around, *arrays: jax.Array) -> jax.Array:
     """Takes the place of bmjax.layers.norm.conv_norm: a tile of the result is finished while it is in the cache."""
-    if not build.usable(x.dtype):
+    if not build.usable(arrays[0].dtype):
         return NotImplemented
-    reference = functools.partial(plain_conv_norm, strides=strides, padding=padding, relu=relu)
-    window = (*strides, padding[0][0], padding[1][0])
-    if add is None:
-        return build.call("conv_norm", reference, x, kernel, factor, offset, window=window, relu=relu)
-    return build.call("conv_norm_add", reference, x, kernel, factor, offset, add, window=window, relu=relu)
+    name = "conv_norm_add" if len(arrays) == 5 else "conv_norm"
+    (top, _), (left, _) = fixed.padding
+    window = (*fixed.strides, top, left)
+    return build.call(name, functools.partial(plain_conv_norm, fixed), *arrays, window=window, relu=fixed.relu)

@@ -177,7 +177,7 @@ def conv_norm(
     """What `Conv` and then `BatchNorm`, by its running statistics, give of x [b, h, w, c], plus `add`, and the ReLU of
     it: [b, h', w', features], padded as torch does, by half the size.
 
-    Called inside a Linen module that has these layers already, by the names `conv` and `norm`.
+    Called inside a Linen module, whose layers of the names `conv` and `norm` these are.
     """
     kernel, bias = ConvVariables(use_bias, name=conv)((size, size, x.shape[-1], features))
     v = BatchNormVariables(name=norm)(features)
@@ -185,8 +185,9 @@ def conv_norm(
     if bias is not None:
         offset = offset + factor * bias
     padding = in_pixels(size // 2, (x.shape[1], x.shape[2]), (size, size), (stride, stride))
-    options: dict[str, Any] = {"strides": (stride, stride), "padding": padding, "relu": relu}
-    return operations.conv_norm(x, kernel.astype(x.dtype), factor, offset, add, **options)
+    added = () if add is None else (add,)
+    fixed = operations.Around((stride, stride), padding, relu)
+    return operations.conv_norm(fixed, x, kernel.astype(x.dtype), factor, offset, *added)
 
 
 class Dropout(nn.Module):

@@ -7,7 +7,7 @@ Derivatives of higher order work in reverse mode and forward-over-reverse, as wi
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -124,38 +124,32 @@ def affine(x: jax.Array, factor: jax.Array, offset: jax.Array) -> jax.Array:
     return _affine(x, factor, offset) if by_hand(x) else apply_affine(x, factor, offset)
 
 
+class Around(NamedTuple):
+    """What is fixed of a `conv_norm`."""
+
+    strides: tuple[int, int]
+    padding: Pixels
+    relu: bool
+
+
 def plain_conv_norm(
-    x: jax.Array,
-    kernel: jax.Array,
-    factor: jax.Array,
-    offset: jax.Array,
-    add: jax.Array | None = None,
-    *,
-    strides: tuple[int, int],
-    padding: Pixels,
-    relu: bool,
+    fixed: Around, x: jax.Array, kernel: jax.Array, factor: jax.Array, offset: jax.Array, add: jax.Array | None = None
 ) -> jax.Array:
     """As `conv_norm`, one operation after another."""
-    y = affine(ops.convolution(x, kernel, strides, padding), factor, offset).astype(x.dtype)
+    y = affine(ops.convolution(x, kernel, fixed.strides, fixed.padding), factor, offset).astype(x.dtype)
     y = y if add is None else add + y
-    return jax.nn.relu(y) if relu else y
+    return jax.nn.relu(y) if fixed.relu else y
 
 
 @replaceable
-def conv_norm(
-    x: jax.Array,
-    kernel: jax.Array,
-    factor: jax.Array,
-    offset: jax.Array,
-    add: jax.Array | None = None,
-    *,
-    strides: tuple[int, int],
-    padding: Pixels,
-    relu: bool,
-) -> jax.Array:
+def conv_norm(fixed: Around, *arrays: jax.Array) -> jax.Array:
     """factor * convolution(x, kernel) + offset [+ add], and its ReLU where wanted: what a norm by running statistics
-    makes of a convolution. Shapes as `ops.convolution`; factor and offset [n], `add` as the result."""
-    return plain_conv_norm(x, kernel, factor, offset, add, strides=strides, padding=padding, relu=relu)
+    makes of a convolution.
+
+    `arrays`: x and kernel, shaped as for `ops.convolution`, factor and offset [n], and `add`, of the result's shape,
+    where there is one.
+    """
+    return plain_conv_norm(fixed, *arrays)
 
 
 @jax.custom_vjp

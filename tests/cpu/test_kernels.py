@@ -88,14 +88,15 @@ def test_convolutions(name):
 def test_a_norm_within_the_convolution(name, relu, added):
     batch, spatial, size, stride, padding, inputs, outputs = CONVS[name]
     size = (size, size) if isinstance(size, int) else size
-    how = {"strides": (stride, stride), "padding": padding, "relu": relu}
+    fixed = norm.Around((stride, stride), padding, relu)
     x, kernel = normal(0, batch, *spatial, inputs), normal(1, *size, inputs, outputs)
-    factor, offset = normal(2, outputs), normal(3, outputs)
-    add = normal(4, *formulations.plain(x, kernel, (stride, stride), padding).shape) if added else None
-    ours, expected, calls = with_and_without(lambda *args: norm.conv_norm(*args, **how), x, kernel, factor, offset, add)
+    others = [kernel, normal(2, outputs), normal(3, outputs)]
+    if added:
+        others.append(normal(4, *formulations.plain(x, kernel, (stride, stride), padding).shape))
+    ours, expected, calls = with_and_without(lambda *arrays: norm.conv_norm(fixed, *arrays), x, *others)
     equal(ours, expected)
     assert calls == 1
-    grad = jax.grad(lambda x: (norm.conv_norm(x, kernel, factor, offset, add, **how) ** 2).sum())
+    grad = jax.grad(lambda x: (norm.conv_norm(fixed, x, *others) ** 2).sum())
     equal(*with_and_without(grad, x)[:2])
 
 
