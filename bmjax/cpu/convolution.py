@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jax import lax
 
@@ -143,6 +144,25 @@ def _conv_backward(strides, padding, groups, residuals, y_gradient):
 _conv.defvjp(_conv_forward, _conv_backward)
 
 
+def _rows_as_channels(x: jax.Array, kernel: jax.Array, padding: Pixels) -> jax.Array:
+    """A convolution of stride 1 to one channel over a low, wide map, its rows taken as channels of a single row.
+
+    A kernel of bmjax/cpu/kernels fills a register tile of outputs whether they are there or not; so rows fill it.
+    """
+    (kh, kw, c, _), (h, w), (top, bottom) = kernel.shape, x.shape[1:3], padding[0]
+    below = np.arange(h)[:, None] - np.arange(h + top + bottom - kh + 1)[None] + top  # of each output row, in the kernel
+    met = (below >= 0) & (below < kh)
+    rows = jnp.where(met[..., None, None], kernel[np.clip(below, 0, kh - 1), ..., 0], 0)  # [h, h', kw, c]
+    y = _conv(
+        rearrange(x, "b h w c -> b 1 w (h c)"),
+        rearrange(rows, "h out kw c -> 1 kw (h c) out"),
+        (1, 1),
+        (NO_PADDING[0], padding[1]),
+        1,
+    )
+    return rearrange(y, "b 1 w out -> b out w 1")
+
+
 def convolution(
     x: jax.Array, kernel: jax.Array, strides: tuple[int, int] = (1, 1), padding: Pixels = NO_PADDING, groups: int = 1
 ) -> Any:
@@ -150,6 +170,9 @@ def convolution(
     float32."""
     if x.dtype not in (jnp.float32, jnp.float64):
         return NotImplemented
+    low = kernel.shape[0] > 1 and kernel.shape[3] == groups == 1 and x.shape[1] <= 16 and x.shape[2] >= 8 * x.shape[1]
+    if low and strides == (1, 1):
+        return _rows_as_channels(x, kernel, padding)
     return _conv(x, kernel, strides, padding, groups)
 
 

@@ -16,7 +16,7 @@ from bmjax.layers import norm as operations
 from bmjax.layers.collectives import BATCH_AXIS, axis_size
 from bmjax.layers.initial import he_normal
 from bmjax.layers.norm import affine, batch_statistics, norm_affine
-from bmjax.layers.ops import Padding, convolution, dilated_convolution, in_pixels, over_channels
+from bmjax.layers.ops import Padding, convolution, dilated_convolution, in_pixels, over_channels, within_reach
 
 NormMode = Literal["train", "stats_frozen", "frozen"]
 
@@ -60,8 +60,11 @@ class Conv(nn.Module):
         dtype = self.dtype or x.dtype
         size = (self.kernel_size, self.kernel_size) if isinstance(self.kernel_size, int) else self.kernel_size
         strides = (self.strides, self.strides) if isinstance(self.strides, int) else self.strides
-        padding = in_pixels(self.padding, (x.shape[1], x.shape[2]), size, strides)
+        spatial = (x.shape[1], x.shape[2])
         kernel = self.param("kernel", he_normal, (*size, x.shape[-1] // self.groups, self.features), jnp.float32)
+        if self.padding == "SAME" and strides == (1, 1) and size[0] % 2 == size[1] % 2 == 1:
+            kernel = within_reach(kernel, spatial, self.dilation)
+        padding = in_pixels(self.padding, spatial, (kernel.shape[0], kernel.shape[1]), strides)
         if self.dilation == 1:
             y = convolution(x.astype(dtype), kernel.astype(dtype), strides, padding, self.groups)
         elif strides == (1, 1) and self.padding == "SAME":

@@ -44,6 +44,14 @@ def in_pixels(padding: Padding, spatial: tuple[int, int], size: tuple[int, int],
     return (top, bottom), (left, right)
 
 
+def within_reach(kernel: jax.Array, spatial: tuple[int, int], dilation: int = 1) -> jax.Array:
+    """The middle of a kernel [kh, kw, ...] of odd sides that meets an input of `spatial` size in a convolution of
+    stride 1 and padding "SAME"; what is left off sees only padding."""
+    reach = [min(side // 2, (size - 1) // dilation) for side, size in zip(kernel.shape[:2], spatial, strict=True)]
+    rows, columns = (slice(side // 2 - r, side // 2 + r + 1) for side, r in zip(kernel.shape[:2], reach, strict=True))
+    return kernel[rows, columns]
+
+
 def plain_convolution(
     x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Pixels, groups: int = 1
 ) -> jax.Array:

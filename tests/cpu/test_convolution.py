@@ -26,6 +26,8 @@ CASES = {
     "depthwise, stride 2": (3, 2, (0, 1), 6, 6, 6, (9, 8)),
     "depthwise 5x5, stride 2": (5, 2, (2, 2), 4, 4, 4, (11, 10)),
     "grouped": (3, 1, (1, 1), 6, 4, 2, (7, 7)),
+    "low and wide, to one channel": (7, 1, (3, 3), 2, 1, 1, (3, 40)),
+    "low and wide, uneven padding": (2, 1, (0, 2), 3, 1, 1, (2, 20)),
 }
 
 

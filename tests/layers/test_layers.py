@@ -52,6 +52,7 @@ def devices_agree(fn, *args, rtol, atol):
         ({"kernel_size": 1, "use_bias": True}, "SAME"),
         ({"kernel_size": 3, "dilation": 4, "use_bias": True}, "SAME"),
         ({"kernel_size": (7, 3), "dilation": 3, "groups": 6}, "SAME"),
+        ({"kernel_size": (21, 19)}, "SAME"),
     ],
 )
 def test_conv_is_flax_conv(options, flax_padding):
