@@ -149,8 +149,9 @@ def _rows_as_channels(x: jax.Array, kernel: jax.Array, padding: Pixels) -> jax.A
 
     A kernel of bmjax/cpu/kernels fills a register tile of outputs whether they are there or not; so rows fill it.
     """
-    (kh, kw, c, _), (h, w), (top, bottom) = kernel.shape, x.shape[1:3], padding[0]
-    below = np.arange(h)[:, None] - np.arange(h + top + bottom - kh + 1)[None] + top  # of each output row, in the kernel
+    kh, h, (top, bottom) = kernel.shape[0], x.shape[1], padding[0]
+    # Which row of the kernel meets an input row on behalf of an output row.
+    below = np.arange(h)[:, None] + top - np.arange(h + top + bottom - kh + 1)
     met = (below >= 0) & (below < kh)
     rows = jnp.where(met[..., None, None], kernel[np.clip(below, 0, kh - 1), ..., 0], 0)  # [h, h', kw, c]
     y = _conv(

@@ -15,6 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal, jaxpr_as_fun
 
+# What shapes a drawn value, by NumPy: equal to the bit, and a program less for each shape.
+_SHAPING: dict[str, Callable[..., np.ndarray]] = {
+    "slice": lambda x, *, start_indices, limit_indices, strides: x[
+        tuple(map(slice, start_indices, limit_indices, strides or (1,) * x.ndim))
+    ],
+    "reshape": lambda x, *, new_sizes, **_: x.reshape(new_sizes),
+    "mul": lambda x, y, **_: x * y,
+}
 _FORWARD = {"conv_general_dilated", "dot_general", "ffi_call", "custom_jvp_call", "custom_vjp_call", "while", "scan"}
 
 
@@ -48,11 +56,23 @@ def evaluated(function: Callable[..., Any], *arguments: Any) -> Any:
     used = {id(v) for equation in kept for v in equation.invars}
     if used & constant.keys() or any(equation.primitive.name in _FORWARD for equation in kept):
         return jax.jit(function)(*arguments)
-    drawn = [v for v in jaxpr.outvars if id(v) not in constant]
-    small = closed.replace(jaxpr=jaxpr.replace(eqns=kept[::-1], outvars=drawn))
-    results = iter(jaxpr_as_fun(small)(*jax.tree.leaves(arguments)))
+    shaping, drawing, inputs = [], [], set[int]()
+    for equation in kept:  # from the last on
+        last = equation.primitive.name in _SHAPING and inputs.isdisjoint(map(id, equation.outvars))
+        (shaping if last else drawing).append(equation)
+        inputs |= set() if last else {id(v) for v in equation.invars}
+    shaped = {id(v) for equation in shaping for v in equation.outvars}
+    wanted = {id(v): v for e in shaping for v in e.invars if not isinstance(v, Literal)} | {
+        id(v): v for v in jaxpr.outvars
+    }
+    drawn = [v for v in wanted.values() if id(v) not in constant.keys() | shaped]
+    small = closed.replace(jaxpr=jaxpr.replace(eqns=drawing[::-1], outvars=drawn))
+    known = dict(zip(map(id, drawn), jaxpr_as_fun(small)(*jax.tree.leaves(arguments)), strict=True))
+    for equation in shaping[::-1]:
+        values = (np.asarray(v.val if isinstance(v, Literal) else known[id(v)]) for v in equation.invars)
+        known[id(equation.outvars[0])] = _SHAPING[equation.primitive.name](*values, **equation.params)
     leaves = [
-        jnp.asarray(np.full(shape.shape, constant[id(v)], shape.dtype)) if id(v) in constant else next(results)
+        jnp.asarray(np.full(shape.shape, constant[id(v)], shape.dtype) if id(v) in constant else known[id(v)])
         for v, shape in zip(jaxpr.outvars, jax.tree.leaves(shapes), strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves)

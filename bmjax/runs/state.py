@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bmjax.layers.initial import evaluated
 from bmjax.model.parameters import Path, Tree, split_params
 
 
@@ -46,7 +47,7 @@ def create_state(
         step=jnp.zeros((), jnp.int32),
         params=both["params"],
         batch_stats=both["batch_stats"],
-        opt_state=tx.init(split_params(both["params"], is_trainable)[0]),
+        opt_state=evaluated(tx.init, split_params(both["params"], is_trainable)[0]),
         ema=jax.tree.map(jnp.copy, both) if ema else None,
         key=jax.random.key_data(jax.random.key(seed)),
     )

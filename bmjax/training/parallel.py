@@ -217,7 +217,7 @@ class Parallel:
             return jax.tree.map(self._from_every_process, tree)
         where = jax.tree.map(self._state_sharding, tree) if self._splits_state else self._sharding()
         # A copy, since device_put may alias what the caller keeps and the step donates its input.
-        return jax.device_put(jax.tree.map(lambda x: jnp.array(x, copy=True), tree), where)
+        return jax.device_put(_copied(tree), where)
 
     def _from_every_process(self, x: Any) -> jax.Array:
         x = np.asarray(x)
@@ -270,6 +270,13 @@ class _ByState:
 
     def lower(self, state: Tree, batch: Tree) -> Any:
         return self._of(state).lower(state, batch)
+
+
+def _copied(tree: Tree) -> Tree:
+    """A copy of every array, by one program where all lie on one device: one a shape takes seconds to compile."""
+    places = {device for x in jax.tree.leaves(tree) if isinstance(x, jax.Array) for device in x.devices()}
+    copy = functools.partial(jax.tree.map, lambda x: jnp.array(x, copy=True))
+    return copy(tree) if len(places) > 1 else jax.jit(copy)(tree)
 
 
 def _of_each_process(count: int) -> tuple[Any, ...]:
