@@ -191,9 +191,11 @@ def usable(dtype: Any) -> bool:
     return dtype == jnp.float32 and available() and not _off.get() and not partitioned()
 
 
-def _attribute(value: int | bool | Sequence[int]) -> Any:
+def _attribute(value: float | bool | Sequence[int]) -> Any:
     if isinstance(value, bool):
         return value
+    if isinstance(value, float):
+        return np.float64(value)
     return np.int64(value) if isinstance(value, int) else np.asarray(value, np.int64)
 
 
@@ -202,18 +204,21 @@ def call(
     reference: Callable[..., Any],
     *args: jax.Array,
     aliases: dict[int, int] | None = None,
-    **attributes: int | bool | Sequence[int],
+    like: Any = None,
+    **attributes: float | bool | Sequence[int],
 ) -> Any:
     """The kernel's result for `args`: arrays as `reference(*args)` gives them but for rounding, derivatives included.
 
-    Where no kernel can be used, it is the reference's. `aliases`: which argument's memory takes which result.
+    Where no kernel can be used, it is the reference's. `aliases`: which argument's memory takes which result. `like`:
+    the results' shapes, as arrays or `jax.ShapeDtypeStruct`s; without it the reference is traced for them.
     """
     if not all(usable(a.dtype) for a in args if jnp.issubdtype(a.dtype, jnp.floating)):
         return reference(*args)
 
     def computed(*args: jax.Array) -> Any:
-        results = jax.eval_shape(reference, *args)
+        results = jax.eval_shape(reference, *args) if like is None else like
         flat, tree = jax.tree.flatten(results)
+        flat = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat]
         run = jax.ffi.ffi_call(f"bmjax_{name}", flat, vmap_method="sequential", input_output_aliases=aliases or {})
         return tree.unflatten(run(*args, **{k: _attribute(v) for k, v in attributes.items()}))
 

@@ -14,12 +14,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bmjax.cpu.dense_layer import norm_conv, norm_conv_backward, norm_conv_into, norm_product_backward, write
+from bmjax.cpu.dense_layer import (
+    Norm,
+    Result,
+    norm_conv,
+    norm_conv_backward,
+    norm_conv_into,
+    norm_product_backward,
+    write,
+)
 from bmjax.layers.collectives import batch_count
 from bmjax.layers.dense_block import Layer, Statistics
 from bmjax.layers.dispatch import platform
-from bmjax.layers.norm import norm_affine, through_statistics
-from bmjax.layers.ops import apply_affine
+from bmjax.layers.ops import at_least_float32
 
 
 def dense_layers(
@@ -39,64 +46,70 @@ def _in_place(epsilon, x, statistics, params, running):
 
 def _in_place_forward(epsilon, x, statistics, params, running):
     channels, growth = x.shape[-1], params[0].kernel2.shape[-1]
-    buffer = write(jnp.zeros((*x.shape[:-1], channels + len(params) * growth), x.dtype), x, 0)
-    means, variances = ([], []) if statistics is None else ([statistics[0]], [statistics[1]])
-    kept, bottlenecks, by_batch = [], [], statistics is not None
+    by_batch, room = statistics is not None, len(params) * growth
+    buffer = write(jnp.zeros((*x.shape[:-1], channels + room), x.dtype), x, 0)
+    nothing = jnp.zeros(channels + room, at_least_float32(x.dtype))
+    means, variances = (write(nothing, s, 0) for s in statistics) if by_batch else (nothing, nothing)
+    kept, bottlenecks = [], []
     for i, p in enumerate(params):
-        c = channels + i * growth
-        before = running[i][0] if statistics is None else (jnp.concatenate(means), jnp.concatenate(variances))
-        affine = norm_affine((p.scale0, p.bias0, *before), epsilon, x.dtype)
-        y, inner = norm_conv(buffer, affine, p.kernel1, moments=by_batch)
+        norm = Norm(p.scale0, p.bias0, *((means, variances) if by_batch else running[i][0]))
+        y, inner = norm_conv(buffer, norm, p.kernel1, epsilon=epsilon, moments=by_batch)
+        norm = Norm(p.scale1, p.bias1, *(running[i][1] if inner is None else inner))
+        buffer, means, variances = norm_conv_into(
+            y, norm, p.kernel2, (buffer, means, variances), channels + i * growth, epsilon=epsilon, moments=by_batch
+        )
         kept.append(y)
-        used = running[i][1] if inner is None else inner
-        affine = norm_affine((p.scale1, p.bias1, *used), epsilon, x.dtype)
-        buffer, added = norm_conv_into(y, affine, p.kernel2, buffer, c, moments=by_batch)
-        if added is not None:
-            means.append(added[0])
-            variances.append(added[1])
+        if by_batch:
             bottlenecks.append(inner)
-    if statistics is not None:
-        statistics = (jnp.concatenate(means), jnp.concatenate(variances))
+    statistics = (means, variances) if by_batch else None
     return (buffer, statistics, bottlenecks), (buffer, statistics, bottlenecks, kept, params, running)
 
 
 def _in_place_backward(epsilon, residuals, gradients):
     buffer, statistics, bottlenecks, kept, params, running = residuals
     into, into_statistics, into_bottlenecks = gradients
-    count, growth = batch_count(buffer), params[0].kernel2.shape[-1]
-    c = buffer.shape[-1]
+    c, growth = buffer.shape[-1], params[0].kernel2.shape[-1]
+    by_batch = statistics is not None
+    count, nothing = batch_count(buffer) if by_batch else 0, jnp.zeros(c, at_least_float32(buffer.dtype))
+    means, dmeans, dvars = (statistics[0], *into_statistics) if by_batch else (nothing,) * 3
     grads, into_running = [], []
     for i in reversed(range(len(params))):
-        p = params[i]
+        p, y = params[i], kept[i]
         c -= growth
+        outer, inner = (statistics, bottlenecks[i]) if by_batch else running[i]
         # Nothing after this layer's output is left to come: its gradient is whole but for the statistics' share.
-        dy = into[..., c : c + growth]
-        if statistics is not None:
-            mean = statistics[0][c : c + growth]
-            shift, slope = through_statistics(mean, tuple(g[c : c + growth] for g in into_statistics), count)
-            dy = (dy + apply_affine(buffer[..., c : c + growth], slope, shift)).astype(dy.dtype)
-        y = kept[i]
-        inner = running[i][1] if statistics is None else bottlenecks[i]
-        affine, vjp = jax.vjp(lambda *a: norm_affine(a, epsilon, y.dtype), p.scale1, p.bias1, *inner)  # noqa: B023
-        dz, dkernel2, sums = norm_conv_backward(y, affine, p.kernel2, dy)
-        dscale1, dbias1, *dinner = vjp(sums)
-        shift = slope = jnp.zeros_like(affine[0])
-        if statistics is not None:
-            share = jax.tree.map(jnp.add, tuple(dinner), tuple(into_bottlenecks[i]))
-            shift, slope = through_statistics(inner[0], share, count)
-        combine = (affine[0], shift, slope)
-        before = running[i][0] if statistics is None else tuple(s[:c] for s in statistics)
-        affine, vjp = jax.vjp(lambda *a: norm_affine(a, epsilon, y.dtype), p.scale0, p.bias0, *before)  # noqa: B023
-        into, dkernel1, sums = norm_product_backward(buffer, affine, p.kernel1, dz, y, combine, into)
-        dscale0, dbias0, *dbefore = vjp(sums)
-        if statistics is None:
-            into_running.insert(0, (tuple(dbefore), tuple(dinner)))
+        dz, dkernel2, of_inner = norm_conv_backward(
+            y,
+            Norm(p.scale1, p.bias1, *inner),
+            p.kernel2,
+            Result(buffer, means, into, dmeans, dvars),
+            c,
+            epsilon=epsilon,
+            count=count,
+        )
+        dinner = (of_inner.mean, of_inner.var)
+        if by_batch:
+            dinner = jax.tree.map(jnp.add, dinner, tuple(into_bottlenecks[i]))
         else:
-            into_statistics = tuple(g.at[:c].add(d) for g, d in zip(into_statistics, dbefore, strict=True))
-        grads.insert(0, Layer(dscale0, dbias0, dkernel1, dscale1, dbias1, dkernel2))
-    if statistics is None:
+            dmeans, dvars = (jnp.zeros_like(v) for v in outer)
+        (into, dmeans, dvars), dkernel1, of_outer = norm_product_backward(
+            buffer,
+            Norm(p.scale0, p.bias0, *outer),
+            p.kernel1,
+            dz,
+            y,
+            (p.scale1, *inner, *dinner),
+            (into, dmeans, dvars),
+            epsilon=epsilon,
+            count=count,
+        )
+        if not by_batch:
+            into_running.insert(0, ((dmeans, dvars), dinner))
+            dmeans, dvars = nothing, nothing
+        grads.insert(0, Layer(*of_outer, dkernel1, of_inner.scale, of_inner.bias, dkernel2))
+    if not by_batch:
         return into[..., :c], None, tuple(grads), tuple(into_running)
-    return into[..., :c], tuple(g[:c] for g in into_statistics), tuple(grads), None
+    return into[..., :c], (dmeans[:c], dvars[:c]), tuple(grads), None
 
 
 _in_place.defvjp(_in_place_forward, _in_place_backward)

@@ -218,7 +218,8 @@ def input_native(y_gradient, kernel, x_shape, strides, padding, groups):
     reference = functools.partial(_input_plain, x_shape=x_shape, strides=strides, padding=padding, groups=groups)
     if _depthwise(kernel.shape, groups):
         window = _window(strides, padding)
-        return build.call("depthwise_conv", reference, y_gradient, kernel, window=window, back=True)
+        like = jax.ShapeDtypeStruct(x_shape, y_gradient.dtype)
+        return build.call("depthwise_conv", reference, y_gradient, kernel, like=like, window=window, back=True)
     if strides != (1, 1):  # 1x1: the gradient of the pixels that it sees
         small = (*y_gradient.shape[:-1], x_shape[-1])
         return _spread(
@@ -226,7 +227,8 @@ def input_native(y_gradient, kernel, x_shape, strides, padding, groups):
         )
     (top, _), (left, _) = padding
     around = (kernel.shape[0] - 1 - top, kernel.shape[1] - 1 - left)
-    return build.call("conv", reference, y_gradient, kernel, window=(1, 1, *around), turned=True)
+    like = jax.ShapeDtypeStruct(x_shape, y_gradient.dtype)
+    return build.call("conv", reference, y_gradient, kernel, like=like, window=(1, 1, *around), turned=True)
 
 
 def kernel_native(x, y_gradient, kernel_shape, strides, padding, groups):
@@ -234,7 +236,8 @@ def kernel_native(x, y_gradient, kernel_shape, strides, padding, groups):
         _kernel_plain, kernel_shape=kernel_shape, strides=strides, padding=padding, groups=groups
     )
     name = "depthwise_conv_kernel_gradient" if _depthwise(kernel_shape, groups) else "conv_kernel_gradient"
-    return build.call(name, reference, x, y_gradient, window=_window(strides, padding))
+    like = jax.ShapeDtypeStruct(kernel_shape, x.dtype)
+    return build.call(name, reference, x, y_gradient, like=like, window=_window(strides, padding))
 
 
 def _turnable(shape: Shape, padding: Pixels) -> bool:

@@ -56,7 +56,13 @@ def through_statistics(
     `gradients`: those of mean and variance on this device, each [c]; `count` as `batch_count` gives it.
     """
     # Every device's loss depends on statistics of the whole batch.
-    dmean, dvar = all_sum(gradients)
+    return through_summed_statistics(mean, *all_sum(gradients), count)
+
+
+def through_summed_statistics(
+    mean: jax.Array, dmean: jax.Array, dvar: jax.Array, count: int
+) -> tuple[jax.Array, jax.Array]:
+    """As `through_statistics`, of gradients that are summed over the devices already."""
     slope = 2 * dvar / count
     return dmean / count - slope * mean, slope
 

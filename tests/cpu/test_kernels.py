@@ -165,18 +165,37 @@ LAYERS = {
 }
 
 
+def random_norm(seed, c, statistics=None):
+    """A norm of c channels, by more statistics than those where `statistics` says so."""
+    values = [normal(seed + i, n) for i, n in enumerate((c, c, statistics or c, statistics or c))]
+    return dense_layer.Norm(*values[:3], 0.5 + values[3] ** 2)
+
+
+@pytest.mark.parametrize("by_batch", [True, False])
 @pytest.mark.parametrize("name", LAYERS)
-def test_dense_layers(name):
+def test_dense_layers(name, by_batch):
     b, spatial, c, m, n, wide = LAYERS[name]
-    buffer, y, dy = normal(0, b, *spatial, wide), normal(1, b, *spatial, m), normal(2, b, *spatial, n)
-    outer, inner = (normal(3, c), normal(4, c)), (normal(5, m), normal(6, m))
+    buffer, y, into = normal(0, b, *spatial, wide), normal(1, b, *spatial, m), normal(2, b, *spatial, wide)
+    outer, inner = random_norm(3, c, wide), random_norm(10, m)
     kernel1, kernel2 = normal(7, 1, 1, c, m), normal(8, 3, 3, m, n)
-    combine, dz, into = tuple(normal(9, 3, m)), normal(10, *y.shape), normal(11, *buffer.shape)
+    statistics, gradients, dz = tuple(normal(20, 2, wide)), tuple(normal(21, 2, wide)), normal(22, *y.shape)
+    after = (inner.scale, inner.mean, inner.var, *normal(23, 2, m))
+    fixed = {"epsilon": 1e-3, "count": b * spatial[0] * spatial[1] if by_batch else 0}
+    once = {"epsilon": 1e-3, "moments": by_batch}
     runs = [
-        (dense_layer.norm_conv, (buffer, outer, kernel1)),
-        (functools.partial(dense_layer.norm_conv_into, channel=c), (y, inner, kernel2, buffer)),
-        (dense_layer.norm_conv_backward, (y, inner, kernel2, dy)),
-        (dense_layer.norm_product_backward, (buffer, outer, kernel1, dz, y, combine, into)),
+        (functools.partial(dense_layer.norm_conv, **once), (buffer, outer, kernel1)),
+        (
+            functools.partial(dense_layer.norm_conv_into, channel=c, **once),
+            (y, inner, kernel2, (buffer, *statistics)),
+        ),
+        (
+            functools.partial(dense_layer.norm_conv_backward, channel=c, **fixed),
+            (y, inner, kernel2, dense_layer.Result(buffer, statistics[0], into, *gradients)),
+        ),
+        (
+            functools.partial(dense_layer.norm_product_backward, **fixed),
+            (buffer, outer, kernel1, dz, y, after, (into, *gradients)),
+        ),
     ]
     for function, args in runs:
         ours, expected, calls = with_and_without(function, *args)
@@ -184,10 +203,13 @@ def test_dense_layers(name):
         assert calls == 1
 
 
+IDENTITY = dense_layer.Norm(jnp.ones(16), jnp.zeros(16), jnp.zeros(16), jnp.ones(16))
+
+
 def test_the_variance_survives_a_large_mean():
     x = 1e4 + normal(0, 2, 20, 20, 16)
     kernel = jnp.eye(16)[None, None]
-    _, (mean, var) = jax.jit(dense_layer.norm_conv)(x, (jnp.ones(16), jnp.zeros(16)), kernel)
+    _, (mean, var) = jax.jit(functools.partial(dense_layer.norm_conv, epsilon=0.0))(x, IDENTITY, kernel)
     exact = np.asarray(x, np.float64)
     np.testing.assert_allclose(mean, exact.mean((0, 1, 2)), rtol=1e-6)
     np.testing.assert_allclose(var, exact.var((0, 1, 2)), rtol=1e-3)
@@ -195,17 +217,21 @@ def test_the_variance_survives_a_large_mean():
 
 def test_nan_stays_nan():
     x = normal(0, 1, 4, 4, 16).at[0, 1, 2, 3].set(jnp.nan)
-    y, _ = jax.jit(dense_layer.norm_conv)(x, (jnp.ones(16), jnp.zeros(16)), normal(1, 1, 1, 16, 32))
+    conv = functools.partial(dense_layer.norm_conv, epsilon=0.0)
+    y, _ = jax.jit(conv)(x, IDENTITY, normal(1, 1, 1, 16, 32))
     assert np.isnan(y).any(-1).sum() == 1
 
 
 def test_derivatives_of_kernels_are_those_of_their_references():
     x, kernel, dy = normal(0, 2, 6, 5, 8), normal(1, 3, 3, 8, 4), normal(2, 2, 6, 5, 4)
-    affine = (normal(3, 8), normal(4, 8))
+    around, nothing = random_norm(3, 8), jnp.zeros(4)
 
     def total(x, kernel, dy):
-        dz, dkernel, _ = dense_layer.norm_conv_backward(x, affine, kernel, dy)
-        return (dz * dz).sum() + jnp.sin(dkernel).sum()
+        result = dense_layer.Result(dy, nothing, dy, nothing, nothing)
+        dz, dkernel, gradients = dense_layer.norm_conv_backward(
+            x, around, kernel, result, 0, epsilon=1e-3, count=dy.size // 4
+        )
+        return (dz * dz).sum() + jnp.sin(dkernel).sum() + jnp.sin(gradients.var).sum()
 
     reverse = with_and_without(jax.grad(total, (0, 1, 2)), x, kernel, dy)
     equal(*reverse[:2])

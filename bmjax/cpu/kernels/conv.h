@@ -69,24 +69,34 @@ Index packed_floats(const Conv& g, Index rows) {
   return packed_rows * g.row_p() * g.pitch_p();
 }
 
-// Copies channels [0, c) of a pixel through `change`, which takes (lanes, channel); the rest of its last lanes is 0.
+// Copies channels [0, c) of a pixel through `change`, which takes (lanes, channel, where those lie, how many of them are
+// of the pixel); the rest of its last lanes is 0.
 template <typename F>
 inline void pack_pixel(const float* x, float* out, Index c, const F& change) {
   Index k = 0;
-  for (; k + LANES <= c; k += LANES) store(out + k, change(load(x + k), k));
+  for (; k + LANES <= c; k += LANES) store(out + k, change(load(x + k), k, x + k, LANES));
   if (k < c) {
-    store(out + k, change(load_first(x + k, c - k), k));
+    store(out + k, change(load_first(x + k, c - k), k, x + k, c - k));
     std::memset(out + c, 0, 4 * (round_up(c, LANES) - c));
   }
 }
 
 struct Same {
-  Lanes operator()(Lanes v, Index) const { return v; }
+  Lanes operator()(Lanes v, Index, const float*, Index) const { return v; }
+};
+// v + shift + slope * y, where y lies in a map `other`, as v does in `base`; the vectors are padded to whole lanes.
+struct PlusAffine {
+  const float *base, *other, *shift, *slope;
+  Lanes operator()(Lanes v, Index k, const float* at, Index n) const {
+    return v + load(shift + k) + load(slope + k) * load_first(other + (at - base), n);
+  }
 };
 // relu(factor * x + offset); the vectors are padded to whole lanes.
 struct NormRelu {
   const float *factor, *offset;
-  Lanes operator()(Lanes v, Index k) const { return positive(v * load(factor + k) + load(offset + k)); }
+  Lanes operator()(Lanes v, Index k, const float* = nullptr, Index = 0) const {
+    return positive(v * load(factor + k) + load(offset + k));
+  }
 };
 
 template <typename F>

@@ -1,10 +1,53 @@
-// A dense layer's way back: gradients of convolution, ReLU and norm at once.
+// A dense layer: its norms, and its way back, gradients of convolution, ReLU and norm at once.
 
 #pragma once
+
+#include <cmath>
 
 #include "conv.h"
 
 namespace {
+
+// A batch-norm of c channels as factor * x + offset, padded to whole panels.
+struct Norm {
+  Index c;
+  const float *scale, *mean;
+  std::vector<float> inverse, factor, offset;
+
+  Norm(Index c, const float* scale, const float* bias, const float* mean, const float* variance, double epsilon)
+      : c(c), scale(scale), mean(mean), inverse(round_up(c, PANEL)), factor(inverse.size()), offset(inverse.size()) {
+    for (Index k = 0; k < c; k++) {
+      inverse[k] = 1 / std::sqrt(variance[k] + (float)epsilon);
+      factor[k] = scale[k] * inverse[k];
+      offset[k] = (bias ? bias[k] : 0) - mean[k] * factor[k];
+    }
+  }
+  NormRelu relu() const { return {factor.data(), offset.data()}; }
+
+  // Gradients of scale, mean and variance, the last two added where wanted; that of the bias is `total`. `total` and
+  // `total_x`: sums of the gradient of the norm's result and of that times its input.
+  void back(const float* total, const float* total_x, float* dscale, float* dmean, float* dvariance, bool add) const {
+    for (Index k = 0; k < c; k++) {
+      const float of_factor = total_x[k] - mean[k] * total[k], of_mean = -factor[k] * total[k];
+      const float of_variance = -0.5f * of_factor * factor[k] * inverse[k] * inverse[k];
+      dscale[k] = of_factor * inverse[k];
+      dmean[k] = (add ? dmean[k] : 0) + of_mean;
+      dvariance[k] = (add ? dvariance[k] : 0) + of_variance;
+    }
+  }
+};
+
+// What comes to y through its statistics over `count` values, shift + slope * y, padded to whole panels; 0 of none.
+struct ThroughStatistics {
+  std::vector<float> shift, slope;
+  ThroughStatistics(Index n, const float* mean, const float* dmean, const float* dvariance, Index count)
+      : shift(round_up(n, PANEL)), slope(shift.size()) {
+    for (Index k = 0; k < n && count; k++) {
+      slope[k] = 2 * dvariance[k] / count;
+      shift[k] = dmean[k] / count - slope[k] * mean[k];
+    }
+  }
+};
 
 // Of `count` channels, PANEL at most: d = gradient where the packed value is positive, else 0; adds up d and d * x, and
 // hands d on to `use`.
@@ -52,9 +95,10 @@ struct AddScaled {
 };
 
 // Gradients of conv(relu(factor * x + offset), w) to the norm's result and to w, from `dy` of its result. `g` is the
-// convolution of dy with the turned kernel: its input has the layer's new channels, its output those of x.
+// convolution of change(dy) with the turned kernel: its input has the layer's new channels, its output those of x.
+template <typename F>
 void spatial_backward(ffi::ThreadPool& pool, const Conv& g, const float* x, const NormRelu& norm, const float* dy,
-                      const Floats& turned, float* dz, float* dw, float* sum, float* sum_x) {
+                      const F& change, const Floats& turned, float* dz, float* dw, float* sum, float* sum_x) {
   const Index threads = threads_of(pool), m = g.n, pitch_n = pitch(m), pitch_d = g.pitch_p();
   const Index taps = g.taps(), wide = round_up(g.c, PANEL), rows = taps * m, panels = g.panels();
   const auto strips = strips_of(g, g.row_step() + g.ow * (pitch_n + PANEL), threads);
@@ -67,7 +111,7 @@ void spatial_backward(ffi::ThreadPool& pool, const Conv& g, const float* x, cons
     for (Index i = count * slot / threads; i < count * (slot + 1) / threads; i++) {
       const Strip s = strips[i];
       const Index lines = s.end - s.first, pixels = lines * g.ow;
-      const Packed packed = pack(g, s, dy, scratch(0, packed_floats(g, lines) + PANEL), Same());
+      const Packed packed = pack(g, s, dy, scratch(0, packed_floats(g, lines) + PANEL), change);
       float *xn = scratch(1, pixels * pitch_n), *back = scratch(2, pixels * PANEL);
       const float* xs = x + s.first * g.ow * m;
       for (Index p = 0; p < pixels; p++) pack_pixel(xs + p * m, xn + p * pitch_n, m, norm);
@@ -127,8 +171,8 @@ void pointwise_backward(ffi::ThreadPool& pool, Index pixels, Index c, Index pitc
       for (Index p = 0; p < n; p++) {
         pack_pixel(xs + p * pitch_x, xn + p * pitch_n, c, norm);
         const float* at = y + (first + p) * m;
-        pack_pixel(dz + (first + p) * m, dy + p * pitch_d, m, [&](Lanes d, Index k) {
-          return load(scale + k) * d + load(shift + k) + load(slope + k) * load_first(at + k, m - k);
+        pack_pixel(dz + (first + p) * m, dy + p * pitch_d, m, [&](Lanes d, Index k, const float*, Index n) {
+          return load(scale + k) * d + load(shift + k) + load(slope + k) * load_first(at + k, n);
         });
       }
       for (Index panel = 0; panel < wide / PANEL; panel++) {

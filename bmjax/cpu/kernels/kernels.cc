@@ -66,60 +66,99 @@ ffi::Error conv_kernel_gradient(ffi::ThreadPool pool, Map x, Map y, MapResult w,
   return ffi::Error::Success();
 }
 
-// y = conv(relu(factor * x + offset), w) of the first channels of x, stride 1, padding "SAME", and the moments of y, or
-// zeros where nobody asks for them; written to the channels of `y` from `channel` on.
-ffi::Error norm_conv(ffi::ThreadPool pool, Map x, Vector factor, Vector offset, Map w, MapResult y, VectorResult mean,
-                     VectorResult variance, Index channel, bool with_moments) {
+// y = conv(relu(norm(x)), w) of the first channels of x, stride 1, padding "SAME", and the moments of y where `mean` is
+// given; written to the channels of `y` from `channel` on.
+void norm_conv_to(ffi::ThreadPool& pool, const Map& x, const Norm& norm, const Map& w, Map& y, Index channel, float* mean,
+                  float* variance) {
   const auto k = w.dimensions();
   const int64_t window[] = {1, 1, k[0] / 2, k[1] / 2};
-  Conv g = geometry(x, k[0], k[1], Window(window, 4), *y);
+  Conv g = geometry(x, k[0], k[1], Window(window, 4), y);
   g.c = k[2], g.n = k[3];
   g.unfold = false;
   const auto panels = panels_of(pool, w.typed_data(), g.taps(), g.c, g.n, g.c * g.n, g.n, 1, false);
-  const auto f = padded(factor.typed_data(), g.c), o = padded(offset.typed_data(), g.c);
   std::unique_ptr<Moments> moments;
-  convolve(pool, g, x.typed_data(), NormRelu{f.data(), o.data()}, panels, y->typed_data() + channel,
-           with_moments ? &moments : nullptr);
-  if (with_moments) {
-    moments->finish(mean->typed_data(), variance->typed_data());
-  } else {
-    std::fill_n(mean->typed_data(), g.n, 0.f);
-    std::fill_n(variance->typed_data(), g.n, 0.f);
+  convolve(pool, g, x.typed_data(), norm.relu(), panels, y.typed_data() + channel, mean ? &moments : nullptr);
+  if (mean) moments->finish(mean, variance);
+}
+
+Norm norm_of(const Vector& scale, const Vector& bias, const Vector& mean, const Vector& variance, double epsilon) {
+  return {scale.dimensions()[0], scale.typed_data(), bias.typed_data(), mean.typed_data(), variance.typed_data(), epsilon};
+}
+
+ffi::Error norm_conv(ffi::ThreadPool pool, Map x, Vector scale, Vector bias, Vector mean, Vector variance, Map w, MapResult y,
+                     VectorResult y_mean, VectorResult y_variance, double epsilon, bool moments) {
+  norm_conv_to(pool, x, norm_of(scale, bias, mean, variance, epsilon), w, *y, 0, moments ? y_mean->typed_data() : nullptr,
+               y_variance->typed_data());
+  if (!moments) {
+    std::fill_n(y_mean->typed_data(), y_mean->element_count(), 0.f);
+    std::fill_n(y_variance->typed_data(), y_variance->element_count(), 0.f);
   }
   return ffi::Error::Success();
 }
 
-// The result is `buffer` but for those channels; XLA gives both the same memory.
-ffi::Error norm_conv_into(ffi::ThreadPool pool, Map x, Vector factor, Vector offset, Map w, Map buffer, MapResult y,
-                          VectorResult mean, VectorResult variance, Index channel, bool with_moments) {
-  if (buffer.typed_data() != y->typed_data()) std::memcpy(y->typed_data(), buffer.typed_data(), buffer.size_bytes());
-  return norm_conv(std::move(pool), x, factor, offset, w, y, mean, variance, channel, with_moments);
+// The memory of an argument that becomes a result; XLA gives both the same where it can.
+template <typename A, typename R>
+void keep(const A& from, R& to) {
+  if (from.typed_data() != to->typed_data()) std::memcpy(to->typed_data(), from.typed_data(), from.size_bytes());
 }
 
-ffi::Error norm_conv_backward(ffi::ThreadPool pool, Map x, Vector factor, Vector offset, Map w, Map dy, MapResult dz,
-                              MapResult dw, VectorResult sum, VectorResult sum_x) {
-  const auto k = w.dimensions();
-  const int64_t window[] = {1, 1, k[0] / 2, k[1] / 2};
-  const Conv g = unsimplified(dy, k[0], k[1], Window(window, 4), x);
-  const auto turned = panels_of(pool, w.typed_data(), k[0] * k[1], k[3], k[2], k[2] * k[3], 1, k[3], true);
-  const auto f = padded(factor.typed_data(), g.n), o = padded(offset.typed_data(), g.n);
-  spatial_backward(pool, g, x.typed_data(), NormRelu{f.data(), o.data()}, dy.typed_data(), turned, dz->typed_data(),
-                   dw->typed_data(), sum->typed_data(), sum_x->typed_data());
+// The results are `buffer`, `means` and `variances` but for the channels from `channel` on.
+ffi::Error norm_conv_into(ffi::ThreadPool pool, Map x, Vector scale, Vector bias, Vector mean, Vector variance, Map w,
+                          Map buffer, Vector means, Vector variances, MapResult y, VectorResult y_means,
+                          VectorResult y_variances, double epsilon, Index channel, bool moments) {
+  keep(buffer, y);
+  keep(means, y_means);
+  keep(variances, y_variances);
+  norm_conv_to(pool, x, norm_of(scale, bias, mean, variance, epsilon), w, *y, channel,
+               moments ? y_means->typed_data() + channel : nullptr, y_variances->typed_data() + channel);
   return ffi::Error::Success();
 }
 
-ffi::Error norm_product_backward(ffi::ThreadPool pool, Map x, Vector factor, Vector offset, Map w, Map dz, Map y,
-                                 Vector scale, Vector shift, Vector slope, Map into, MapResult sums, MapResult dw,
-                                 VectorResult sum, VectorResult sum_x) {
-  if (into.typed_data() != sums->typed_data()) std::memcpy(sums->typed_data(), into.typed_data(), into.size_bytes());
+ffi::Error norm_conv_backward(ffi::ThreadPool pool, Map x, Vector scale, Vector bias, Vector mean, Vector variance, Map w,
+                              Map y, Vector y_mean, Map dy, Vector dmeans, Vector dvariances, MapResult dz, MapResult dw,
+                              VectorResult dscale, VectorResult dbias, VectorResult dmean, VectorResult dvariance,
+                              double epsilon, Index channel, Index count) {
+  const auto k = w.dimensions();
+  const int64_t window[] = {1, 1, k[0] / 2, k[1] / 2};
+  Conv g = unsimplified(dy, k[0], k[1], Window(window, 4), x);
+  g.c = k[3];
+  const auto turned = panels_of(pool, w.typed_data(), k[0] * k[1], k[3], k[2], k[2] * k[3], 1, k[3], true);
+  const Norm norm = norm_of(scale, bias, mean, variance, epsilon);
+  const ThroughStatistics through(g.c, y_mean.typed_data() + channel, dmeans.typed_data() + channel,
+                                  dvariances.typed_data() + channel, count);
+  const float* d = dy.typed_data() + channel;
+  std::vector<float> total_x(norm.c);
+  auto back = [&](const auto& change) {
+    spatial_backward(pool, g, x.typed_data(), norm.relu(), d, change, turned, dz->typed_data(), dw->typed_data(),
+                     dbias->typed_data(), total_x.data());
+  };
+  if (count)
+    back(PlusAffine{d, y.typed_data() + channel, through.shift.data(), through.slope.data()});
+  else
+    back(Same());
+  norm.back(dbias->typed_data(), total_x.data(), dscale->typed_data(), dmean->typed_data(), dvariance->typed_data(), false);
+  return ffi::Error::Success();
+}
+
+ffi::Error norm_product_backward(ffi::ThreadPool pool, Map x, Vector scale, Vector bias, Vector mean, Vector variance, Map w,
+                                 Map dz, Map y, Vector y_scale, Vector y_mean, Vector y_variance, Vector y_dmean,
+                                 Vector y_dvariance, Map into, Vector into_mean, Vector into_variance, MapResult sums,
+                                 MapResult dw, VectorResult dscale, VectorResult dbias, VectorResult dmean,
+                                 VectorResult dvariance, double epsilon, Index count) {
+  keep(into, sums);
+  keep(into_mean, dmean);
+  keep(into_variance, dvariance);
   const auto size = x.dimensions();
   const Index c = w.dimensions()[2], m = w.dimensions()[3];
   const auto transposed = panels_of(pool, w.typed_data(), 1, m, c, 0, 1, m, false);
-  const auto f = padded(factor.typed_data(), c), o = padded(offset.typed_data(), c), a = padded(scale.typed_data(), m);
-  const auto b = padded(shift.typed_data(), m), s = padded(slope.typed_data(), m);
-  pointwise_backward(pool, size[0] * size[1] * size[2], c, size[3], m, x.typed_data(), NormRelu{f.data(), o.data()},
-                     dz.typed_data(), y.typed_data(), a.data(), b.data(), s.data(), transposed, sums->typed_data(),
-                     dw->typed_data(), sum->typed_data(), sum_x->typed_data());
+  const Norm norm = norm_of(scale, bias, mean, variance, epsilon);
+  const Norm after(m, y_scale.typed_data(), nullptr, y_mean.typed_data(), y_variance.typed_data(), epsilon);
+  const ThroughStatistics through(m, y_mean.typed_data(), y_dmean.typed_data(), y_dvariance.typed_data(), count);
+  std::vector<float> total_x(c);
+  pointwise_backward(pool, size[0] * size[1] * size[2], c, size[3], m, x.typed_data(), norm.relu(), dz.typed_data(),
+                     y.typed_data(), after.factor.data(), through.shift.data(), through.slope.data(), transposed,
+                     sums->typed_data(), dw->typed_data(), dbias->typed_data(), total_x.data());
+  norm.back(dbias->typed_data(), total_x.data(), dscale->typed_data(), dmean->typed_data(), dvariance->typed_data(), true);
   return ffi::Error::Success();
 }
 
@@ -164,18 +203,22 @@ ffi::Error channel_sums(ffi::ThreadPool pool, Map dy, Map x, VectorResult sum, V
 #define VECTOR Arg<Vector>()
 #define MAP_OUT Ret<Map>()
 #define VECTOR_OUT Ret<Vector>()
-#define WHERE Attr<int64_t>("channel").Attr<bool>("moments")
+#define NORM VECTOR.VECTOR.VECTOR.VECTOR
+#define NORM_OUT VECTOR_OUT.VECTOR_OUT.VECTOR_OUT.VECTOR_OUT
+#define EPSILON Attr<double>("epsilon")
 #define HANDLER(name, ...) XLA_FFI_DEFINE_HANDLER_SYMBOL(bmjax_##name, name, ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().__VA_ARGS__)
 
 HANDLER(conv, MAP.MAP.MAP_OUT.Attr<Window>("window").Attr<bool>("turned"));
 HANDLER(conv_norm, MAP.MAP.VECTOR.VECTOR.MAP_OUT.Attr<Window>("window").Attr<bool>("relu"));
 HANDLER(conv_norm_add, MAP.MAP.VECTOR.VECTOR.MAP.MAP_OUT.Attr<Window>("window").Attr<bool>("relu"));
 HANDLER(conv_kernel_gradient, MAP.MAP.MAP_OUT.Attr<Window>("window"));
-HANDLER(norm_conv, MAP.VECTOR.VECTOR.MAP.MAP_OUT.VECTOR_OUT.VECTOR_OUT.WHERE);
-HANDLER(norm_conv_into, MAP.VECTOR.VECTOR.MAP.MAP.MAP_OUT.VECTOR_OUT.VECTOR_OUT.WHERE);
-HANDLER(norm_conv_backward, MAP.VECTOR.VECTOR.MAP.MAP.MAP_OUT.MAP_OUT.VECTOR_OUT.VECTOR_OUT);
-HANDLER(norm_product_backward,
-        MAP.VECTOR.VECTOR.MAP.MAP.MAP.VECTOR.VECTOR.VECTOR.MAP.MAP_OUT.MAP_OUT.VECTOR_OUT.VECTOR_OUT);
+HANDLER(norm_conv, MAP.NORM.MAP.MAP_OUT.VECTOR_OUT.VECTOR_OUT.EPSILON.Attr<bool>("moments"));
+HANDLER(norm_conv_into, MAP.NORM.MAP.MAP.VECTOR.VECTOR.MAP_OUT.VECTOR_OUT.VECTOR_OUT.EPSILON.Attr<int64_t>("channel")
+                            .Attr<bool>("moments"));
+HANDLER(norm_conv_backward, MAP.NORM.MAP.MAP.VECTOR.MAP.VECTOR.VECTOR.MAP_OUT.MAP_OUT.NORM_OUT.EPSILON
+                                .Attr<int64_t>("channel").Attr<int64_t>("count"));
+HANDLER(norm_product_backward, MAP.NORM.MAP.MAP.MAP.VECTOR.VECTOR.VECTOR.VECTOR.VECTOR.MAP.VECTOR.VECTOR.MAP_OUT.MAP_OUT
+                                   .NORM_OUT.EPSILON.Attr<int64_t>("count"));
 HANDLER(depthwise_conv, MAP.MAP.MAP_OUT.Attr<Window>("window").Attr<bool>("back"));
 HANDLER(depthwise_conv_kernel_gradient, MAP.MAP.MAP_OUT.Attr<Window>("window"));
 HANDLER(max_pool_backward, MAP.Arg<Places>().MAP_OUT.Attr<Window>("window"));
