@@ -14,7 +14,18 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 
-from bmjax.layers import BatchNorm, Conv, Dropout, NormMode, Tap, by_stage, global_average, round_channels
+from bmjax.layers import (
+    BatchNorm,
+    Before,
+    Conv,
+    Dropout,
+    NormMode,
+    Tap,
+    by_stage,
+    global_average,
+    norm_before,
+    round_channels,
+)
 
 
 class Row(NamedTuple):
@@ -104,30 +115,37 @@ class EfficientNet(nn.Module):
         def norm(name: str, x: jax.Array) -> jax.Array:
             return BatchNorm(epsilon=self.epsilon, name=name)(x, train=train, mode=mode)
 
+        def swish(name: str, x: jax.Array) -> Before:
+            """Norm and swish of x, for what takes x next."""
+            return norm_before(x, nn.swish, name=name, epsilon=self.epsilon, train=train, mode=mode)
+
         def squeeze_excite(name: str, x: jax.Array, squeezed: int) -> jax.Array:
             y = global_average(x).astype(x.dtype)[:, None, None]
             y = nn.swish(Conv(squeezed, 1, use_bias=True, name=f"{name}_se_reduce")(y))
-            return x * nn.sigmoid(Conv(x.shape[-1], 1, use_bias=True, name=f"{name}_se_expand")(y))
+            return nn.sigmoid(Conv(x.shape[-1], 1, use_bias=True, name=f"{name}_se_expand")(y))
 
         def inverted_residual(x: jax.Array, block: Block) -> jax.Array:
             name, inputs = block.name, x.shape[-1]
-            y, c = x, inputs * block.expansion
+            y, c, before = x, inputs * block.expansion, None
             if block.expansion > 1:
-                y = nn.swish(norm(f"{name}_expand_bn", Conv(c, 1, name=f"{name}_expand_conv")(y)))
-            y = Conv(c, block.kernel, strides=block.stride, groups=c, name=f"{name}_dwconv")(y)
-            y = nn.swish(norm(f"{name}_bn", y))
-            y = squeeze_excite(name, y, max(1, inputs // 4))
-            y = norm(f"{name}_project_bn", Conv(block.channels, 1, name=f"{name}_project_conv")(y))
+                y = Conv(c, 1, name=f"{name}_expand_conv")(y)
+                before = swish(f"{name}_expand_bn", y)
+            y = Conv(c, block.kernel, strides=block.stride, groups=c, name=f"{name}_dwconv")(y, before)
+            before = swish(f"{name}_bn", y)
+            gate = squeeze_excite(name, before.of(y), max(1, inputs // 4))
+            y = Conv(block.channels, 1, name=f"{name}_project_conv")(y, before._replace(gate=gate))
+            y = norm(f"{name}_project_bn", y)
             if block.stride > 1 or block.channels != inputs:
                 return y
             return x + Dropout(block.drop, shared=(1, 2, 3))(y, train=random)
 
         def stem(x: jax.Array) -> jax.Array:
             x = Conv(round_channels(self.stem * self.width), 3, strides=2, name="stem_conv")(x)
-            return nn.swish(norm("stem_bn", x))
+            return swish("stem_bn", x).of(x)
 
         def top(x: jax.Array) -> jax.Array:
-            return nn.swish(norm("top_bn", Conv(round_channels(self.last * self.width), 1, name="top_conv")(x)))
+            x = Conv(round_channels(self.last * self.width), 1, name="top_conv")(x)
+            return swish("top_bn", x).of(x)
 
         if self.dtype is not None:
             x = x.astype(self.dtype)

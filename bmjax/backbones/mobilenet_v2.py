@@ -13,9 +13,19 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
-from bmjax.layers import BatchNorm, Conv, NormMode, Tap, by_stage, global_average, round_channels
+from bmjax.layers import (
+    BatchNorm,
+    Before,
+    Conv,
+    NormMode,
+    Tap,
+    by_stage,
+    global_average,
+    norm_before,
+    relu6,
+    round_channels,
+)
 from bmjax.layers.ops import Padding
 
 
@@ -85,24 +95,28 @@ class MobileNetV2(nn.Module):
         def norm(name: str, x: jax.Array) -> jax.Array:
             return BatchNorm(momentum=self.momentum, epsilon=self.epsilon, name=name)(x, train=train, mode=mode)
 
-        def norm_relu6(name: str, x: jax.Array) -> jax.Array:
-            return jnp.clip(norm(name, x), 0, 6)
+        def norm_relu6(name: str, x: jax.Array) -> Before:
+            """Norm and ReLU6 of x, for what takes x next."""
+            options = {"momentum": self.momentum, "epsilon": self.epsilon, "train": train, "mode": mode}
+            return norm_before(x, relu6, name=name, **options)
 
         def block(name: str, x: jax.Array, expansion: int, channels: int, stride: int) -> jax.Array:
-            y, c = x, x.shape[-1] * expansion
+            y, c, before = x, x.shape[-1] * expansion, None
             if expansion > 1:
-                y = norm_relu6(f"{name}_expand_BN", Conv(c, 1, name=f"{name}_expand")(y))
-            y = Conv(c, 3, strides=stride, padding=self.padding, groups=c, name=f"{name}_depthwise")(y)
-            y = norm_relu6(f"{name}_depthwise_BN", y)
-            y = norm(f"{name}_project_BN", Conv(channels, 1, name=f"{name}_project")(y))
+                y = Conv(c, 1, name=f"{name}_expand")(y)
+                before = norm_relu6(f"{name}_expand_BN", y)
+            y = Conv(c, 3, strides=stride, padding=self.padding, groups=c, name=f"{name}_depthwise")(y, before)
+            y = Conv(channels, 1, name=f"{name}_project")(y, norm_relu6(f"{name}_depthwise_BN", y))
+            y = norm(f"{name}_project_BN", y)
             return x + y if x.shape == y.shape else y
 
         def first(x: jax.Array) -> jax.Array:
             x = Conv(round_channels(32 * self.alpha), 3, strides=2, padding=self.padding, name="Conv1")(x)
-            return norm_relu6("bn_Conv1", x)
+            return norm_relu6("bn_Conv1", x).of(x)
 
         def last(x: jax.Array) -> jax.Array:
-            return norm_relu6("Conv_1_bn", Conv(round_channels(self.last * max(1.0, self.alpha)), 1, name="Conv_1")(x))
+            x = Conv(round_channels(self.last * max(1.0, self.alpha)), 1, name="Conv_1")(x)
+            return norm_relu6("Conv_1_bn", x).of(x)
 
         if self.dtype is not None:
             x = x.astype(self.dtype)

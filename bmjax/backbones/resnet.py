@@ -15,7 +15,18 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from bmjax.layers import BatchNorm, Conv, NormMode, Tap, by_stage, conv_norm, global_average, max_pool
+from bmjax.layers import (
+    BatchNorm,
+    Before,
+    Conv,
+    NormMode,
+    Tap,
+    by_stage,
+    conv_norm,
+    global_average,
+    max_pool,
+    norm_before,
+)
 
 
 class ResNet(nn.Module):
@@ -58,6 +69,10 @@ class ResNet(nn.Module):
         def norm(name: str, x: jax.Array) -> jax.Array:
             return BatchNorm(epsilon=self.epsilon, name=name)(x, train=train, mode=mode)
 
+        def norm_relu(name: str, x: jax.Array) -> Before:
+            """Norm and ReLU of x, for what takes x next."""
+            return norm_before(x, nn.relu, name=name, epsilon=self.epsilon, train=train, mode=mode)
+
         def unit(name: str, x: jax.Array, features: int, size: int, stride: int = 1, **options: Any) -> jax.Array:
             """Convolution, norm by its running statistics, ReLU, as one operation."""
             names = {"conv": f"{name}_conv", "norm": f"{name}_bn"}
@@ -72,12 +87,14 @@ class ResNet(nn.Module):
                 if project:
                     x = unit(f"{name}_0", x, 4 * width, 1, stride, relu=False)
                 return unit(f"{name}_3", y, 4 * width, 1, add=x)
-            y = nn.relu(norm(f"{name}_1_bn", conv(width, 1, strides=first, name=f"{name}_1_conv")(x)))
-            y = nn.relu(norm(f"{name}_2_bn", conv(width, 3, strides=second, padding=1, name=f"{name}_2_conv")(y)))
+            y = conv(width, 1, strides=first, name=f"{name}_1_conv")(x)
+            before = norm_relu(f"{name}_1_bn", y)
+            y = conv(width, 3, strides=second, padding=1, name=f"{name}_2_conv")(y, before)
+            before = norm_relu(f"{name}_2_bn", y)
             # In the order of Keras's layers, which is that of the published files.
             if project:
                 x = conv(4 * width, 1, strides=stride, name=f"{name}_0_conv")(x)
-            y = conv(4 * width, 1, name=f"{name}_3_conv")(y)
+            y = conv(4 * width, 1, name=f"{name}_3_conv")(y, before)
             if project:
                 x = norm(f"{name}_0_bn", x)
             return nn.relu(x + norm(f"{name}_3_bn", y))
@@ -85,7 +102,8 @@ class ResNet(nn.Module):
         def stem(x: jax.Array) -> jax.Array:
             if in_units:
                 return unit("conv1", x, self.width, 7, 2)
-            return nn.relu(norm("conv1_bn", conv(self.width, 7, strides=2, padding=3, name="conv1_conv")(x)))
+            x = conv(self.width, 7, strides=2, padding=3, name="conv1_conv")(x)
+            return norm_relu("conv1_bn", x).of(x)
 
         def stage(x: jax.Array, number: int, blocks: int) -> jax.Array:
             for i in range(blocks):

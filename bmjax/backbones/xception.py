@@ -13,7 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from bmjax.layers import BatchNorm, Conv, NormMode, Tap, by_stage, global_average, max_pool
+from bmjax.layers import BatchNorm, Before, Conv, NormMode, Tap, by_stage, global_average, max_pool, norm_before
 from bmjax.layers.ops import Padding
 
 
@@ -59,35 +59,42 @@ class Xception(nn.Module):
         def norm(name: str, x: jax.Array) -> jax.Array:
             return BatchNorm(epsilon=self.epsilon, name=name)(x, train=train, mode=mode)
 
-        def separable(name: str, x: jax.Array, channels: int) -> jax.Array:
+        def norm_relu(name: str, x: jax.Array) -> Before:
+            """Norm and ReLU of x, for what takes x next."""
+            return norm_before(x, nn.relu, name=name, epsilon=self.epsilon, train=train, mode=mode)
+
+        def separable(name: str, x: jax.Array, channels: int, before: Before | None = None) -> jax.Array:
             c = x.shape[-1]
-            return Conv(channels, 1, name=f"{name}_pointwise")(Conv(c, 3, groups=c, name=f"{name}_depthwise")(x))
+            y = Conv(c, 3, groups=c, name=f"{name}_depthwise")(x, before)
+            return Conv(channels, 1, name=f"{name}_pointwise")(y)
 
         def halving(name: str, x: jax.Array, first: int, second: int, shortcut: int) -> jax.Array:
             number = f"_{shortcut}" if shortcut else ""
             y = nn.relu(x) if shortcut else x  # the network's first block comes after a ReLU
-            y = nn.relu(norm(f"{name}_sepconv1_bn", separable(f"{name}_sepconv1", y, first)))
-            y = norm(f"{name}_sepconv2_bn", separable(f"{name}_sepconv2", y, second))
+            y = separable(f"{name}_sepconv1", y, first)
+            y = separable(f"{name}_sepconv2", y, second, norm_relu(f"{name}_sepconv1_bn", y))
+            y = norm(f"{name}_sepconv2_bn", y)
             # After the others: the order of Keras's layers, which is that of the published files.
             x = norm(f"batch_normalization{number}", Conv(second, 1, strides=2, name=f"conv2d{number}")(x))
             return x + max_pool(y, window=3, stride=2, padding=self.pool_padding)
 
         def first(name: str, x: jax.Array) -> jax.Array:
             x = Conv(self.stem[0], 3, strides=2, padding="VALID", name=f"{name}_conv1")(x)
-            x = Conv(self.stem[1], 3, padding="VALID", name=f"{name}_conv2")(nn.relu(norm(f"{name}_conv1_bn", x)))
-            return nn.relu(norm(f"{name}_conv2_bn", x))
+            x = Conv(self.stem[1], 3, padding="VALID", name=f"{name}_conv2")(x, norm_relu(f"{name}_conv1_bn", x))
+            return norm_relu(f"{name}_conv2_bn", x).of(x)
 
         def residual(name: str, x: jax.Array) -> jax.Array:
-            y = x
-            for i in (1, 2, 3):
-                y = separable(f"{name}_sepconv{i}", nn.relu(y), self.entry[-1])
-                y = norm(f"{name}_sepconv{i}_bn", y)
-            return x + y
+            y = separable(f"{name}_sepconv1", nn.relu(x), self.entry[-1])
+            for i in (1, 2):
+                y = separable(f"{name}_sepconv{i + 1}", y, self.entry[-1], norm_relu(f"{name}_sepconv{i}_bn", y))
+            return x + norm(f"{name}_sepconv3_bn", y)
 
         def last(name: str, x: jax.Array) -> jax.Array:
+            before = None
             for i, channels in enumerate(self.exit[1:], start=1):
-                x = nn.relu(norm(f"{name}_sepconv{i}_bn", separable(f"{name}_sepconv{i}", x, channels)))
-            return x
+                x = separable(f"{name}_sepconv{i}", x, channels, before)
+                before = norm_relu(f"{name}_sepconv{i}_bn", x)
+            return x if before is None else before.of(x)
 
         if min(x.shape[1:3]) < 7:
             raise ValueError(f"images are {x.shape[1]}x{x.shape[2]} pixels; expected at least 7x7")

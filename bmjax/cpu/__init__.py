@@ -17,6 +17,8 @@ REPLACEMENTS = {
         norm.moments,
         norm.channel_sums,
         norm.conv_norm,
+        norm.normed,
+        norm.normed_convolution,
         pool.pool_gradient,
         dense_block.dense_layers,
     )

@@ -52,6 +52,7 @@ TARGETS = (
     "max_pool_backward",
     "moments",
     "channel_sums",
+    "after",
 )
 _loaded: list[bool] = []
 _preparing = threading.Lock()

@@ -25,6 +25,7 @@ from jax import lax
 
 from bmjax.cpu import build
 from bmjax.cpu.formulations import Operation, Shape, formulations
+from bmjax.cpu.order import after
 from bmjax.layers.dispatch import in_loop, platform
 from bmjax.layers.ops import DIMENSIONS, NO_PADDING, Pixels, in_pixels
 from bmjax.layers.ops import plain_convolution as plain
@@ -135,10 +136,11 @@ def _conv_forward(x, kernel, strides, padding, groups):
 
 def _conv_backward(strides, padding, groups, residuals, y_gradient):
     x, kernel = residuals
-    return (
-        input_gradient(y_gradient, kernel, x.shape, strides, padding, groups),
-        kernel_gradient(x, y_gradient, kernel.shape, strides, padding, groups),
-    )
+    into_kernel = kernel_gradient(x, y_gradient, kernel.shape, strides, padding, groups)
+    if kernel.size < y_gradient.size:
+        # The kernel's first: then what comes next needs neither x nor y's gradient.
+        kernel = after(kernel, into_kernel)
+    return input_gradient(y_gradient, kernel, x.shape, strides, padding, groups), into_kernel
 
 
 _conv.defvjp(_conv_forward, _conv_backward)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from bmjax.layers import norm as operations
 from bmjax.layers.collectives import BATCH_AXIS, axis_size
 from bmjax.layers.initial import he_normal
-from bmjax.layers.norm import affine, batch_statistics, norm_affine
+from bmjax.layers.norm import Before, affine, batch_statistics, norm_affine
 from bmjax.layers.ops import Padding, convolution, dilated_convolution, in_pixels, over_channels, within_reach
 
 NormMode = Literal["train", "stats_frozen", "frozen"]
@@ -51,11 +51,13 @@ class Conv(nn.Module):
     dtype: Any = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, before: Before | None = None) -> jax.Array:
         """[b, h, w, c] -> [b, h', w', features]; c and features divide by groups.
 
+        `before`: what x goes through first. On CPUs that is computed again on the way back instead of being kept.
+
         Raises:
-          ValueError: dilation with a stride, with other padding, or with a kernel of an even side.
+          ValueError: dilation with a stride, with other padding, with a kernel of an even side, or with `before`.
         """
         dtype = self.dtype or x.dtype
         size = (self.kernel_size, self.kernel_size) if isinstance(self.kernel_size, int) else self.kernel_size
@@ -65,13 +67,20 @@ class Conv(nn.Module):
         if self.padding == "SAME" and strides == (1, 1) and size[0] % 2 == size[1] % 2 == 1:
             kernel = within_reach(kernel, spatial, self.dilation)
         padding = in_pixels(self.padding, spatial, (kernel.shape[0], kernel.shape[1]), strides)
-        if self.dilation == 1:
+        if before is not None and self.dilation == 1:
+            fixed = operations.Convolution(before.activation, strides, padding, self.groups)
+            gate = () if before.gate is None else (before.gate.astype(dtype),)
+            y = operations.normed_convolution(
+                fixed, x.astype(dtype), before.factor, before.offset, kernel.astype(dtype), *gate
+            )
+        elif self.dilation == 1:
             y = convolution(x.astype(dtype), kernel.astype(dtype), strides, padding, self.groups)
-        elif strides == (1, 1) and self.padding == "SAME":
+        elif strides == (1, 1) and self.padding == "SAME" and before is None:
             y = dilated_convolution(x.astype(dtype), kernel.astype(dtype), self.dilation, self.groups)
         else:
             raise ValueError(
                 f"dilation {self.dilation} with strides {strides}, padding {self.padding!r}; expected stride 1, 'SAME'"
+                + (", and nothing before it" if before is not None else "")
             )
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
@@ -148,20 +157,50 @@ class BatchNorm(nn.Module):
         Raises:
           ValueError: the mode is not one of the three.
         """
-        if mode not in ("train", "stats_frozen", "frozen"):
-            raise ValueError(f"batch-norm mode is {mode!r}; expected 'train', 'stats_frozen' or 'frozen'")
         variables = _norm_variables(self, x.shape[-1], self.momentum)
-        scale, bias = variables.scale, variables.bias
-        if train and mode == "train":
-            mean, var = batch_statistics(x) if statistics is None else statistics
-            variables.update(mean, var)
-        else:
-            mean, var = variables.mean.value, variables.var.value
-        if mode == "frozen":
-            scale, bias = jax.lax.stop_gradient((scale, bias))
         # One affine map over x: a fused pass that keeps only x for the backward one.
-        y = affine(x, *norm_affine((scale, bias, mean, var), self.epsilon, x.dtype))
+        y = affine(x, *_affine_of(variables, x, self.epsilon, train, mode, statistics))
         return y.astype(self.dtype or x.dtype)
+
+
+def _affine_of(
+    variables: NormVariables,
+    x: jax.Array,
+    epsilon: float,
+    train: bool,
+    mode: NormMode,
+    statistics: tuple[jax.Array, jax.Array] | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """A norm of x as (factor, offset); its running statistics are updated as the mode says."""
+    if mode not in ("train", "stats_frozen", "frozen"):
+        raise ValueError(f"batch-norm mode is {mode!r}; expected 'train', 'stats_frozen' or 'frozen'")
+    scale, bias = variables.scale, variables.bias
+    if train and mode == "train":
+        mean, var = batch_statistics(x) if statistics is None else statistics
+        variables.update(mean, var)
+    else:
+        mean, var = variables.mean.value, variables.var.value
+    if mode == "frozen":
+        scale, bias = jax.lax.stop_gradient((scale, bias))
+    return norm_affine((scale, bias, mean, var), epsilon, x.dtype)
+
+
+def norm_before(
+    x: jax.Array,
+    activation: operations.Activation,
+    *,
+    name: str,
+    epsilon: float,
+    momentum: float = 0.99,
+    train: bool,
+    mode: NormMode,
+) -> Before:
+    """A `BatchNorm` of x [..., c] and an activation, for a `Conv` to take x through first.
+
+    Called inside a Linen module, whose norm of that name it is.
+    """
+    variables = BatchNormVariables(momentum, name=name)(x.shape[-1])
+    return Before(*_affine_of(variables, x, epsilon, train, mode), activation)
 
 
 def conv_norm(

@@ -7,6 +7,7 @@ Derivatives of higher order work in reverse mode and forward-over-reverse, as wi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -156,6 +157,68 @@ def conv_norm(fixed: Around, *arrays: jax.Array) -> jax.Array:
     where there is one.
     """
     return plain_conv_norm(fixed, *arrays)
+
+
+Activation = Callable[[jax.Array], jax.Array]
+
+
+def plain_normed(activation: Activation, x: jax.Array, factor: jax.Array, offset: jax.Array) -> jax.Array:
+    """As `normed`, kept for the way back as autodiff has it."""
+    return activation(affine(x, factor, offset).astype(x.dtype))
+
+
+@replaceable
+def normed(activation: Activation, x: jax.Array, factor: jax.Array, offset: jax.Array) -> jax.Array:
+    """activation(factor * x + offset) of x [..., c], in its type."""
+    return plain_normed(activation, x, factor, offset)
+
+
+class Before(NamedTuple):
+    """What the input of a convolution goes through first: a norm as one affine map, each [c], an activation, and a gate
+    [b, 1, 1, c] that it is multiplied by, where there is one."""
+
+    factor: jax.Array
+    offset: jax.Array
+    activation: Activation
+    gate: jax.Array | None = None
+
+    def of(self, x: jax.Array) -> jax.Array:
+        """What it makes of x, in the type of x."""
+        y = normed(self.activation, x, self.factor, self.offset)
+        return y if self.gate is None else y * self.gate
+
+
+class Convolution(NamedTuple):
+    """What is fixed of a `normed_convolution`."""
+
+    activation: Activation
+    strides: tuple[int, int]
+    padding: Pixels
+    groups: int
+
+
+def plain_normed_convolution(
+    fixed: Convolution,
+    x: jax.Array,
+    factor: jax.Array,
+    offset: jax.Array,
+    kernel: jax.Array,
+    gate: jax.Array | None = None,
+) -> jax.Array:
+    """As `normed_convolution`, one operation after another."""
+    y = plain_normed(fixed.activation, x, factor, offset)
+    y = y if gate is None else y * gate
+    return ops.convolution(y, kernel, fixed.strides, fixed.padding, fixed.groups)
+
+
+@replaceable
+def normed_convolution(fixed: Convolution, *arrays: jax.Array) -> jax.Array:
+    """convolution(activation(factor * x + offset) [* gate], kernel).
+
+    `arrays`: x [b, h, w, c], factor and offset [c], the kernel, shaped as for `ops.convolution`, and the gate
+    [b, 1, 1, c] where there is one.
+    """
+    return plain_normed_convolution(fixed, *arrays)
 
 
 @jax.custom_vjp

@@ -159,6 +159,11 @@ def apply_affine(x: jax.Array, factor: jax.Array, offset: jax.Array) -> jax.Arra
     return x.astype(factor.dtype) * over_channels(factor, x.ndim) + over_channels(offset, x.ndim)
 
 
+def relu6(x: jax.Array) -> jax.Array:
+    """x, but at least 0 and at most 6."""
+    return jnp.clip(x, 0, 6)
+
+
 def norm_relu(x: jax.Array, factor: jax.Array, offset: jax.Array) -> jax.Array:
     """relu(factor * x + offset), in the type of x."""
     return jnp.maximum(apply_affine(x, factor, offset), 0).astype(x.dtype)

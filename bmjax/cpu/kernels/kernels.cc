@@ -197,6 +197,11 @@ ffi::Error channel_sums(ffi::ThreadPool pool, Map dy, Map x, VectorResult sum, V
   return ffi::Error::Success();
 }
 
+ffi::Error after(ffi::AnyBuffer value, ffi::AnyBuffer, ffi::Result<ffi::AnyBuffer> same) {
+  std::memcpy(same->untyped_data(), value.untyped_data(), value.size_bytes());
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 #define MAP Arg<Map>()
@@ -224,3 +229,5 @@ HANDLER(depthwise_conv_kernel_gradient, MAP.MAP.MAP_OUT.Attr<Window>("window"));
 HANDLER(max_pool_backward, MAP.Arg<Places>().MAP_OUT.Attr<Window>("window"));
 HANDLER(moments, MAP.VECTOR_OUT.VECTOR_OUT);
 HANDLER(channel_sums, MAP.MAP.VECTOR_OUT.VECTOR_OUT);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(bmjax_after, after,
+                              ffi::Ffi::Bind().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());
