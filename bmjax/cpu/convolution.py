@@ -156,7 +156,7 @@ def _rows_as_channels(x: jax.Array, kernel: jax.Array, padding: Pixels) -> jax.A
     below = np.arange(h)[:, None] + top - np.arange(h + top + bottom - kh + 1)
     met = (below >= 0) & (below < kh)
     rows = jnp.where(met[..., None, None], kernel[np.clip(below, 0, kh - 1), ..., 0], 0)  # [h, h', kw, c]
-    y = _conv(
+    y: Any = _conv(
         rearrange(x, "b h w c -> b 1 w (h c)"),
         rearrange(rows, "h out kw c -> 1 kw (h c) out"),
         (1, 1),

@@ -87,9 +87,9 @@ def _in_place_backward(epsilon, residuals, gradients):
             epsilon=epsilon,
             count=count,
         )
-        dinner = (of_inner.mean, of_inner.var)
+        dinner: Statistics = (of_inner.mean, of_inner.var)
         if by_batch:
-            dinner = jax.tree.map(jnp.add, dinner, tuple(into_bottlenecks[i]))
+            dinner = (dinner[0] + into_bottlenecks[i][0], dinner[1] + into_bottlenecks[i][1])
         else:
             dmeans, dvars = (jnp.zeros_like(v) for v in outer)
         (into, dmeans, dvars), dkernel1, of_outer = norm_product_backward(
@@ -98,7 +98,7 @@ def _in_place_backward(epsilon, residuals, gradients):
             p.kernel1,
             dz,
             y,
-            (p.scale1, *inner, *dinner),
+            (p.scale1, inner[0], inner[1], *dinner),
             (into, dmeans, dvars),
             epsilon=epsilon,
             count=count,

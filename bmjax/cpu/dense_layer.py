@@ -127,10 +127,10 @@ def norm_conv_into(
         return write(buffer, y, channel), means, variances
 
     options = {"aliases": {6: 0, 7: 1, 8: 2}, "like": into, "epsilon": epsilon, "channel": channel, "moments": moments}
-    buffer, *statistics = _compute("norm_conv_into", reference, x, *around, kernel, *into, **options)
+    buffer, means, variances = _compute("norm_conv_into", reference, x, *around, kernel, *into, **options)
     if moments:
-        statistics = _everywhere(over_devices, tuple(statistics), channel, kernel.shape[-1])
-    return buffer, *statistics
+        means, variances = _everywhere(over_devices, (means, variances), channel, kernel.shape[-1])
+    return buffer, means, variances
 
 
 def _through_relu(x, gradient, factor, offset):

@@ -57,7 +57,8 @@ def through_statistics(
     `gradients`: those of mean and variance on this device, each [c]; `count` as `batch_count` gives it.
     """
     # Every device's loss depends on statistics of the whole batch.
-    return through_summed_statistics(mean, *all_sum(gradients), count)
+    dmean, dvar = all_sum(gradients)
+    return through_summed_statistics(mean, dmean, dvar, count)
 
 
 def through_summed_statistics(
