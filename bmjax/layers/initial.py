@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.extend.core import Literal, jaxpr_as_fun
 
 # What shapes a drawn value, by NumPy: equal to the bit, and a program less for each shape.
@@ -69,10 +70,12 @@ def evaluated(function: Callable[..., Any], *arguments: Any) -> Any:
     small = closed.replace(jaxpr=jaxpr.replace(eqns=drawing[::-1], outvars=drawn))
     known = dict(zip(map(id, drawn), jaxpr_as_fun(small)(*jax.tree.leaves(arguments)), strict=True))
     for equation in shaping[::-1]:
-        values = (np.asarray(v.val if isinstance(v, Literal) else known[id(v)]) for v in equation.invars)
+        values = (v.val if isinstance(v, Literal) else known[id(v)] for v in equation.invars)
+        values = (v if isinstance(v, Tracer) else np.asarray(v) for v in values)  # those of a trace around this
         known[id(equation.outvars[0])] = _SHAPING[equation.primitive.name](*values, **equation.params)
     leaves = [
-        jnp.asarray(np.full(shape.shape, constant[id(v)], shape.dtype) if id(v) in constant else known[id(v)])
+        np.full(shape.shape, constant[id(v)], shape.dtype) if id(v) in constant else known[id(v)]
         for v, shape in zip(jaxpr.outvars, jax.tree.leaves(shapes), strict=True)
     ]
-    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+    # jnp.asarray would compile a copy for each shape.
+    return jax.tree.unflatten(jax.tree.structure(shapes), jax.device_put(leaves))

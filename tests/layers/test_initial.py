@@ -55,3 +55,31 @@ def test_what_the_results_do_not_need_is_not_computed():
     np.testing.assert_array_equal(found["a"], jax.random.normal(jax.random.key(0), (3,)))
     np.testing.assert_array_equal(found["b"], np.zeros((2, 2)))
     assert found["c"] == 1
+
+
+def test_kernels_of_many_shapes_share_programs():
+    """Else a fresh machine compiles one for each shape before its first step."""
+    compiled = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(duration)
+
+    def function(key):
+        shapes = [(1, 1, 64, n) for n in range(33, 65)]  # of one power of two in all
+        return [he_normal(jax.random.fold_in(key, i), shape) for i, shape in enumerate(shapes)], jnp.zeros((3, 5))
+
+    key = jax.random.key(0)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        found, zeros = evaluated(function, key)
+        jax.block_until_ready((found, zeros))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert 1 <= len(compiled) <= 3
+    np.testing.assert_array_equal(found[5], he_normal(jax.random.fold_in(key, 5), (1, 1, 64, 38)))
+
+
+def test_within_a_trace_it_is_traced():
+    shape = jax.eval_shape(lambda: evaluated(lambda key: he_normal(key, (3, 3, 2, 5)), jax.random.key(0)))
+    assert shape.shape == (3, 3, 2, 5)

@@ -9,6 +9,7 @@ import pytest
 from bmjax.layers import (
     BATCH_AXIS,
     BatchNorm,
+    Before,
     Conv,
     Dropout,
     all_sum,
@@ -18,6 +19,7 @@ from bmjax.layers import (
     max_pool,
     maximum_over,
     mean_and_deviation,
+    norm_before,
     over_channels,
     round_channels,
     unit_mean,
@@ -77,6 +79,45 @@ def test_conv_is_flax_conv(options, flax_padding):
 def test_a_dilated_conv_refuses_stride_and_padding(options):
     with pytest.raises(ValueError, match=r"dilation 2 with strides .* expected stride 1, 'SAME'"):
         Conv(4, 3, dilation=2, **options).init(jax.random.key(0), jnp.zeros((1, 5, 5, 2)))
+
+
+def test_a_conv_takes_what_comes_before_it():
+    """As norm, activation, gate and convolution, one after another; running statistics move alike."""
+
+    class Together(nn.Module):
+        @nn.compact
+        def __call__(self, x, gate, mode="train"):
+            before = norm_before(x, nn.swish, name="norm", epsilon=1e-3, momentum=0.9, train=True, mode=mode)
+            return Conv(4, 3, name="conv")(x, before._replace(gate=gate))
+
+    class Apart(nn.Module):
+        @nn.compact
+        def __call__(self, x, gate, mode="train"):
+            y = BatchNorm(0.9, 1e-3, name="norm")(x, train=True, mode=mode)
+            return Conv(4, 3, name="conv")(nn.swish(y) * gate)
+
+    x = 2 + jnp.asarray(rng(0).standard_normal((3, 5, 6, 8)), jnp.float32)
+    gate = jnp.asarray(rng(1).uniform(size=(3, 1, 1, 8)), jnp.float32)
+    variables = Apart().init(jax.random.key(0), x, gate)
+    assert jax.tree.structure(variables) == jax.tree.structure(Together().init(jax.random.key(0), x, gate))
+
+    def run(module, mode):
+        def loss(params, x, gate):
+            y, new = module.apply({**variables, "params": params}, x, gate, mode, mutable=["batch_stats"])
+            return (y * jnp.cos(y)).sum(), new
+
+        return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(variables["params"], x, gate)
+
+    for mode in ("train", "stats_frozen", "frozen"):
+        for a, b in zip(*(jax.tree.leaves(run(module, mode)) for module in (Together(), Apart())), strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+def test_a_dilated_conv_takes_nothing_before_it():
+    x = jnp.ones((1, 5, 5, 2))
+    before = Before(jnp.ones(2), jnp.zeros(2), nn.relu)
+    with pytest.raises(ValueError, match="expected stride 1, 'SAME', and nothing before it"):
+        Conv(4, 3, dilation=2).init(jax.random.key(0), x, before)
 
 
 def test_conv_computes_in_its_dtype_and_keeps_float32_parameters():
