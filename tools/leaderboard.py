@@ -1,11 +1,12 @@
 """The leaderboard of attention variants: trains all of them on equal terms and writes docs/leaderboard.md.
 
-    python tools/leaderboard.py --data FOLDER --weights FILE [--hours 3] [--out runs/leaderboard] [--write docs]
+    python tools/leaderboard.py --data FOLDER --weights FILE [--hours 3] [--seeds 2] [--out FOLDER] [--write docs]
 
 All variants of `bmjax list attention`, on the frozen features of experiments/leaderboard.py: five folds, two seeds in
-each (ten runs a variant), and in each fold three learning rates of which validation chooses. First the step of every
-variant is timed, and the number of epochs is the largest, from 2 to 15, with which all fits the hours; it stands in
-OUT/budget.json from then on. Killed and called again it goes on where it was. `--estimate` prints the budget and ends.
+each (ten runs a variant) unless told otherwise, and in each fold three learning rates of which validation chooses.
+First the step of every variant is timed, and the number of epochs is the largest, from 2 to 15, with which all fits the
+hours; it stands in OUT/budget.json from then on. Killed and called again it goes on where it was. `--estimate` prints
+the budget and ends.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 import bmjax  # noqa: F401  (sets the CPU flags before jax is imported)
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDS, SEEDS, TRIALS, VIEWS_A_SECOND, PER_RUN_SECONDS = 5, 2, 3, 17.0, 4.0
+FOLDS, TRIALS, VIEWS_A_SECOND, PER_RUN_SECONDS = 5, 3, 17.0, 4.0
 """The last two are from docs/attention.md's table: features at 224 pixels, and what a run of a cheap variant takes."""
 EPOCHS = range(2, 16)
 log = logging.getLogger("bmjax.leaderboard")
@@ -70,11 +71,11 @@ def step_seconds(config, variants: Sequence[str]) -> dict[str, float]:
     return found
 
 
-def hours_of(config, seconds: dict[str, float], images: int, epochs: int) -> float:
+def hours_of(config, seconds: dict[str, float], images: int, epochs: int, seeds: int) -> float:
     """Hours of all trials and runs and of the features, as if one ran at a time."""
     share = config.data.split[0] / (config.data.split[0] + config.data.split[1]) * (FOLDS - 1) / FOLDS
     steps = epochs * int(share * images / config.train.batch_size)
-    rounds = FOLDS * (SEEDS + TRIALS)
+    rounds = FOLDS * (seeds + TRIALS)
     views = images * (config.features.views + 1) * (config.data.image_size / 224) ** 2
     per_round = sum(steps * s + PER_RUN_SECONDS for s in seconds.values())
     return (rounds * per_round + views / VIEWS_A_SECOND) / 3600
@@ -86,7 +87,7 @@ def budget(args: argparse.Namespace, config, variants: Sequence[str], images: in
     if path.is_file():
         return json.loads(path.read_text())
     seconds = step_seconds(config, variants)
-    by_epochs = {epochs: hours_of(config, seconds, images, epochs) for epochs in EPOCHS}
+    by_epochs = {epochs: hours_of(config, seconds, images, epochs, args.seeds) for epochs in EPOCHS}
     fits = [epochs for epochs, hours in by_epochs.items() if hours <= args.hours]
     if not fits:
         raise ValueError(
@@ -110,7 +111,7 @@ def document(args: argparse.Namespace, c, plan: dict) -> str:
     """docs/leaderboard.md."""
     from bmjax.analysis.compare.table import markdown
 
-    command = "python tools/leaderboard.py --data FOLDER --weights FILE"
+    command = f"python tools/leaderboard.py --data FOLDER --weights FILE --hours {args.hours:g} --seeds {args.seeds}"
     machine = f"{plan['cores']} cores of a {platform.machine()} CPU"
     return "\n".join([
         "# Leaderboard of attention variants",
@@ -143,6 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="by default all")
     parser.add_argument("--image-size", type=int, help="pixels; by default the experiment's")
     parser.add_argument("--hours", type=float, default=3.0)
+    parser.add_argument("--seeds", type=int, default=2, help="in each fold (default: 2)")
     parser.add_argument("--out", default="runs/leaderboard", metavar="FOLDER")
     parser.add_argument("--write", metavar="FOLDER", help="also write leaderboard.md and its pictures there")
     parser.add_argument("--estimate", action="store_true", help="print the budget and end")
@@ -162,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("bmjax.training").setLevel(logging.WARNING)
     stages = (dataclasses.replace(config.stages[0], epochs=plan["epochs"]),)
     config = dataclasses.replace(config, stages=stages)
-    found = compare(config, variants, SEEDS, design=Design(folds=FOLDS, tune=TRIALS))
+    found = compare(config, variants, args.seeds, design=Design(folds=FOLDS, tune=TRIALS))
     text = document(args, found, plan)
     print(text)
     if args.write:
