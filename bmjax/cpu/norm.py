@@ -88,11 +88,7 @@ def _normed_convolution_forward(fixed, *arrays):
 
 def _normed_convolution_backward(fixed, arrays, gradient):
     x, factor, offset, kernel, *gate = arrays
-
-    def before(x, factor, offset, *gate):
-        y = plain_normed(fixed.activation, x, factor, offset)
-        return y * gate[0] if gate else y
-
+    before = functools.partial(plain_normed, fixed.activation)
     how = (fixed.strides, fixed.padding, fixed.groups)
     affine = (after(factor, gradient), after(offset, gradient))
     into_kernel = kernel_gradient(before(x, *affine, *gate), gradient, kernel.shape, *how)

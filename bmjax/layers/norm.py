@@ -163,9 +163,12 @@ def conv_norm(fixed: Around, *arrays: jax.Array) -> jax.Array:
 Activation = Callable[[jax.Array], jax.Array]
 
 
-def plain_normed(activation: Activation, x: jax.Array, factor: jax.Array, offset: jax.Array) -> jax.Array:
-    """As `normed`, kept for the way back as autodiff has it."""
-    return activation(affine(x, factor, offset).astype(x.dtype))
+def plain_normed(
+    activation: Activation, x: jax.Array, factor: jax.Array, offset: jax.Array, gate: jax.Array | None = None
+) -> jax.Array:
+    """As `normed`, times the gate where there is one, kept for the way back as autodiff has it."""
+    y = activation(affine(x, factor, offset).astype(x.dtype))
+    return y if gate is None else y * gate
 
 
 @replaceable
@@ -207,8 +210,7 @@ def plain_normed_convolution(
     gate: jax.Array | None = None,
 ) -> jax.Array:
     """As `normed_convolution`, one operation after another."""
-    y = plain_normed(fixed.activation, x, factor, offset)
-    y = y if gate is None else y * gate
+    y = plain_normed(fixed.activation, x, factor, offset, gate)
     return ops.convolution(y, kernel, fixed.strides, fixed.padding, fixed.groups)
 
 
