@@ -74,9 +74,10 @@ def test_kernels_of_many_shapes_share_programs():
     try:
         found, zeros = evaluated(function, key)
         jax.block_until_ready((found, zeros))
+        jax.jit(lambda: jnp.ones(3))().block_until_ready()  # always a new program: what listens does hear
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
-    assert 1 <= len(compiled) <= 3
+    assert 1 <= len(compiled) <= 4  # fewer where an earlier test of this process has compiled them
     np.testing.assert_array_equal(found[5], he_normal(jax.random.fold_in(key, 5), (1, 1, 64, 38)))
 
 
