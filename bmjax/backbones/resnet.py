@@ -18,10 +18,10 @@ import jax
 from bmjax.layers import (
     BatchNorm,
     Before,
-    Conv,
     NormMode,
     Tap,
     by_stage,
+    conv_apart,
     conv_norm,
     global_average,
     max_pool,
@@ -62,16 +62,17 @@ class ResNet(nn.Module):
         each stage.
         """
         tap = tap or (lambda stage, x: x)
-        conv = functools.partial(Conv, use_bias=self.use_bias)
+        conv = functools.partial(conv_apart, use_bias=self.use_bias)
         # Not where parameters are made, whose order is that of the published files.
         in_units = not train and not self.is_initializing()
 
-        def norm(name: str, x: jax.Array) -> jax.Array:
-            return BatchNorm(epsilon=self.epsilon, name=name)(x, train=train, mode=mode)
+        def norm(name: str, x: jax.Array, bias: jax.Array | None) -> jax.Array:
+            return BatchNorm(epsilon=self.epsilon, name=name)(x, train=train, mode=mode, shift=bias)
 
-        def norm_relu(name: str, x: jax.Array) -> Before:
-            """Norm and ReLU of x, for what takes x next."""
-            return norm_before(x, nn.relu, name=name, epsilon=self.epsilon, train=train, mode=mode)
+        def norm_relu(name: str, x: jax.Array, bias: jax.Array | None) -> Before:
+            """Norm and ReLU of x + bias, for what takes x next."""
+            options = {"name": name, "epsilon": self.epsilon, "shift": bias}
+            return norm_before(x, nn.relu, train=train, mode=mode, **options)
 
         def unit(name: str, x: jax.Array, features: int, size: int, stride: int = 1, **options: Any) -> jax.Array:
             """Convolution, norm by its running statistics, ReLU, as one operation."""
@@ -87,23 +88,22 @@ class ResNet(nn.Module):
                 if project:
                     x = unit(f"{name}_0", x, 4 * width, 1, stride, relu=False)
                 return unit(f"{name}_3", y, 4 * width, 1, add=x)
-            y = conv(width, 1, strides=first, name=f"{name}_1_conv")(x)
-            before = norm_relu(f"{name}_1_bn", y)
-            y = conv(width, 3, strides=second, padding=1, name=f"{name}_2_conv")(y, before)
-            before = norm_relu(f"{name}_2_bn", y)
+            y, bias = conv(x, width, strides=first, name=f"{name}_1_conv")
+            before = norm_relu(f"{name}_1_bn", y, bias)
+            y, bias = conv(y, width, 3, strides=second, padding=1, name=f"{name}_2_conv", before=before)
+            before = norm_relu(f"{name}_2_bn", y, bias)
             # In the order of Keras's layers, which is that of the published files.
-            if project:
-                x = conv(4 * width, 1, strides=stride, name=f"{name}_0_conv")(x)
-            y = conv(4 * width, 1, name=f"{name}_3_conv")(y, before)
-            if project:
-                x = norm(f"{name}_0_bn", x)
-            return nn.relu(x + norm(f"{name}_3_bn", y))
+            projected = conv(x, 4 * width, strides=stride, name=f"{name}_0_conv") if project else None
+            y, bias = conv(y, 4 * width, name=f"{name}_3_conv", before=before)
+            if projected is not None:
+                x = norm(f"{name}_0_bn", *projected)
+            return nn.relu(x + norm(f"{name}_3_bn", y, bias))
 
         def stem(x: jax.Array) -> jax.Array:
             if in_units:
                 return unit("conv1", x, self.width, 7, 2)
-            x = conv(self.width, 7, strides=2, padding=3, name="conv1_conv")(x)
-            return norm_relu("conv1_bn", x).of(x)
+            x, bias = conv(x, self.width, 7, strides=2, padding=3, name="conv1_conv")
+            return norm_relu("conv1_bn", x, bias).of(x)
 
         def stage(x: jax.Array, number: int, blocks: int) -> jax.Array:
             for i in range(blocks):

@@ -30,11 +30,11 @@ _FORWARD = {"conv_general_dilated", "dot_general", "ffi_call", "custom_jvp_call"
 def he_normal(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
     """A kernel [..., c, n], normal, of variance 2 over the values that enter an output (He et al. 2015).
 
-    As `jax.nn.initializers.variance_scaling(2.0, "fan_in", "normal")`. Values are drawn by the power of two, of which
+    As `jax.nn.initializers.variance_scaling(2.0, "fan_in", "normal")`. Values are drawn by the power of four, of which
     those that are needed come first whatever their number, so that kernels of many shapes share a program.
     """
     n = math.prod(shape)
-    drawn = jax.random.normal(key, (1 << max(n - 1, 0).bit_length(),), dtype)[:n].reshape(shape)
+    drawn = jax.random.normal(key, (4 ** -(-max(n - 1, 0).bit_length() // 2),), dtype)[:n].reshape(shape)
     return drawn * jnp.asarray(math.sqrt(2 / math.prod(shape[:-1])), dtype)
 
 

@@ -37,6 +37,38 @@ class ConvVariables(nn.Module):
         return kernel, self.param("bias", nn.initializers.zeros_init(), shape[-1:], jnp.float32)
 
 
+def _convolved(
+    x: jax.Array,
+    kernel: jax.Array,
+    before: Before | None,
+    dtype: Any,
+    *,
+    strides: int | tuple[int, int] = 1,
+    padding: Padding = "SAME",
+    groups: int = 1,
+    dilation: int = 1,
+) -> jax.Array:
+    """A `Conv` of that kernel, without its bias."""
+    strides = (strides, strides) if isinstance(strides, int) else strides
+    spatial = (x.shape[1], x.shape[2])
+    if padding == "SAME" and strides == (1, 1) and kernel.shape[0] % 2 == kernel.shape[1] % 2 == 1:
+        kernel = within_reach(kernel, spatial, dilation)
+    pixels = in_pixels(padding, spatial, (kernel.shape[0], kernel.shape[1]), strides)
+    x, kernel = x.astype(dtype), kernel.astype(dtype)
+    if before is not None and dilation == 1:
+        fixed = operations.Convolution(before.activation, strides, pixels, groups)
+        gate = () if before.gate is None else (before.gate.astype(dtype),)
+        return operations.normed_convolution(fixed, x, before.factor, before.offset, kernel, *gate)
+    if dilation == 1:
+        return convolution(x, kernel, strides, pixels, groups)
+    if strides == (1, 1) and padding == "SAME" and before is None:
+        return dilated_convolution(x, kernel, dilation, groups)
+    raise ValueError(
+        f"dilation {dilation} with strides {strides}, padding {padding!r}; expected stride 1, 'SAME'"
+        + (", and nothing before it" if before is not None else "")
+    )
+
+
 class Conv(nn.Module):
     """Convolution, NHWC, kernel HWIO."""
 
@@ -61,31 +93,33 @@ class Conv(nn.Module):
         """
         dtype = self.dtype or x.dtype
         size = (self.kernel_size, self.kernel_size) if isinstance(self.kernel_size, int) else self.kernel_size
-        strides = (self.strides, self.strides) if isinstance(self.strides, int) else self.strides
-        spatial = (x.shape[1], x.shape[2])
         kernel = self.param("kernel", he_normal, (*size, x.shape[-1] // self.groups, self.features), jnp.float32)
-        if self.padding == "SAME" and strides == (1, 1) and size[0] % 2 == size[1] % 2 == 1:
-            kernel = within_reach(kernel, spatial, self.dilation)
-        padding = in_pixels(self.padding, spatial, (kernel.shape[0], kernel.shape[1]), strides)
-        if before is not None and self.dilation == 1:
-            fixed = operations.Convolution(before.activation, strides, padding, self.groups)
-            gate = () if before.gate is None else (before.gate.astype(dtype),)
-            y = operations.normed_convolution(
-                fixed, x.astype(dtype), before.factor, before.offset, kernel.astype(dtype), *gate
-            )
-        elif self.dilation == 1:
-            y = convolution(x.astype(dtype), kernel.astype(dtype), strides, padding, self.groups)
-        elif strides == (1, 1) and self.padding == "SAME" and before is None:
-            y = dilated_convolution(x.astype(dtype), kernel.astype(dtype), self.dilation, self.groups)
-        else:
-            raise ValueError(
-                f"dilation {self.dilation} with strides {strides}, padding {self.padding!r}; expected stride 1, 'SAME'"
-                + (", and nothing before it" if before is not None else "")
-            )
+        how: Any = {"strides": self.strides, "padding": self.padding, "groups": self.groups, "dilation": self.dilation}
+        y = _convolved(x, kernel, before, dtype, **how)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
             y = y + over_channels(bias.astype(dtype), y.ndim)
         return y
+
+
+def conv_apart(
+    x: jax.Array,
+    features: int,
+    size: int = 1,
+    *,
+    strides: int = 1,
+    padding: Padding = "SAME",
+    use_bias: bool,
+    name: str,
+    before: Before | None = None,
+) -> tuple[jax.Array, jax.Array | None]:
+    """What a `Conv` gives before its bias [features] is added, and that bias, where it has one: for a norm's `shift`.
+
+    Called inside a Linen module, whose layer of that name it is.
+    """
+    kernel, bias = ConvVariables(use_bias, name=name)((size, size, x.shape[-1], features))
+    with jax.named_scope(name):
+        return _convolved(x, kernel, before, x.dtype, strides=strides, padding=padding), bias
 
 
 class NormVariables(NamedTuple):
@@ -148,18 +182,20 @@ class BatchNorm(nn.Module):
         train: bool = False,
         mode: NormMode = "train",
         statistics: tuple[jax.Array, jax.Array] | None = None,
+        shift: jax.Array | None = None,
     ) -> jax.Array:
         """[..., c] -> [..., c].
 
         `statistics`: the batch's, where the caller has them already (`batch_statistics`); only used by a norm that
-        normalises by the batch.
+        normalises by the batch. `shift` [c]: normalises x + shift, without a pass over x for it: a norm by the batch
+        takes it off again, so that it moves the running mean alone and has no gradient.
 
         Raises:
           ValueError: the mode is not one of the three.
         """
         variables = _norm_variables(self, x.shape[-1], self.momentum)
         # One affine map over x: a fused pass that keeps only x for the backward one.
-        y = affine(x, *_affine_of(variables, x, self.epsilon, train, mode, statistics))
+        y = affine(x, *_affine_of(variables, x, self.epsilon, train, mode, statistics, shift))
         return y.astype(self.dtype or x.dtype)
 
 
@@ -170,16 +206,18 @@ def _affine_of(
     train: bool,
     mode: NormMode,
     statistics: tuple[jax.Array, jax.Array] | None = None,
+    shift: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """A norm of x as (factor, offset); its running statistics are updated as the mode says."""
+    """A norm of x + shift as (factor, offset) for x; its running statistics are updated as the mode says."""
     if mode not in ("train", "stats_frozen", "frozen"):
         raise ValueError(f"batch-norm mode is {mode!r}; expected 'train', 'stats_frozen' or 'frozen'")
     scale, bias = variables.scale, variables.bias
     if train and mode == "train":
         mean, var = batch_statistics(x) if statistics is None else statistics
-        variables.update(mean, var)
+        variables.update(mean if shift is None else mean + shift, var)
     else:
         mean, var = variables.mean.value, variables.var.value
+        mean = mean if shift is None else mean - shift
     if mode == "frozen":
         scale, bias = jax.lax.stop_gradient((scale, bias))
     return norm_affine((scale, bias, mean, var), epsilon, x.dtype)
@@ -194,13 +232,14 @@ def norm_before(
     momentum: float = 0.99,
     train: bool,
     mode: NormMode,
+    shift: jax.Array | None = None,
 ) -> Before:
-    """A `BatchNorm` of x [..., c] and an activation, for a `Conv` to take x through first.
+    """A `BatchNorm` of x [..., c], with its `shift`, and an activation, for a `Conv` to take x through first.
 
     Called inside a Linen module, whose norm of that name it is.
     """
     variables = BatchNormVariables(momentum, name=name)(x.shape[-1])
-    return Before(*_affine_of(variables, x, epsilon, train, mode), activation)
+    return Before(*_affine_of(variables, x, epsilon, train, mode, shift=shift), activation)
 
 
 def conv_norm(

@@ -19,7 +19,6 @@ from bmjax.runs.folder import load_data, load_run, new_variables
 from bmjax.training.progress import StepLog
 from bmjax.training.run import train
 from tests.helpers.convnext import ConvNeXt
-from tests.helpers.slow import slow_but
 from tests.helpers.vit import ViT
 from tests.training.test_resume import final_leaves
 
@@ -35,7 +34,8 @@ def foreign(request, small):
     return replace(small, model=model, stages=stages, optim=replace(small.optim, layer_decay=0.5)), stage
 
 
-@pytest.mark.parametrize("net", slow_but({"vit"}, NETS))
+@pytest.mark.slow
+@pytest.mark.parametrize("net", NETS)
 def test_the_contract_is_kept(net):
     assert [v for v in examine("backbone", NETS[net][0]) if v.status != "ok"] == []
 

@@ -66,7 +66,7 @@ def test_kernels_of_many_shapes_share_programs():
             compiled.append(duration)
 
     def function(key):
-        shapes = [(1, 1, 64, n) for n in range(33, 65)]  # of one power of two in all
+        shapes = [(1, 1, 64, n) for n in range(33, 65)]  # of one power of four in all
         return [he_normal(jax.random.fold_in(key, i), shape) for i, shape in enumerate(shapes)], jnp.zeros((3, 5))
 
     key = jax.random.key(0)

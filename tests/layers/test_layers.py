@@ -1,5 +1,7 @@
 """Layers against Flax's, NumPy's and themselves on four devices."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -370,3 +372,34 @@ def test_a_maximum_passes_its_gradient_on_where_rounding_hid_it():
     np.testing.assert_array_equal(tangent, [[0, 1, 0]])
     np.testing.assert_array_equal(shares_of(x, jnp.asarray([[rounded]]), -1), [[0, 1, 0]])
     assert np.isfinite(shares_of(x, jnp.asarray([[np.float32(np.inf)]]), -1)).all()
+
+
+@pytest.mark.parametrize(
+    ("train", "mode"), [(True, "train"), (True, "stats_frozen"), (True, "frozen"), (False, "train")]
+)
+def test_a_norms_shift_is_a_bias_before_it(train, mode):
+    """A convolution's bias costs no pass over its result; a norm by the batch takes it off again."""
+
+    def results(x, shift, apart):
+        y, new = norm.apply(
+            variables,
+            x if apart else x + over_channels(shift, 4),
+            train=train,
+            mode=mode,
+            shift=shift if apart else None,
+            mutable=["batch_stats"],
+        )
+        return jnp.sin(y).sum(), (y, new)
+
+    def graded(apart):
+        return jax.value_and_grad(functools.partial(results, apart=apart), (0, 1), has_aux=True)(x, shift)
+
+    with jax.enable_x64(True):
+        norm = BatchNorm()
+        x, shift = (jnp.asarray(rng(i).standard_normal(shape)) for i, shape in enumerate(((3, 4, 5, 6), (6,))))
+        variables = norm.init(jax.random.key(0), x)
+        variables["batch_stats"]["mean"] = 0.3 * shift
+        found, expected = graded(True), graded(False)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)  # running statistics are float32
+    assert (not np.any(found[1][1])) == (train and mode == "train")

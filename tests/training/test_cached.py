@@ -44,6 +44,7 @@ def records(run_dir, kind):
     return [r for r in map(json.loads, lines) if r["kind"] == kind]
 
 
+@pytest.mark.slow
 def test_float64_runs_agree_with_end_to_end(frozen_config, tmp_path):
     config = dataclasses.replace(frozen_config, train=dataclasses.replace(frozen_config.train, dtype="float64"))
     with jax.enable_x64(True):

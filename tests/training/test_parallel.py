@@ -53,7 +53,7 @@ def largest_difference(a, b):
 @pytest.mark.parametrize(
     ("backbone", "accumulate"),
     [
-        ("tests.helpers.net:Net", 2),
+        pytest.param("tests.helpers.net:Net", 2, marks=pytest.mark.slow),
         pytest.param("densenet_tiny", 1, marks=pytest.mark.slow),
         pytest.param("densenet_tiny", 2, marks=pytest.mark.slow),
     ],

@@ -79,7 +79,7 @@ def test_the_input_of_a_nested_efficientnet_is_its_own(tmp_path):
     [
         ("resnet", keras.layers.Rescaling(1 / 127.5, offset=-1), "'before' (Rescaling)"),
         ("resnet", keras.layers.Rescaling(1 / 255), "'before' (Rescaling)"),
-        ("efficientnet", keras.layers.Rescaling(255.0), "'before' (Rescaling)"),
+        pytest.param("efficientnet", keras.layers.Rescaling(255.0), "'before' (Rescaling)", marks=pytest.mark.slow),
         ("resnet", keras.layers.RandomFlip(), None),
     ],
 )

@@ -28,6 +28,14 @@ from bmjax.layers import prepare
 
 TABLE = Path(convolution.__file__).with_name("convolution_table.json")
 BATCH = 16
+# ResNet50's and Xception's, MobileNetV2's and EfficientNetB5's 1x1 convolutions: (output side, inputs, outputs). They
+# are most of a step's work, and which formulation is the fastest changes with the sizes.
+POINTWISE = (
+    *((56, 256, 64), (28, 512, 128), (28, 128, 512), (14, 1024, 256), (14, 256, 1024), (7, 2048, 512), (7, 512, 2048)),
+    *((109, 128, 128), (55, 256, 256), (28, 728, 728), (14, 728, 728), (14, 728, 1024), (7, 1536, 2048)),
+    *((112, 16, 96), (56, 144, 24), (28, 32, 192), (28, 192, 32), (14, 96, 576), (14, 576, 96), (7, 160, 960)),
+    *((112, 24, 144), (56, 40, 240), (28, 64, 384), (28, 384, 64), (14, 176, 1056), (14, 1056, 176), (7, 1824, 304)),
+)
 # (output side, kernel, stride, inputs, outputs, groups): DenseNet's first, then what the other families need, at last
 # attention's: a map from all channels, CBAM's over places, ECA's along the channels.
 SHAPES = [
@@ -38,12 +46,12 @@ SHAPES = [
     (56, 3, 1, 64, 64, 1),
     (14, 3, 1, 256, 256, 1),
     (56, 1, 1, 64, 256, 1),
-    (28, 1, 2, 256, 512, 1),
+    *((side, 1, 1, inputs, outputs, 1) for side, inputs, outputs in POINTWISE),
+    *((side, 1, 2, inputs, 2 * inputs, 1) for side, inputs in ((28, 256), (14, 512), (7, 1024))),
     (112, 3, 2, 3, 32, 1),
-    (56, 3, 1, 96, 96, 96),
-    (14, 3, 1, 384, 384, 384),
-    (28, 3, 2, 144, 144, 144),
-    (14, 5, 1, 384, 384, 384),
+    *((side, 3, 1, c, c, c) for side, c in ((109, 128), (56, 96), (28, 728), (14, 384))),
+    *((side, 3, 2, c, c, c) for side, c in ((56, 96), (28, 144), (7, 576))),
+    *((side, 5, 1, c, c, c) for side, c in ((28, 384), (14, 384), (7, 1824))),
     *((side, 3, 1, channels, channels, 32) for side, channels in ((14, 256), (7, 1024))),
     (7, 1, 1, 1664, 1, 1),
     (7, 7, 1, 2, 1, 1),
