@@ -49,9 +49,14 @@ TARGETS = (
     "norm_product_backward",
     "depthwise_conv",
     "depthwise_conv_kernel_gradient",
+    "normed_conv",
+    "normed_conv_kernel_gradient",
+    "normed_depthwise_conv",
+    "normed_depthwise_conv_kernel_gradient",
     "max_pool_backward",
     "moments",
     "channel_sums",
+    "relu_sums",
     "after",
 )
 _loaded: list[bool] = []

@@ -77,17 +77,31 @@ def choose(
     return min((name for name in ms if name in valid), key=ms.__getitem__, default=unmeasured)
 
 
-def _chosen(operation: Operation, shape: Shape, padding: Pixels, dtype: Any) -> Callable[..., jax.Array]:
-    valid = formulations(operation, shape, padding)
+def _name(operation: Operation, shape: Shape, padding: Pixels, dtype: Any) -> str:
     if platform() != "cpu":
-        return valid["plain"]
-    name = choose(operation, shape, padding, build.usable(dtype), in_loop())
-    return valid[name]
+        return "plain"
+    return choose(operation, shape, padding, build.usable(dtype), in_loop())
+
+
+def _chosen(operation: Operation, shape: Shape, padding: Pixels, dtype: Any) -> Callable[..., jax.Array]:
+    return formulations(operation, shape, padding)[_name(operation, shape, padding, dtype)]
 
 
 def _shape(y_shape: tuple[int, ...], kernel_shape: tuple[int, ...], strides: tuple[int, int], groups: int) -> Shape:
     kh, kw, c, n = kernel_shape
     return Shape(math.prod(y_shape[:-1]), (kh, kw), strides, c * groups, n, groups)
+
+
+def by_kernel(
+    operation: Operation,
+    y: jax.Array | jax.ShapeDtypeStruct,
+    kernel_shape: tuple[int, ...],
+    strides: tuple[int, int],
+    padding: Pixels,
+    groups: int,
+) -> bool:
+    """Whether a kernel of bmjax/cpu/kernels is chosen for an operation on a convolution with the result y."""
+    return _name(operation, _shape(y.shape, kernel_shape, strides, groups), padding, y.dtype) == "native"
 
 
 def forward(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Pixels, groups: int = 1) -> jax.Array:

@@ -4,11 +4,14 @@ convolution after it, without keeping what it gives."""
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from bmjax.cpu import build
-from bmjax.cpu.convolution import input_gradient, kernel_gradient
+from bmjax.cpu.convolution import by_kernel, input_gradient, kernel_gradient
 from bmjax.cpu.order import after
 from bmjax.layers import ops
 from bmjax.layers.norm import (
@@ -19,7 +22,7 @@ from bmjax.layers.norm import (
     plain_normed,
     plain_normed_convolution,
 )
-from bmjax.layers.ops import at_least_float32
+from bmjax.layers.ops import apply_affine, at_least_float32, over_channels
 
 
 def by_hand(x: jax.Array) -> bool:
@@ -47,6 +50,24 @@ def conv_norm(fixed: Around, *arrays: jax.Array) -> jax.Array:
     return build.call(name, functools.partial(plain_conv_norm, fixed), *arrays, window=window, relu=fixed.relu)
 
 
+def _relu_sums(gradient: jax.Array, x: jax.Array, factor: jax.Array, offset: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return ops.channel_sums(jnp.where(apply_affine(x, factor, offset) > 0, gradient, 0), x)
+
+
+def _plain_normed_backward(activation: Activation, arrays: tuple[jax.Array, ...], gradient: jax.Array):
+    """The gradients of plain_normed(activation, *arrays) with respect to the arrays.
+
+    Through a ReLU its sums come of a kernel, so that the gradient before it, a map of its own, is never written.
+    """
+    if activation is not jax.nn.relu or len(arrays) > 3:
+        return jax.vjp(functools.partial(plain_normed, activation), *arrays)[1](gradient)
+    x, factor, offset = arrays
+    like = (jax.ShapeDtypeStruct(factor.shape, x.dtype),) * 2
+    total, total_x = build.call("relu_sums", _relu_sums, gradient, x, factor, offset, like=like)
+    into_x = jnp.where(apply_affine(x, factor, offset) > 0, gradient * over_channels(factor, x.ndim), 0)
+    return into_x, total_x, total
+
+
 def normed(activation: Activation, *arrays: jax.Array) -> jax.Array:
     """Takes the place of bmjax.layers.norm.normed: computed again on the way back, so that x alone is kept."""
     usable = arrays[0].ndim == 4 and build.usable(arrays[0].dtype)
@@ -64,11 +85,22 @@ def _normed_forward(activation, *arrays):
 
 def _normed_backward(activation, arrays, gradient):
     x, *affine = arrays
-    _, vjp = jax.vjp(functools.partial(plain_normed, activation), x, *(after(v, gradient) for v in affine))
-    return vjp(gradient)
+    return _plain_normed_backward(activation, (x, *(after(v, gradient) for v in affine)), gradient)
 
 
 _normed.defvjp(_normed_forward, _normed_backward)
+
+
+def _through_relu(fixed: Convolution, gate: Sequence[jax.Array]) -> bool:
+    """Whether what comes before a convolution is what kernels do as they pack: norm and ReLU, and no gate."""
+    return not gate and fixed.activation is jax.nn.relu
+
+
+def packing(name: str, fixed: Convolution, reference: Callable[..., Any], *arrays: jax.Array, like: Any) -> Any:
+    """What `reference` computes, by the kernel that takes the map through norm and ReLU as it packs it."""
+    kind = "normed_depthwise_conv" if fixed.groups > 1 else "normed_conv"
+    window = (*fixed.strides, fixed.padding[0][0], fixed.padding[1][0])
+    return build.call(kind + name, reference, *arrays, like=like, window=window)
 
 
 def normed_convolution(fixed: Convolution, *arrays: jax.Array) -> jax.Array:
@@ -79,22 +111,36 @@ def normed_convolution(fixed: Convolution, *arrays: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _normed_convolution(fixed, *arrays):
+    x, _, _, kernel, *gate = arrays
+    how = (fixed.strides, fixed.padding, fixed.groups)
+    if _through_relu(fixed, gate):
+        y = jax.eval_shape(lambda x, kernel: ops.plain_convolution(x, kernel, *how), x, kernel)
+        if by_kernel("forward", y, kernel.shape, *how):
+            return packing("", fixed, functools.partial(plain_normed_convolution, fixed), *arrays, like=y)
     return plain_normed_convolution(fixed, *arrays)
 
 
 def _normed_convolution_forward(fixed, *arrays):
-    return plain_normed_convolution(fixed, *arrays), arrays
+    return _normed_convolution(fixed, *arrays), arrays
 
 
 def _normed_convolution_backward(fixed, arrays, gradient):
     x, factor, offset, kernel, *gate = arrays
-    before = functools.partial(plain_normed, fixed.activation)
     how = (fixed.strides, fixed.padding, fixed.groups)
     affine = (after(factor, gradient), after(offset, gradient))
-    into_kernel = kernel_gradient(before(x, *affine, *gate), gradient, kernel.shape, *how)
+
+    def of_kernel(x, factor, offset, gradient):
+        before = plain_normed(fixed.activation, x, factor, offset, *gate)
+        return kernel_gradient(before, gradient, kernel.shape, *how)
+
+    given = (x, *affine, gradient)
+    if _through_relu(fixed, gate) and by_kernel("kernel_gradient", gradient, kernel.shape, *how):
+        into_kernel = packing("_kernel_gradient", fixed, of_kernel, *given, like=kernel)
+    else:
+        into_kernel = of_kernel(*given)
     affine = tuple(after(v, into_kernel) for v in affine)
-    _, vjp = jax.vjp(before, x, *affine, *gate)
-    into_x, into_factor, into_offset, *into_gate = vjp(input_gradient(gradient, kernel, x.shape, *how))
+    into = input_gradient(gradient, kernel, x.shape, *how)
+    into_x, into_factor, into_offset, *into_gate = _plain_normed_backward(fixed.activation, (x, *affine, *gate), into)
     return into_x, into_factor, into_offset, into_kernel, *into_gate
 
 

@@ -14,6 +14,7 @@ import pytest
 from bmjax import layers
 from bmjax.cpu import build as native
 from bmjax.cpu import dense_layer, formulations
+from bmjax.cpu import norm as cpu_norm
 from bmjax.layers import norm, ops
 
 native.prepare()
@@ -100,41 +101,78 @@ def test_a_norm_within_the_convolution(name, relu, added):
     equal(*with_and_without(grad, x)[:2])
 
 
-def swish_convs(x, kernels, affines, gate):
-    """Convolutions, each of a norm and a swish of what came before; the last is gated too."""
+def after_norm_and_relu(batch, spatial, size, stride, padding, inputs, outputs, groups):
+    """The convolution of relu(norm(x)), and its kernel's gradient, each as one kernel."""
+    fixed = norm.Convolution(jax.nn.relu, (stride, stride), padding, groups)
+    x, factor, offset = normal(0, batch, *spatial, inputs), normal(2, inputs), normal(3, inputs)
+    kernel = normal(1, *size, inputs // groups, outputs)
+    before = norm.plain_normed(jax.nn.relu, x, factor, offset)
+    y = formulations.plain(before, kernel, (stride, stride), padding, groups)
+
+    def forward(*arrays):
+        return cpu_norm.packing("", fixed, lambda *a: norm.plain_normed_convolution(fixed, *a), *arrays, like=y)
+
+    def gradient(x, factor, offset, y):
+        def reference(x, factor, offset, y):
+            before = norm.plain_normed(jax.nn.relu, x, factor, offset)
+            return formulations.formulations("kernel_gradient", shape, padding)["plain"](
+                before, y, kernel.shape, (stride, stride), padding, groups
+            )
+
+        return cpu_norm.packing("_kernel_gradient", fixed, reference, x, factor, offset, y, like=kernel)
+
+    shape = formulations.Shape(y[..., 0].size, size, (stride, stride), inputs, outputs, groups)
+    for function, other in ((forward, kernel), (gradient, y)):
+        ours, expected, calls = with_and_without(function, x, factor, offset, other)
+        equal(ours, expected)
+        assert calls == 1
+
+
+@pytest.mark.parametrize("name", CONVS)
+def test_a_convolution_packs_what_norm_and_relu_make(name):
+    batch, spatial, size, stride, padding, inputs, outputs = CONVS[name]
+    size = (size, size) if isinstance(size, int) else size
+    after_norm_and_relu(batch, spatial, size, stride, padding, inputs, outputs, 1)
+
+
+def activated_convs(activation, x, kernels, affines, gate):
+    """Convolutions, each of a norm and an activation of what came before; the last is gated too."""
     for i, (kernel, (factor, offset)) in enumerate(zip(kernels, affines, strict=True)):
-        fixed = norm.Convolution(jax.nn.swish, (1, 1), ((1, 1), (1, 1)), 1)
+        fixed = norm.Convolution(activation, (1, 1), ((1, 1), (1, 1)), 1)
         gates = (gate,) if i == len(kernels) - 1 else ()
         x = norm.normed_convolution(fixed, x, factor, offset, kernel, *gates)
     return x
 
 
-def swish_arguments(depth, c, side):
+def activated_arguments(depth, c, side):
     kernels = [0.1 * normal(i, 3, 3, c, c) for i in range(depth)]
     affines = [(normal(10 + i, c), normal(20 + i, c)) for i in range(depth)]
     return normal(30, 2, side, side, c), kernels, affines, normal(31, 2, 1, 1, c)
 
 
-def test_norm_and_activation_before_a_convolution():
+@pytest.mark.parametrize("activation", [jax.nn.swish, jax.nn.relu])
+def test_norm_and_activation_before_a_convolution(activation):
     def loss(*args):
-        return (swish_convs(*args) ** 2).sum()
+        return (activated_convs(activation, *args) ** 2).sum()
 
-    args = swish_arguments(2, 20, 7)
+    args = activated_arguments(2, 20, 7)
     equal(*with_and_without(jax.grad(loss, (0, 1, 2, 3)), *args)[:2])
     # Of second order as well.
     second = jax.grad(lambda *args: sum((g**2).sum() for g in jax.tree.leaves(jax.grad(loss, (0, 2))(*args))), (0, 3))
     equal(*with_and_without(second, *args)[:2])
     x, _, ((factor, offset), _), _ = args
-    grad = jax.grad(lambda *args: (norm.normed(jax.nn.swish, *args) ** 2).sum(), (0, 1, 2))
+    grad = jax.grad(lambda *args: (norm.normed(activation, *args) ** 2).sum(), (0, 1, 2))
     equal(*with_and_without(grad, x, factor, offset)[:2])
 
 
 def test_what_is_computed_again_is_not_kept():
-    shapes = jax.eval_shape(lambda: swish_arguments(8, 16, 64))
+    shapes = jax.eval_shape(lambda: activated_arguments(8, 16, 64))
     a_map = 4 * shapes[0].size
 
     def maps():
-        program = jax.jit(jax.grad(lambda *args: swish_convs(*args).sum(), (0, 1, 2, 3))).trace(*shapes)
+        program = jax.jit(jax.grad(lambda *args: activated_convs(jax.nn.swish, *args).sum(), (0, 1, 2, 3))).trace(
+            *shapes
+        )
         return program.lower().compile().memory_analysis().temp_size_in_bytes / a_map
 
     ours = maps()
@@ -174,6 +212,13 @@ def test_depthwise_convolutions(name):
         ours, expected, calls = with_and_without(lambda a, b, fn=fn, r=result: fn(a, b, *r, *how), a, b)
         equal(ours, expected)
         assert calls == 1
+
+
+@pytest.mark.parametrize("name", DEPTHWISE)
+def test_a_depthwise_convolution_packs_what_norm_and_relu_make(name):
+    batch, spatial, size, stride, padding, channels = DEPTHWISE[name]
+    size = (size, size) if isinstance(size, int) else size
+    after_norm_and_relu(batch, spatial, size, stride, padding, channels, channels, channels)
 
 
 @pytest.mark.parametrize("shape", [(3, 17, 18, 96), (2, 3, 1, 5), (5, 1, 1, 40), (64, 30, 30, 24)])

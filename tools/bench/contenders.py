@@ -155,6 +155,32 @@ def bmjax_stepper(job: Job, kind: str = "jit") -> Stepper:
     return Stepper(step, jax.block_until_ready, jax_peak, compiled.as_text)
 
 
+def bmjax_predictor(job: Job) -> Stepper:
+    """bmjax's logits of a batch, as its evaluation computes them."""
+    # isort: off
+    import bmjax  # noqa: F401  (sets its flags before jax is imported)
+    import jax
+
+    # isort: on
+    from bmjax.model.create import create
+    from bmjax.runs.folder import new_variables
+    from bmjax.training.parallel import Parallel
+    from bmjax.training.steps import make_eval_step
+
+    config = bmjax_config(job)
+    model = create(config.model, CLASSES, config.train.dtype)
+    parallel = Parallel.create("jit", 1)
+    variables = parallel.to_devices(new_variables(config, model))
+    placed = [parallel.put_batch({"image": x, "label": y}) for x, y in batches(job)]
+    evaluate = parallel.compile_step(make_eval_step(model), donate=False)
+    compiled = evaluate.lower(variables, placed[0]).compile()
+
+    def step(k: int) -> Any:
+        return compiled(variables, placed[k % BATCHES])
+
+    return Stepper(step, jax.block_until_ready, jax_peak, compiled.as_text)
+
+
 def bmjax_pmap(job: Job) -> Stepper:
     return bmjax_stepper(job, "pmap")
 

@@ -1,6 +1,6 @@
-"""Where the time of bmjax's train step goes on a CPU, by kind of operation.
+"""Where the time of bmjax's train step, or of its inference, goes on a CPU, by kind of operation.
 
-    python tools/bench/step_profile.py [--backbone resnet50 xception] [--batch 16] [--size 224] [--cpus 1] [--longest 0]
+    python tools/bench/step_profile.py [--backbone resnet50 xception] [--mode train] [--batch 16] [--cpus 1]
 
 On one CPU unless told otherwise: operations then follow one another, so their times add up to the step's. Each
 operation of XLA's program is counted by what it is: one of bmjax's kernels, a matrix product, a sum, a copy, or what
@@ -62,19 +62,23 @@ def times(folder: str, names: set[str]) -> Counter[str]:
     return found
 
 
-def profile(backbone: str, batch: int, size: int, longest: int) -> None:
+def profile(backbone: str, mode: str, batch: int, size: int, longest: int) -> None:
     """Prints the table of one network."""
     import contenders
     import jax
 
-    stepper = contenders.MAKERS["bmjax"](contenders.Job("bmjax", backbone, dtype="float32", size=size, batch=batch))
+    make = contenders.bmjax_stepper if mode == "train" else contenders.bmjax_predictor
+    stepper = make(contenders.Job("bmjax", backbone, dtype="float32", size=size, batch=batch))
     for k in range(2):
         stepper.wait(stepper.step(k))
     began = time.perf_counter()
     stepper.wait(stepper.step(0))
     whole = 1e3 * (time.perf_counter() - began)
     text = (stepper.program and stepper.program()) or ""
-    lines = dict(OPERATION.findall(text))
+    # What only holds others is left out, for those are counted themselves.
+    lines = {
+        name: line for name, line in OPERATION.findall(text) if not re.search(r" (while|call|conditional)\(", line)
+    }
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for k in range(STEPS):
@@ -84,12 +88,13 @@ def profile(backbone: str, batch: int, size: int, longest: int) -> None:
     for name, taken in found.items():
         table.setdefault(kind(lines[name]), Counter())[part(lines[name])] += taken / STEPS
     total = sum(row.total() for row in table.values())
-    print(f"{backbone}, {size}x{size}, float32, batch {batch}: {whole:.0f} ms a step, {total:.0f} ms of it here\n")
-    print("| operations | forward, ms | backward, ms | optimizer and rest, ms | share |")
-    print("|---|---|---|---|---|")
+    print(f"{backbone}, {mode}, {size}x{size}, float32, batch {batch}: {whole:.0f} ms, {total:.0f} ms traced\n")
+    parts = {"forward": "forward, ms", "backward": "backward, ms", "rest": "optimizer and rest, ms"}
+    parts = parts if mode == "train" else {"rest": "ms"}
+    print(f"| operations | {' | '.join(parts.values())} | share |")
+    print("|---" * (len(parts) + 2) + "|")
     for name, row in sorted(table.items(), key=lambda item: -item[1].total()):
-        cells = (f"{row[key]:.0f}" for key in ("forward", "backward", "rest"))
-        print(f"| {name} | {' | '.join(cells)} | {100 * row.total() / total:.0f} % |")
+        print(f"| {name} | {' | '.join(f'{row[key]:.0f}' for key in parts)} | {100 * row.total() / total:.0f} % |")
     print()
     for name, taken in found.most_common(longest):
         print(f"{taken / STEPS:8.1f} ms  {name} = {lines[name][:400]}")
@@ -99,6 +104,7 @@ def profile(backbone: str, batch: int, size: int, longest: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", nargs="+", default=["resnet50", "xception"])
+    parser.add_argument("--mode", choices=("train", "inference"), default="train")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--cpus", type=int, default=1)
@@ -108,7 +114,7 @@ def main() -> None:
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cpus])
     print(f"{platform.machine()}, {args.cpus} CPUs, Python {platform.python_version()}\n")
     for backbone in args.backbone:
-        profile(backbone, args.batch, args.size, args.longest)
+        profile(backbone, args.mode, args.batch, args.size, args.longest)
 
 
 if __name__ == "__main__":

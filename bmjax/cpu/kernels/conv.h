@@ -83,6 +83,7 @@ inline void pack_pixel(const float* x, float* out, Index c, const F& change) {
 
 struct Same {
   Lanes operator()(Lanes v, Index, const float*, Index) const { return v; }
+  Same from(Index) const { return {}; }
 };
 // v + shift + slope * y, where y lies in a map `other`, as v does in `base`; the vectors are padded to whole lanes.
 struct PlusAffine {
@@ -97,6 +98,7 @@ struct NormRelu {
   Lanes operator()(Lanes v, Index k, const float* = nullptr, Index = 0) const {
     return positive(v * load(factor + k) + load(offset + k));
   }
+  NormRelu from(Index channel) const { return {factor + channel, offset + channel}; }  // for the channels from there on
 };
 
 template <typename F>
@@ -338,8 +340,9 @@ void add_parts(ffi::ThreadPool& pool, const std::vector<float>& parts, Index slo
   });
 }
 
-// The gradient [kh, kw, c, n] of conv(x, w) with respect to w, from that of its result, y [.., n].
-void kernel_gradient(ffi::ThreadPool& pool, const Conv& g, const float* x, const float* y, float* out) {
+// The gradient [kh, kw, c, n] of conv(change(x), w) with respect to w, from that of its result, y [.., n].
+template <typename F>
+void kernel_gradient(ffi::ThreadPool& pool, const Conv& g, const float* x, const F& change, const float* y, float* out) {
   const Index threads = threads_of(pool), wide = round_up(g.n, PANEL), panels = g.panels();
   const Index rows = g.taps() * g.depth();
   // Each slot has sums of its own. Where these are large, threads share one set and divide its channels instead.
@@ -354,7 +357,7 @@ void kernel_gradient(ffi::ThreadPool& pool, const Conv& g, const float* x, const
     float* sums = parts.data() + slot * rows * wide;
     for (Index i = count * slot / slots; i < count * (slot + 1) / slots; i++) {
       const Strip s = strips[i];
-      const Packed packed = pack(g, s, x, scratch(0, packed_floats(g, s.end - s.first)), Same());
+      const Packed packed = pack(g, s, x, scratch(0, packed_floats(g, s.end - s.first)), change);
       const float* dy = y + s.first * g.ow * g.pitch_y;
       Index pitch_d = g.pitch_y;
       if (g.n % PANEL) {  // tiles read whole panels

@@ -62,7 +62,52 @@ ffi::Error conv_norm_add(ffi::ThreadPool pool, Map x, Map w, Vector factor, Vect
 ffi::Error conv_kernel_gradient(ffi::ThreadPool pool, Map x, Map y, MapResult w, Window window) {
   const auto k = w->dimensions();
   const Conv g = geometry(x, k[0], k[1], window, y);
-  kernel_gradient(pool, g, x.typed_data(), y.typed_data(), w->typed_data());
+  kernel_gradient(pool, g, x.typed_data(), Same(), y.typed_data(), w->typed_data());
+  return ffi::Error::Success();
+}
+
+// relu(factor * x + offset), each [c], while x is packed.
+struct Before {
+  std::vector<float> factor, offset;
+  Before(const Vector& f, const Vector& o)
+      : factor(padded(f.typed_data(), f.element_count())), offset(padded(o.typed_data(), o.element_count())) {}
+  NormRelu relu() const { return {factor.data(), offset.data()}; }
+};
+
+ffi::Error normed_conv(ffi::ThreadPool pool, Map x, Vector factor, Vector offset, Map w, MapResult y, Window window) {
+  const auto k = w.dimensions();
+  Conv g = geometry(x, k[0], k[1], window, *y);
+  g.unfold = false;
+  const auto panels = panels_of(pool, w.typed_data(), g.taps(), g.c, g.n, g.c * g.n, g.n, 1, false);
+  const Before before(factor, offset);
+  convolve(pool, g, x.typed_data(), before.relu(), panels, y->typed_data());
+  return ffi::Error::Success();
+}
+
+ffi::Error normed_conv_kernel_gradient(ffi::ThreadPool pool, Map x, Vector factor, Vector offset, Map y, MapResult w,
+                                       Window window) {
+  const auto k = w->dimensions();
+  Conv g = geometry(x, k[0], k[1], window, y);
+  g.unfold = false;
+  const Before before(factor, offset);
+  kernel_gradient(pool, g, x.typed_data(), before.relu(), y.typed_data(), w->typed_data());
+  return ffi::Error::Success();
+}
+
+ffi::Error normed_depthwise_conv(ffi::ThreadPool pool, Map x, Vector factor, Vector offset, Map w, MapResult y, Window window) {
+  const auto k = w.dimensions();
+  const Conv g = unsimplified(x, k[0], k[1], window, *y);
+  const Before before(factor, offset);
+  normed_depthwise(pool, g, x.typed_data(), before.relu(), w.typed_data(), y->typed_data());
+  return ffi::Error::Success();
+}
+
+ffi::Error normed_depthwise_conv_kernel_gradient(ffi::ThreadPool pool, Map x, Vector factor, Vector offset, Map y, MapResult w,
+                                                 Window window) {
+  const auto k = w->dimensions();
+  const Conv g = unsimplified(x, k[0], k[1], window, y);
+  const Before before(factor, offset);
+  depthwise_kernel_gradient(pool, g, x.typed_data(), before.relu(), y.typed_data(), w->typed_data());
   return ffi::Error::Success();
 }
 
@@ -173,7 +218,7 @@ ffi::Error depthwise_conv(ffi::ThreadPool pool, Map x, Map w, MapResult y, Windo
 ffi::Error depthwise_conv_kernel_gradient(ffi::ThreadPool pool, Map x, Map y, MapResult w, Window window) {
   const auto k = w->dimensions();
   const Conv g = unsimplified(x, k[0], k[1], window, y);
-  depthwise_kernel_gradient(pool, g, x.typed_data(), y.typed_data(), w->typed_data());
+  depthwise_kernel_gradient(pool, g, x.typed_data(), Same(), y.typed_data(), w->typed_data());
   return ffi::Error::Success();
 }
 
@@ -193,7 +238,19 @@ ffi::Error moments(ffi::ThreadPool pool, Map x, VectorResult mean, VectorResult 
 
 ffi::Error channel_sums(ffi::ThreadPool pool, Map dy, Map x, VectorResult sum, VectorResult sum_x) {
   const Index c = x.dimensions()[3];
-  channel_sums_of(pool, dy.typed_data(), x.typed_data(), x.element_count() / c, c, sum->typed_data(), sum_x->typed_data());
+  const auto as_it_is = [](float d, float, Index) { return d; };
+  channel_sums_of(pool, dy.typed_data(), x.typed_data(), x.element_count() / c, c, as_it_is, sum->typed_data(),
+                  sum_x->typed_data());
+  return ffi::Error::Success();
+}
+
+// The same of the gradient through a ReLU: dy where factor * x + offset is positive, else 0.
+ffi::Error relu_sums(ffi::ThreadPool pool, Map dy, Map x, Vector factor, Vector offset, VectorResult sum, VectorResult sum_x) {
+  const Index c = x.dimensions()[3];
+  const float *__restrict f = factor.typed_data(), *__restrict o = offset.typed_data();
+  const auto through = [=](float d, float v, Index k) { return f[k] * v + o[k] > 0 ? d : 0.f; };
+  channel_sums_of(pool, dy.typed_data(), x.typed_data(), x.element_count() / c, c, through, sum->typed_data(),
+                  sum_x->typed_data());
   return ffi::Error::Success();
 }
 
@@ -226,8 +283,13 @@ HANDLER(norm_product_backward, MAP.NORM.MAP.MAP.MAP.VECTOR.VECTOR.VECTOR.VECTOR.
                                    .NORM_OUT.EPSILON.Attr<int64_t>("count"));
 HANDLER(depthwise_conv, MAP.MAP.MAP_OUT.Attr<Window>("window").Attr<bool>("back"));
 HANDLER(depthwise_conv_kernel_gradient, MAP.MAP.MAP_OUT.Attr<Window>("window"));
+HANDLER(normed_conv, MAP.VECTOR.VECTOR.MAP.MAP_OUT.Attr<Window>("window"));
+HANDLER(normed_conv_kernel_gradient, MAP.VECTOR.VECTOR.MAP.MAP_OUT.Attr<Window>("window"));
+HANDLER(normed_depthwise_conv, MAP.VECTOR.VECTOR.MAP.MAP_OUT.Attr<Window>("window"));
+HANDLER(normed_depthwise_conv_kernel_gradient, MAP.VECTOR.VECTOR.MAP.MAP_OUT.Attr<Window>("window"));
 HANDLER(max_pool_backward, MAP.Arg<Places>().MAP_OUT.Attr<Window>("window"));
 HANDLER(moments, MAP.VECTOR_OUT.VECTOR_OUT);
 HANDLER(channel_sums, MAP.MAP.VECTOR_OUT.VECTOR_OUT);
+HANDLER(relu_sums, MAP.MAP.VECTOR.VECTOR.VECTOR_OUT.VECTOR_OUT);
 XLA_FFI_DEFINE_HANDLER_SYMBOL(bmjax_after, after,
                               ffi::Ffi::Bind().Arg<ffi::AnyBuffer>().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>());

@@ -62,6 +62,34 @@ void depthwise(ffi::ThreadPool& pool, const Conv& g, const float* x, const float
   });
 }
 
+// A convolution of each channel of relu(norm(x)) by itself: some rows are packed, normalised once, and then weighed.
+void normed_depthwise(ffi::ThreadPool& pool, const Conv& g, const float* x, const NormRelu& norm, const float* w, float* y) {
+  const Index chunk = std::min<Index>(round_up(g.c, LANES), 16 * LANES);
+  const auto strips = strips_of(g, g.sh * g.row_p() * pitch(chunk), threads_of(pool));
+  parallel(pool, strips.size(), [&](Index i) {
+    const Strip s = strips[i];
+    for (Index first = 0; first < g.c; first += chunk) {
+      Conv part = g;
+      part.c = std::min(chunk, g.c - first);
+      const auto taps = tap_offsets(part);
+      const Packed packed = pack(part, s, x + first, scratch(0, packed_floats(part, s.end - s.first)), norm.from(first));
+      std::vector<const float*> xs(taps.size()), ws(taps.size());
+      for (size_t t = 0; t < taps.size(); t++) ws[t] = w + t * g.c + first;
+      for (Index o = s.first; o < s.end; o++) {
+        for (Index column = 0; column < g.ow; column++) {
+          const float* px = packed.data + packed.row[o - s.first] + column * g.sw * part.pitch_p();
+          for (size_t t = 0; t < taps.size(); t++) xs[t] = px + taps[t];
+          float* out = y + (o * g.ow + column) * g.c + first;
+          if (taps.size() == 9)
+            weigh<9>(xs.data(), ws.data(), 9, part.c, out);
+          else
+            weigh<0>(xs.data(), ws.data(), taps.size(), part.c, out);
+        }
+      }
+    }
+  });
+}
+
 // sums[t] += x[taps[t] + column * step] * y[column * pitch] over columns, for N places and LANES channels.
 template <int N>
 void weigh_back(const float* x, const Index* taps, Index step, const float* y, Index pitch, Index columns, float* sums,
@@ -76,8 +104,10 @@ void weigh_back(const float* x, const Index* taps, Index step, const float* y, I
   for (int t = 0; t < N; t++) store(sums + t * wide, total[t]);
 }
 
-// The gradient [kh, kw, 1, c] of a depthwise convolution with respect to its kernel.
-void depthwise_kernel_gradient(ffi::ThreadPool& pool, const Conv& g, const float* x, const float* y, float* out) {
+// The gradient [kh, kw, 1, c] of a depthwise convolution of change(x) with respect to its kernel.
+template <typename F>
+void depthwise_kernel_gradient(ffi::ThreadPool& pool, const Conv& g, const float* x, const F& change, const float* y,
+                               float* out) {
   const Index threads = threads_of(pool), taps = g.kh * g.kw, wide = round_up(g.c, PANEL);
   const Index chunk = std::min<Index>(round_up(g.c, LANES), 16 * LANES);  // channels at once: so many that their rows stay in the cache
   const auto strips = strips_of(g, g.sh * g.row_p() * pitch(chunk), threads);
@@ -91,7 +121,7 @@ void depthwise_kernel_gradient(ffi::ThreadPool& pool, const Conv& g, const float
         Conv part = g;
         part.c = std::min(chunk, g.c - first);
         const auto offsets = tap_offsets(part);
-        const Packed packed = pack(part, s, x + first, scratch(0, packed_floats(part, s.end - s.first)), Same());
+        const Packed packed = pack(part, s, x + first, scratch(0, packed_floats(part, s.end - s.first)), change.from(first));
         const Index ld = part.pitch_p(), whole = part.c / LANES * LANES;
         float* rest = scratch(1, g.ow * LANES);
         for (Index o = s.first; o < s.end; o++) {
@@ -162,15 +192,20 @@ void moments_of(ffi::ThreadPool& pool, const float* x, Index pixels, Index c, fl
   moments.finish(mean, variance);
 }
 
-// Sums over pixels of dy and of dy * x, by channel.
-void channel_sums_of(ffi::ThreadPool& pool, const float* dy, const float* x, Index pixels, Index c, float* sum, float* sum_x) {
+// Sums over pixels of d and of d * x, by channel, where d is `of`(dy, x, channel).
+template <typename F>
+void channel_sums_of(ffi::ThreadPool& pool, const float* dy, const float* x, Index pixels, Index c, const F& of, float* sum,
+                     float* sum_x) {
   const Index parts = parts_of(pixels, 2 * c);
   ChannelSums sums(c, parts);
   parallel(pool, parts, [&](Index i) {
     float *__restrict first = sums.first.data() + i * c, *__restrict second = sums.second.data() + i * c;
     for (Index p = pixels * i / parts; p < pixels * (i + 1) / parts; p++) {
-      const float *d = dy + p * c, *v = x + p * c;
-      for (Index k = 0; k < c; k++) first[k] += d[k], second[k] += d[k] * v[k];
+      const float *__restrict from = dy + p * c, *__restrict v = x + p * c;
+      for (Index k = 0; k < c; k++) {
+        const float d = of(from[k], v[k], k);
+        first[k] += d, second[k] += d * v[k];
+      }
     }
   });
   sums.finish(sum, sum_x);
