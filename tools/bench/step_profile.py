@@ -15,7 +15,6 @@ import platform
 import re
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 
 STEPS = 2
@@ -48,17 +47,17 @@ def part(line: str) -> str:
     return "backward" if "transpose(jvp(" in named[1] else "forward"
 
 
-def times(folder: str, names: set[str]) -> Counter[str]:
+def times(folder: str, names: set[str]) -> dict[str, float]:
     """Milliseconds of each of the operations in a trace's folder."""
     from jax.profiler import ProfileData
 
-    found: Counter[str] = Counter()
+    found: dict[str, float] = {}
     for path in Path(folder).rglob("*.xplane.pb"):
         for plane in ProfileData.from_file(str(path)).planes:
             for line in plane.lines:
                 for event in line.events:
                     if event.name in names:
-                        found[event.name] += event.duration_ns / 1e6
+                        found[event.name] = found.get(event.name, 0) + event.duration_ns / 1e6
     return found
 
 
@@ -84,19 +83,22 @@ def profile(backbone: str, mode: str, batch: int, size: int, longest: int) -> No
             for k in range(STEPS):
                 stepper.wait(stepper.step(k))
         found = times(folder, set(lines))
-    table: dict[str, Counter[str]] = {}
+    table: dict[str, dict[str, float]] = {}
     for name, taken in found.items():
-        table.setdefault(kind(lines[name]), Counter())[part(lines[name])] += taken / STEPS
-    total = sum(row.total() for row in table.values())
+        row = table.setdefault(kind(lines[name]), dict.fromkeys(("forward", "backward", "rest"), 0.0))
+        row[part(lines[name])] += taken / STEPS
+    total = sum(sum(row.values()) for row in table.values())
     print(f"{backbone}, {mode}, {size}x{size}, float32, batch {batch}: {whole:.0f} ms, {total:.0f} ms traced\n")
     parts = {"forward": "forward, ms", "backward": "backward, ms", "rest": "optimizer and rest, ms"}
     parts = parts if mode == "train" else {"rest": "ms"}
     print(f"| operations | {' | '.join(parts.values())} | share |")
     print("|---" * (len(parts) + 2) + "|")
-    for name, row in sorted(table.items(), key=lambda item: -item[1].total()):
-        print(f"| {name} | {' | '.join(f'{row[key]:.0f}' for key in parts)} | {100 * row.total() / total:.0f} % |")
+    for name, row in sorted(table.items(), key=lambda item: -sum(item[1].values())):
+        print(
+            f"| {name} | {' | '.join(f'{row[key]:.0f}' for key in parts)} | {100 * sum(row.values()) / total:.0f} % |"
+        )
     print()
-    for name, taken in found.most_common(longest):
+    for name, taken in sorted(found.items(), key=lambda item: -item[1])[:longest]:
         print(f"{taken / STEPS:8.1f} ms  {name} = {lines[name][:400]}")
     print(flush=True)
 
