@@ -54,7 +54,7 @@ def _relu_sums(gradient: jax.Array, x: jax.Array, factor: jax.Array, offset: jax
     return ops.channel_sums(jnp.where(apply_affine(x, factor, offset) > 0, gradient, 0), x)
 
 
-def _plain_normed_backward(activation: Activation, arrays: tuple[jax.Array, ...], gradient: jax.Array):
+def _plain_normed_backward(activation: Activation, arrays: Sequence[Any], gradient: jax.Array) -> Any:
     """The gradients of plain_normed(activation, *arrays) with respect to the arrays.
 
     Through a ReLU its sums come of a kernel, so that the gradient before it, a map of its own, is never written.
