@@ -117,6 +117,7 @@ def trainer(monkeypatch):
     return SimpleNamespace(most=most, devices=devices)
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_are_the_runs_in_turn(experiment, tmp_path, trainer, capsys, monkeypatch):
     assert main(["compare", str(experiment), *FLAGS, "--at-once", "2", "--tracking.wandb", "offline"]) == 0
     assert max(trainer.most) == 2

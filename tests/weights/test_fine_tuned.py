@@ -116,6 +116,7 @@ class Own(keras.Model):
         return {}  # enough to be saved
 
 
+@pytest.mark.slow
 def test_heads_of_other_layers_and_subclassed_models(tmp_path):
     layers, (base, expected) = keras.layers, keras_model("densenet")
     with jax.numpy_rank_promotion("allow"):

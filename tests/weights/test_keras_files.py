@@ -142,7 +142,7 @@ def test_files_whose_names_keras_1_made_up(tmp_path, family):
     assert_equal(weights.read(path, FAMILIES[family][0])[1], expected)
 
 
-@pytest.mark.parametrize("layout", ["h5", "weights.h5", "keras"])
+@pytest.mark.parametrize("layout", [pytest.param("h5", marks=pytest.mark.slow), "weights.h5", "keras"])
 def test_names_that_a_longer_session_made_up(tmp_path, layout):
     """Built second, Xception's shortcuts are `conv2d_4`, ... where the network's are `conv2d`, ..."""
     model, expected = keras_model("xception")
