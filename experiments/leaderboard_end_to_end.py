@@ -5,7 +5,7 @@
 
 FOLDER has one sub-folder of images per class. As experiments/leaderboard.py, but everything trains, and there is one
 split. Two epochs are what three quarters of an hour on 2 cores allow five variants of three seeds; with more, all would
-be better, and their order may be another. docs/leaderboard.md shows what it printed.
+be better, and their order may be another.
 """
 
 from bmjax.config import (
