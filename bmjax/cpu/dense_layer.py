@@ -24,8 +24,7 @@ from bmjax.layers.collectives import all_sum, batch_axis_bound, over_devices
 from bmjax.layers.dense_block import Statistics
 from bmjax.layers.dispatch import platform
 from bmjax.layers.norm import norm_affine, through_summed_statistics
-from bmjax.layers.ops import NO_PADDING, Pixels, apply_affine, norm_relu, over_channels
-from bmjax.layers.ops import channel_sums as sums
+from bmjax.layers.ops import NO_PADDING, Pixels, apply_affine, norm_relu, over_channels, through_relu
 
 
 class Norm(NamedTuple):
@@ -133,12 +132,6 @@ def norm_conv_into(
     return buffer, means, variances
 
 
-def _through_relu(x, gradient, factor, offset):
-    """The gradient before the ReLU, and its sums that the norm's parameters need: (dz, sum of dz, sum of dz * x)."""
-    dz = jnp.where(apply_affine(x, factor, offset) > 0, gradient, 0)
-    return dz, *sums(dz, x)
-
-
 class Result(NamedTuple):
     """A map [b, h, w, >= n] that dense layers wrote, its statistics, and the gradients of all three."""
 
@@ -171,7 +164,7 @@ def norm_conv_backward(
             dy = (dy + apply_affine(y, slope, shift)).astype(dy.dtype)
         dkernel = kernel_gradient(norm_relu(x, *affine), dy, kernel.shape, (1, 1), padding)
         dx = input_gradient(dy, kernel, x.shape, (1, 1), padding)
-        dz, total, total_x = _through_relu(x, dx, *affine)
+        dz, total, total_x = through_relu(x, dx, *affine)
         return dz, dkernel, *Norm(scale, bias, mean, var).gradients(epsilon, x.dtype, total, total_x)
 
     if count:
@@ -217,7 +210,7 @@ def norm_product_backward(
         dy = dy.astype(y.dtype)
         dkernel = kernel_gradient(norm_relu(x, factor, offset), dy, kernel.shape, (1, 1), NO_PADDING)
         dx = input_gradient(dy, kernel, x.shape, (1, 1), NO_PADDING)
-        dx, total, total_x = _through_relu(x, dx, factor, offset)
+        dx, total, total_x = through_relu(x, dx, factor, offset)
         into = write(into, (into[..., :c] + over_channels(factor, 4) * dx).astype(into.dtype), 0)
         dscale, dbias, *share = around.gradients(epsilon, x.dtype, total, total_x)
         dmean, dvar = (d.at[:c].add(s) for d, s in zip((dmean, dvar), share, strict=True))

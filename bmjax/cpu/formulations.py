@@ -197,7 +197,8 @@ def _kernel_planes(x, y_gradient, kernel_shape, strides, padding, groups):
 # The kernels of bmjax/cpu/kernels, on CPUs and in float32.
 
 
-def _window(strides: tuple[int, int], padding: Pixels) -> tuple[int, int, int, int]:
+def window_of(strides: tuple[int, int], padding: Pixels) -> tuple[int, int, int, int]:
+    """A convolution's strides and padding before, as the kernels take them."""
     return *strides, padding[0][0], padding[1][0]
 
 
@@ -208,7 +209,7 @@ def _depthwise(kernel_shape: tuple[int, ...], groups: int) -> bool:
 
 def forward_native(x, kernel, strides, padding, groups):
     reference = functools.partial(plain, strides=strides, padding=padding, groups=groups)
-    window = _window(strides, padding)
+    window = window_of(strides, padding)
     if _depthwise(kernel.shape, groups):
         return build.call("depthwise_conv", reference, x, kernel, window=window, back=False)
     return build.call("conv", reference, x, kernel, window=window, turned=False)
@@ -217,7 +218,7 @@ def forward_native(x, kernel, strides, padding, groups):
 def input_native(y_gradient, kernel, x_shape, strides, padding, groups):
     reference = functools.partial(_input_plain, x_shape=x_shape, strides=strides, padding=padding, groups=groups)
     if _depthwise(kernel.shape, groups):
-        window = _window(strides, padding)
+        window = window_of(strides, padding)
         like = jax.ShapeDtypeStruct(x_shape, y_gradient.dtype)
         return build.call("depthwise_conv", reference, y_gradient, kernel, like=like, window=window, back=True)
     if strides != (1, 1):  # 1x1: the gradient of the pixels that it sees
@@ -237,7 +238,7 @@ def kernel_native(x, y_gradient, kernel_shape, strides, padding, groups):
     )
     name = "depthwise_conv_kernel_gradient" if _depthwise(kernel_shape, groups) else "conv_kernel_gradient"
     like = jax.ShapeDtypeStruct(kernel_shape, x.dtype)
-    return build.call(name, reference, x, y_gradient, like=like, window=_window(strides, padding))
+    return build.call(name, reference, x, y_gradient, like=like, window=window_of(strides, padding))
 
 
 def _turnable(shape: Shape, padding: Pixels) -> bool:

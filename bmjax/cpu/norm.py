@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from bmjax.cpu import build
 from bmjax.cpu.convolution import by_kernel, input_gradient, kernel_gradient
+from bmjax.cpu.formulations import window_of
 from bmjax.cpu.order import after
 from bmjax.layers import ops
 from bmjax.layers.norm import (
@@ -22,7 +23,7 @@ from bmjax.layers.norm import (
     plain_normed,
     plain_normed_convolution,
 )
-from bmjax.layers.ops import apply_affine, at_least_float32, over_channels
+from bmjax.layers.ops import apply_affine, at_least_float32, over_channels, through_relu
 
 
 def by_hand(x: jax.Array) -> bool:
@@ -45,13 +46,8 @@ def conv_norm(fixed: Around, *arrays: jax.Array) -> jax.Array:
     if not build.usable(arrays[0].dtype):
         return NotImplemented
     name = "conv_norm_add" if len(arrays) == 5 else "conv_norm"
-    (top, _), (left, _) = fixed.padding
-    window = (*fixed.strides, top, left)
+    window = window_of(fixed.strides, fixed.padding)
     return build.call(name, functools.partial(plain_conv_norm, fixed), *arrays, window=window, relu=fixed.relu)
-
-
-def _relu_sums(gradient: jax.Array, x: jax.Array, factor: jax.Array, offset: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return ops.channel_sums(jnp.where(apply_affine(x, factor, offset) > 0, gradient, 0), x)
 
 
 def _plain_normed_backward(activation: Activation, arrays: Sequence[Any], gradient: jax.Array) -> Any:
@@ -63,7 +59,9 @@ def _plain_normed_backward(activation: Activation, arrays: Sequence[Any], gradie
         return jax.vjp(functools.partial(plain_normed, activation), *arrays)[1](gradient)
     x, factor, offset = arrays
     like = (jax.ShapeDtypeStruct(factor.shape, x.dtype),) * 2
-    total, total_x = build.call("relu_sums", _relu_sums, gradient, x, factor, offset, like=like)
+    total, total_x = build.call(
+        "relu_sums", lambda d, x, *affine: through_relu(x, d, *affine)[1:], gradient, x, factor, offset, like=like
+    )
     into_x = jnp.where(apply_affine(x, factor, offset) > 0, gradient * over_channels(factor, x.ndim), 0)
     return into_x, total_x, total
 
@@ -91,7 +89,7 @@ def _normed_backward(activation, arrays, gradient):
 _normed.defvjp(_normed_forward, _normed_backward)
 
 
-def _through_relu(fixed: Convolution, gate: Sequence[jax.Array]) -> bool:
+def _packs(fixed: Convolution, gate: Sequence[jax.Array]) -> bool:
     """Whether what comes before a convolution is what kernels do as they pack: norm and ReLU, and no gate."""
     return not gate and fixed.activation is jax.nn.relu
 
@@ -99,7 +97,7 @@ def _through_relu(fixed: Convolution, gate: Sequence[jax.Array]) -> bool:
 def packing(name: str, fixed: Convolution, reference: Callable[..., Any], *arrays: jax.Array, like: Any) -> Any:
     """What `reference` computes, by the kernel that takes the map through norm and ReLU as it packs it."""
     kind = "normed_depthwise_conv" if fixed.groups > 1 else "normed_conv"
-    window = (*fixed.strides, fixed.padding[0][0], fixed.padding[1][0])
+    window = window_of(fixed.strides, fixed.padding)
     return build.call(kind + name, reference, *arrays, like=like, window=window)
 
 
@@ -113,7 +111,7 @@ def normed_convolution(fixed: Convolution, *arrays: jax.Array) -> jax.Array:
 def _normed_convolution(fixed, *arrays):
     x, _, _, kernel, *gate = arrays
     how = (fixed.strides, fixed.padding, fixed.groups)
-    if _through_relu(fixed, gate):
+    if _packs(fixed, gate):
         y = jax.eval_shape(lambda x, kernel: ops.plain_convolution(x, kernel, *how), x, kernel)
         if by_kernel("forward", y, kernel.shape, *how):
             return packing("", fixed, functools.partial(plain_normed_convolution, fixed), *arrays, like=y)
@@ -134,7 +132,7 @@ def _normed_convolution_backward(fixed, arrays, gradient):
         return kernel_gradient(before, gradient, kernel.shape, *how)
 
     given = (x, *affine, gradient)
-    if _through_relu(fixed, gate) and by_kernel("kernel_gradient", gradient, kernel.shape, *how):
+    if _packs(fixed, gate) and by_kernel("kernel_gradient", gradient, kernel.shape, *how):
         into_kernel = packing("_kernel_gradient", fixed, of_kernel, *given, like=kernel)
     else:
         into_kernel = of_kernel(*given)

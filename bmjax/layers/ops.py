@@ -159,6 +159,15 @@ def apply_affine(x: jax.Array, factor: jax.Array, offset: jax.Array) -> jax.Arra
     return x.astype(factor.dtype) * over_channels(factor, x.ndim) + over_channels(offset, x.ndim)
 
 
+def through_relu(
+    x: jax.Array, gradient: jax.Array, factor: jax.Array, offset: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The gradient dz before the ReLU of `norm_relu`, and its sums that the norm's parameters need: (dz, sum of dz, sum
+    of dz * x)."""
+    dz = jnp.where(apply_affine(x, factor, offset) > 0, gradient, 0)
+    return dz, *channel_sums(dz, x)
+
+
 def relu6(x: jax.Array) -> jax.Array:
     """x, but at least 0 and at most 6."""
     return jnp.clip(x, 0, 6)
