@@ -96,6 +96,28 @@ def test_a_killed_comparison_goes_on_where_it_was(experiment, tmp_path, monkeypa
     assert saved["costs"]["se"]["flops"] > saved["costs"]["none"]["flops"] > 0
 
 
+def test_the_pace_is_of_runs_trained_now(quick_config, tmp_path, monkeypatch):
+    """Runs that had finished before take no time; counted, they make the rest look short."""
+    runs = [dataclasses.replace(quick_config, seed=seed, run_dir=str(tmp_path / str(seed))) for seed in range(4)]
+    for done in (0, 1):
+        (tmp_path / str(done)).mkdir()
+        (tmp_path / str(done) / "results.json").touch()
+    crew, clock, said = comparing._Runs({"none": runs}), [0.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    def train(run, **options):
+        said.append(crew._state())
+        clock[0] += 600.0 * (run.seed > 1)
+        return SimpleNamespace(metrics={"val": {"accuracy": 0.5}})
+
+    monkeypatch.setattr(comparing, "train_run", train)
+    crew.train(1)
+    assert [line.partition("under way: ")[2] for line in said[2:]] == [
+        "none, seed 2",
+        "none, seed 3; about 10 min to go at this pace",
+    ]
+
+
 @pytest.fixture
 def trainer(monkeypatch):
     """Counts how many runs train at once, and on which device."""

@@ -1,10 +1,12 @@
 """Where the time of bmjax's train step, or of its inference, goes on a CPU, by kind of operation.
 
     python tools/bench/step_profile.py [--backbone resnet50 xception] [--mode train] [--batch 16] [--cpus 1]
+    python tools/bench/step_profile.py --heads cbam scse
 
 On one CPU unless told otherwise: operations then follow one another, so their times add up to the step's. Each
 operation of XLA's program is counted by what it is: one of bmjax's kernels, a matrix product, a sum, a copy, or what
-XLA computes element by element. `--longest 12` also prints the operations that take longest. Prints Markdown tables.
+XLA computes element by element. `--heads` profiles heads on cached feature maps instead, as tools/bench/bench_heads.py
+trains them: an epoch in one program, per step. `--longest 12` also prints the operations that take longest. Prints Markdown tables.
 """
 
 from __future__ import annotations
@@ -13,11 +15,16 @@ import argparse
 import os
 import platform
 import re
+import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 STEPS = 2
+PARTS = {"forward": "forward, ms", "backward": "backward, ms", "rest": "optimizer and rest, ms"}
 # Of a program's text: the name of an operation, and its line.
 OPERATION = re.compile(r"^\s*(?:ROOT )?%(\S+) = (.*)$", re.MULTILINE)
 
@@ -64,15 +71,66 @@ def times(folder: str, names: set[str]) -> dict[str, float]:
 def profile(backbone: str, mode: str, batch: int, size: int, longest: int) -> None:
     """Prints the table of one network."""
     import contenders
-    import jax
 
     make = contenders.bmjax_stepper if mode == "train" else contenders.bmjax_predictor
     stepper = make(contenders.Job("bmjax", backbone, dtype="float32", size=size, batch=batch))
+    parts = PARTS if mode == "train" else {"rest": "ms"}
+    show(stepper, STEPS, f"{backbone}, {mode}, {size}x{size}, float32, batch {batch}", parts, longest)
+
+
+def profile_head(variant: str, longest: int) -> None:
+    """Prints the table of one head, per step."""
+    import bench_heads
+    import contenders
+
+    setting = argparse.Namespace(variant=variant, images=1955, channels=1664, epochs=1)
+    _, prepared = bench_heads.bmjax_setting(setting)
+    import jax
+    import jax.numpy as jnp
+
+    from bmjax.data.batches import batch_places
+    from bmjax.runs.state import create_state
+
+    programs, train = prepared.programs, prepared.splits.train
+    plan, maps = programs.plans[0], prepared.features.on_device(train, programs.pooled)
+    labels = jnp.asarray(prepared.dataset.labels[train])
+    places = batch_places(np.zeros(len(train), np.int32), bench_heads.BATCH, 0, 0, programs.per_epoch)
+    state = create_state(programs.init(0), plan.optimizer.tx, plan.is_trainable, seed=0, ema=False)
+    programs.epoch(0)(state, maps, labels, places)  # here it is decided whether the epoch is one program
+    epoch = jax.jit(programs.epoch(0)).lower(state, maps, labels, places).compile()
+    stepper = contenders.Stepper(
+        lambda k: epoch(state, maps, labels, places), jax.block_until_ready, lambda: None, epoch.as_text
+    )
+    batch = np.asarray(maps[: bench_heads.BATCH])
+    copy, seconds = np.empty_like(batch), []
+    for _ in range(20):
+        began = time.perf_counter()
+        np.copyto(copy, batch)
+        seconds.append(time.perf_counter() - began)
+    shape = "x".join(map(str, batch.shape))
+    title = f"{variant}, on {shape} {'pooled ' if programs.pooled else ''}maps (a copy of them: "
+    title += f"{1e3 * statistics.median(seconds):.2f} ms), {weights_of(state.params)} million weights"
+    show(stepper, programs.per_epoch, title, PARTS, longest)
+
+
+def weights_of(params: Any) -> str:
+    """Millions of numbers in a tree."""
+    import jax
+
+    return f"{sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6:.1f}"
+
+
+def show(stepper: Any, steps: int, title: str, parts: dict[str, str], longest: int) -> None:
+    """Prints where the time of `stepper` goes, in ms of one of the `steps` that are traced. A head's program holds all of
+    them; a network's is called so often."""
+    import jax
+
+    calls = STEPS if steps == STEPS else 1
     for k in range(2):
         stepper.wait(stepper.step(k))
     began = time.perf_counter()
     stepper.wait(stepper.step(0))
-    whole = 1e3 * (time.perf_counter() - began)
+    whole = 1e3 * (time.perf_counter() - began) * calls / steps
     text = (stepper.program and stepper.program()) or ""
     # What only holds others is left out, for those are counted themselves.
     lines = {
@@ -80,32 +138,31 @@ def profile(backbone: str, mode: str, batch: int, size: int, longest: int) -> No
     }
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            for k in range(STEPS):
+            for k in range(calls):
                 stepper.wait(stepper.step(k))
         found = times(folder, set(lines))
     table: dict[str, dict[str, float]] = {}
     for name, taken in found.items():
-        row = table.setdefault(kind(lines[name]), dict.fromkeys(("forward", "backward", "rest"), 0.0))
-        row[part(lines[name])] += taken / STEPS
+        row = table.setdefault(kind(lines[name]), dict.fromkeys(PARTS, 0.0))
+        row[part(lines[name])] += taken / steps
     total = sum(sum(row.values()) for row in table.values())
-    print(f"{backbone}, {mode}, {size}x{size}, float32, batch {batch}: {whole:.0f} ms, {total:.0f} ms traced\n")
-    parts = {"forward": "forward, ms", "backward": "backward, ms", "rest": "optimizer and rest, ms"}
-    parts = parts if mode == "train" else {"rest": "ms"}
+    digits = 0 if total > 100 else 2
+    print(f"{title}: {whole:.{digits}f} ms, {total:.{digits}f} ms traced\n")
     print(f"| operations | {' | '.join(parts.values())} | share |")
     print("|---" * (len(parts) + 2) + "|")
     for name, row in sorted(table.items(), key=lambda item: -sum(item[1].values())):
-        print(
-            f"| {name} | {' | '.join(f'{row[key]:.0f}' for key in parts)} | {100 * sum(row.values()) / total:.0f} % |"
-        )
+        cells = " | ".join(f"{row[key]:.{digits}f}" for key in parts)
+        print(f"| {name} | {cells} | {100 * sum(row.values()) / total:.0f} % |")
     print()
     for name, taken in sorted(found.items(), key=lambda item: -item[1])[:longest]:
-        print(f"{taken / STEPS:8.1f} ms  {name} = {lines[name][:400]}")
+        print(f"{taken / steps:8.{digits + 1}f} ms  {name} = {lines[name][:400]}")
     print(flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", nargs="+", default=["resnet50", "xception"])
+    parser.add_argument("--heads", nargs="+", default=[], metavar="VARIANT", help="profile these instead")
     parser.add_argument("--mode", choices=("train", "inference"), default="train")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--size", type=int, default=224)
@@ -115,7 +172,9 @@ def main() -> None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.cpus])
     print(f"{platform.machine()}, {args.cpus} CPUs, Python {platform.python_version()}\n")
-    for backbone in args.backbone:
+    for variant in args.heads:
+        profile_head(variant, args.longest)
+    for backbone in () if args.heads else args.backbone:
         profile(backbone, args.mode, args.batch, args.size, args.longest)
 
 

@@ -135,6 +135,7 @@ class _Runs:
         runs = [(variant, run) for variant, runs in configs.items() for run in runs]
         self._waiting = sorted(runs, key=lambda pair: pair[1].data.fold)  # a fold's maps fill the memory
         self._count, self._done, self._word = len(self._waiting), 0, word
+        self._trained = 0  # of those done, the ones that had not finished in an earlier call
         self._now: dict[str, str] = {}
         self._lock, self._crew, self._shared = threading.Lock(), Crew(), shared or Shared()
 
@@ -149,8 +150,8 @@ class _Runs:
     def _state(self) -> str:
         """How far it is, for a line now and then."""
         with self._lock:
-            done, now = self._done, ", ".join(self._now.values())
-        left = (time.monotonic() - self._began) / done * (self._count - done) / 60 if done else None
+            done, trained, now = self._done, self._trained, ", ".join(self._now.values())
+        left = (time.monotonic() - self._began) / trained * (self._count - done) / 60 if trained else None
         forecast = "" if left is None else f"; about {left:.0f} min to go at this pace"
         return f"{done} of {self._count} {self._word}s done, under way: {now}{forecast}" if now else ""
 
@@ -163,7 +164,7 @@ class _Runs:
             what = f"{variant}, seed {run.seed}" + (f", fold {run.data.fold}" if run.data.folds else "")
             what += f", rate {run.optim.lr:g}" if self._word == "trial" else ""
             self._now[run.run_dir] = what
-        start = time.perf_counter()
+        start, trained = time.perf_counter(), not (run_folder(run) / "results.json").is_file()
         prepared = self._shared.prepared(run) if run.features.cached else None
         result = train_run(run, resume=True, prepared=prepared, signals=self._crew.signals)
         self._crew.signals.check()
@@ -171,6 +172,7 @@ class _Runs:
         value, took = result.metrics["val"][figure], time.perf_counter() - start
         with self._lock:
             self._done += 1
+            self._trained += trained
             del self._now[run.run_dir]
             log.info("%d of %d: %s: %s %.3f on validation, %.1f s", self._done, self._count, what, figure, value, took)
         return True
