@@ -6,7 +6,8 @@
 On one CPU unless told otherwise: operations then follow one another, so their times add up to the step's. Each
 operation of XLA's program is counted by what it is: one of bmjax's kernels, a matrix product, a sum, a copy, or what
 XLA computes element by element. `--heads` profiles heads on cached feature maps instead, as tools/bench/bench_heads.py
-trains them: an epoch in one program, per step. `--longest 12` also prints the operations that take longest. Prints Markdown tables.
+trains them: an epoch in one program, per step. `--longest 12` also prints the operations that take longest. Prints
+Markdown tables.
 """
 
 from __future__ import annotations
@@ -121,8 +122,8 @@ def weights_of(params: Any) -> str:
 
 
 def show(stepper: Any, steps: int, title: str, parts: dict[str, str], longest: int) -> None:
-    """Prints where the time of `stepper` goes, in ms of one of the `steps` that are traced. A head's program holds all of
-    them; a network's is called so often."""
+    """Prints where the time of `stepper` goes, in ms of one of the `steps` that are traced. A head's program holds all
+    of them; a network's is called so often."""
     import jax
 
     calls = STEPS if steps == STEPS else 1
