@@ -86,12 +86,11 @@ class Answers:
                     named[row] = UNSURE
         return [named, sets, familiar]
 
-    def warn_of_foreign(self, images: np.ndarray, seen: Seen) -> None:
-        """Says in what images uint8 [n, h, w, 3] are unlike those of training."""
+    def warn_of_foreign(self, seen: Seen) -> None:
+        """Says in what images are unlike those of training."""
         if self._reference is None:
             return
         from bmjax.analysis.evaluate.foreign import REMEDY, foreign_words
-        from bmjax.analysis.evaluate.looks import looks
 
-        if words := foreign_words(self._reference, looks(images), seen):
+        if words := foreign_words(self._reference, seen):
             log.warning("these images look unlike those of training:\n  %s\n%s", "\n  ".join(words), REMEDY)

@@ -205,7 +205,7 @@ def predictions_of(
             for i in rows:
                 names[i] = judge.classes[int(probs[i].argmax())]
             if start == 0:
-                answers.warn_of_foreign(images[0], seen)
+                answers.warn_of_foreign(seen)
             if pictures is not None:
                 pictures.draw(images[0], [(start + i, block[i].path) for i in rows])
         yield Block([path for path, _ in block], names, probs, errors, answers.of(probs, seen, rows))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from bmjax.config.data import AugmentConfig
@@ -16,7 +17,7 @@ from bmjax.data.augment.augment import augment, mix
 from bmjax.layers.collectives import all_shards, all_sum, shard_devices, shard_numbers
 from bmjax.layers.dispatch import inside_loop
 from bmjax.layers.ops import at_least_float32
-from bmjax.model.classifier import Classifier
+from bmjax.model.classifier import Classifier, stage_name, stages_of
 from bmjax.model.parameters import Path, Tree, merge_params, split_params
 from bmjax.runs.state import TrainState
 from bmjax.training.losses import Loss, cross_entropy
@@ -25,6 +26,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
+STAGES, SKETCH = 3, 128
+"""Stages whose maps are sketched, and numbers of a sketch."""
 
 
 # A name of the configuration -> jax's; "default" leaves jax's setting as it stands.
@@ -172,11 +175,22 @@ def _norm(tree: Tree) -> jax.Array:
     return optax.tree.norm(whole)
 
 
+def sketch(x: jax.Array, seed: int) -> jax.Array:
+    """A map [b, h, w, c] -> [b, 128]: each channel's mean and deviation over places, by a random projection of a seed,
+    which keeps distances within about a tenth (Johnson and Lindenstrauss 1984)."""
+    x = x.astype(at_least_float32(x.dtype))
+    moments = jnp.concatenate([x.mean((1, 2)), x.std((1, 2))], axis=-1)
+    # A RandomState's numbers are the same in every version of NumPy; a run's reference outlives one.
+    matrix = np.random.RandomState(seed).standard_normal((moments.shape[-1], SKETCH)) / np.sqrt(SKETCH)
+    return moments @ matrix.astype(moments.dtype)
+
+
 def make_eval_step(
     model: Classifier, *, image_dtype: Any = jnp.float32, features: bool = False
 ) -> Callable[[Tree, Batch], Metrics]:
-    """eval_step(variables, batch) -> {"logits" [b, k]}, and with `features` those before the head, "features" [b, c];
-    `batch` holds image uint8 [b, h, w, 3]."""
+    """eval_step(variables, batch) -> {"logits" [b, k]}, and with `features` those before the head, "features" [b, c],
+    and "maps" [b, s, 128], see `sketch`, of the last three stages; `batch` holds image uint8 [b, h, w, 3]."""
+    stages = [stage_name(stage) for stage in stages_of(model.backbone)[-STAGES:]]
 
     def head(module: Classifier, x: jax.Array) -> jax.Array:
         return module.head(x, train=False)
@@ -186,8 +200,11 @@ def make_eval_step(
         if not features:
             logits: Any = model.apply(variables, images, train=False)
             return {"logits": logits}
-        pooled: Any = model.apply(variables, images, train=False, output="features")
-        logits = model.apply(variables, pooled, method=head)
-        return {"logits": logits.astype(at_least_float32(logits.dtype)), "features": pooled.astype(logits.dtype)}
+        ways: Any = {"output": "features", "mutable": ["intermediates"]}
+        pooled, kept = cast("Any", model.apply(variables, images, train=False, **ways))
+        logits: Any = model.apply(variables, pooled, method=head)
+        maps = [sketch(kept["intermediates"][name][0], seed) for seed, name in enumerate(stages)]
+        outputs = {"logits": logits, "features": pooled, "maps": jnp.stack(maps, axis=1)}
+        return {name: x.astype(at_least_float32(logits.dtype)) for name, x in outputs.items()}
 
     return eval_step

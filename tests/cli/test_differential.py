@@ -88,8 +88,7 @@ def test_a_threshold_for_an_error_rate_and_a_calibration(run, cells, tmp_path, m
 
 def test_foreign_looking_cells_are_told(run, cells, tmp_path, monkeypatch, capsys):
     plain = looks(np.full((20, SIZE, SIZE, 3), 200, np.uint8))
-    none = np.zeros((0, 0), np.float32), np.zeros(0, np.int64)
-    write_reference(run.run_dir, Reference(plain, *none, none[0], none[1], 0))
+    write_reference(run.run_dir, Reference.of_looks(plain))
     assert count(monkeypatch, run, cells, tmp_path / "d.csv") == 0
     assert "these images look unlike those of training" in capsys.readouterr().err
     (run.run_dir / "reference.npz").unlink()

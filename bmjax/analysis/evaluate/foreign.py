@@ -14,24 +14,24 @@ _STRANGE, _MARGIN = 0.05, 0.1
 """Cells stranger than all but so many of validation's, and by how much their share may be larger here."""
 
 
-def foreign_words(reference: Reference, looks: np.ndarray, seen: Seen | None = None) -> list[str]:
-    """Sentences on each look [n, 6] that is foreign, and on features, where those are known; none for images as those
-    of training."""
-    n = len(looks)
+def foreign_words(reference: Reference, seen: Seen) -> list[str]:
+    """Sentences on each look that is foreign, and on strangeness, where the run keeps features; none for images as
+    those of training."""
+    n = len(seen.images)
     if n < FEWEST:
         return []
     words = [
         f"{s.look} is {s.here:.2f} (median of {n} images) and was {s.training:.2f} in training: {abs(s.shift):.1f} "
         f"deviations {'higher' if s.shift > 0 else 'lower'}"
-        for s in compare_looks(looks, reference.looks)
+        for s in compare_looks(seen.looks, reference.looks)
         if s.is_foreign
     ]
-    if seen is not None and reference.has_features:
+    if reference.has_features:
         share = float((reference.familiarity(reference.strangeness(seen)) <= _STRANGE).mean())
         if share > _STRANGE + _MARGIN + 3 * np.sqrt(_STRANGE * (1 - _STRANGE) / n):
             words.append(
-                f"{100 * share:.0f} % of {n} images have features stranger than those of {100 * (1 - _STRANGE):.0f} % "
-                f"of the validation cells, where {100 * _STRANGE:.0f} % are expected"
+                f"{100 * share:.0f} % of {n} images are stranger to the network than {100 * (1 - _STRANGE):.0f} % of "
+                f"the validation cells, where {100 * _STRANGE:.0f} % are expected"
             )
     return words
 

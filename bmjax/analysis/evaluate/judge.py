@@ -223,7 +223,7 @@ class Judge:
         if unfamiliar:
             reference = self.featured_reference()
             at = {row: i for i, row in enumerate(reference.rows.tolist())}
-            familiar = reference.familiarity(reference.known)
+            familiar = reference.familiarity(reference.known_scores)
             keep = np.array([row in at and familiar[at[row]] > unfamiliar for row in val.index.tolist()])
         return fit_refusal(val.labels[keep], val.probs[keep], rate)
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from bmjax.analysis.evaluate.looks import looks
 from bmjax.data.dataset import Dataset
 from bmjax.model.parameters import Tree
 from bmjax.runs.folder import Run
@@ -30,11 +31,20 @@ def laid(images: np.ndarray, view: int) -> np.ndarray:
 @dataclasses.dataclass(frozen=True)
 class Seen:
     """Of n images: probs float32 [n, k], means over the views; energy float [n], -log of the sum of exp of logits, low
-    where the network is sure; features [n, c] before the head. The last two are of the image as it is."""
+    where the network is sure; features [n, c] before the head; maps [n, s, 128], sketches of stages' maps (see
+    bmjax.training.steps); looks [n, 6]. All but the first are of the image as it is."""
 
     probs: np.ndarray
     energy: np.ndarray
     features: np.ndarray
+    maps: np.ndarray
+    images: np.ndarray
+    """uint8 [n, s, s, 3], as the run reads them."""
+
+    @functools.cached_property
+    def looks(self) -> np.ndarray:
+        """See bmjax.analysis.evaluate.looks."""
+        return looks(self.images)
 
 
 class Reader:
@@ -62,7 +72,8 @@ class Reader:
         assert total is not None
         assert plain is not None
         energy = -np.logaddexp.reduce(np.asarray(plain["logits"], np.float64), axis=-1)
-        return Seen((total / self.views).astype(np.float32), energy, np.asarray(plain["features"], np.float32))
+        features, maps = (np.asarray(plain[name], np.float32) for name in ("features", "maps"))
+        return Seen((total / self.views).astype(np.float32), energy, features, maps, dataset.images[rows])
 
     def adapt(self, images: np.ndarray) -> None:
         """Sees from now on with norms adapted to images uint8 [n, s, s, 3]: see `adapted`."""

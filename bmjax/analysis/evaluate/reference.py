@@ -20,21 +20,29 @@ FILE = "reference.npz"
 _MOST = 2000
 """Cells of each split that are kept."""
 _NEIGHBOURS = 10
-SCORES = ("probability", "energy", "mahalanobis", "neighbours")
+SCORES = ("probability", "energy", "mahalanobis", "neighbours", "looks", "maps", "together")
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """`looks` float32 [m, 6] and `features` float32 [m, c] of training cells with their labels [m]; `known` float32
-    [v, 4]: the scores of validation cells, which training did not see, and their rows `rows` [v]; `step` of the
-    checkpoint. Without a network's pass there are looks alone: c, v and step are 0."""
+    """`looks` float32 [m, 6], `features` float32 [m, c] and `maps` float32 [m, s, 128] of training cells (see
+    bmjax.analysis.evaluate.reader.Seen) with their labels [m]; `known` float32 [v, 5 + s]: the `parts` of validation
+    cells, which training did not see, and their rows `rows` [v]; `step` of the checkpoint. Without a network's pass
+    there are looks alone: c, s, v and step are 0."""
 
     looks: np.ndarray
     features: np.ndarray
+    maps: np.ndarray
     labels: np.ndarray
     known: np.ndarray
     rows: np.ndarray
     step: int
+
+    @classmethod
+    def of_looks(cls, looks: np.ndarray) -> Reference:
+        """Of looks [m, 6] alone."""
+        none, no_row = np.zeros((0, 0), np.float32), np.zeros(0, np.int64)
+        return cls(looks, none, none[..., None], no_row, none, no_row, 0)
 
     @property
     def has_features(self) -> bool:
@@ -57,26 +65,51 @@ class Reference:
         matrix = vectors / np.sqrt(np.maximum(values, 1e-12 * max(float(values[-1]), 1e-300)))
         return matrix, means @ matrix
 
-    def strangeness(self, seen: Seen) -> np.ndarray:
-        """Scores float [n, 4] in the order of `SCORES`, the stranger the higher: 1 - the largest probability; energy
+    def parts(self, seen: Seen) -> np.ndarray:
+        """What the scores are made of, float32 [n, 5 + s], the stranger the higher: 1 - the largest probability; energy
         (Liu et al. 2020, https://arxiv.org/abs/2010.03759); Mahalanobis's distance from the nearest class (Lee et al.
-        2018, https://arxiv.org/abs/1807.03888); distance from the 10th nearest training cell, features of length one
-        (Sun et al. 2022, https://arxiv.org/abs/2204.06507)."""
+        2018, https://arxiv.org/abs/1807.03888); distance from the 10th nearest training cell by features of length one
+        (Sun et al. 2022, https://arxiv.org/abs/2204.06507), and the logarithm of that by looks and by each stage."""
         matrix, means = self._whitened
         at = seen.features.astype(np.float64) @ matrix
         squares = (at**2).sum(1)[:, None] - 2 * at @ means.T + (means**2).sum(1)
-        alike = np.sort(_to_length_one(seen.features) @ self._unit.T, axis=1)
-        nearest = alike[:, -min(_NEIGHBOURS, alike.shape[1])]
-        near = np.sqrt(np.maximum(2 - 2 * nearest, 0))
-        return np.stack([1 - seen.probs.max(1), seen.energy, squares.min(1), near], axis=1)
+        near = [_tenth(self._unit, _to_length_one(seen.features))]
+        deviation = np.maximum(self.looks.std(0), 1e-3)
+        pairs = [(self.looks / deviation, seen.looks / deviation)]
+        pairs += [(self.maps[:, i], seen.maps[:, i]) for i in range(self.maps.shape[1])]
+        near += [np.log(np.maximum(_tenth(own, there), 1e-6)) for own, there in pairs]
+        return np.stack([1 - seen.probs.max(1), seen.energy, squares.min(1), *near], axis=1).astype(np.float32)
 
-    def familiarity(self, scores: np.ndarray, score: str = "neighbours") -> np.ndarray:
-        """Of scores [n, 4]: the share of validation cells at least as strange, [n], by one score: a conformal p-value,
+    def scores(self, parts: np.ndarray) -> np.ndarray:
+        """Scores float32 [n, 7] in the order of `SCORES`, of parts [n, 5 + s]: the first five as they are; the mean of
+        the stages'; and "together", the mean of energy, looks and stages, each in validation's deviations."""
+        middle, deviation = self.known.mean(0, np.float64), np.maximum(self.known.std(0, np.float64), 1e-3)
+        apart = ((parts - middle) / deviation).astype(np.float32)
+        used = [SCORES.index("energy"), *range(SCORES.index("looks"), parts.shape[1])]
+        return np.column_stack([parts[:, :5], parts[:, 5:].mean(1), apart[:, used].mean(1)])
+
+    def strangeness(self, seen: Seen) -> np.ndarray:
+        """Scores float32 [n, 7] of images, the stranger the higher: see `parts` and `scores`."""
+        return self.scores(self.parts(seen))
+
+    @functools.cached_property
+    def known_scores(self) -> np.ndarray:
+        """Those of the validation cells, float32 [v, 7]."""
+        return self.scores(self.known)
+
+    def familiarity(self, scores: np.ndarray, score: str = "together") -> np.ndarray:
+        """Of scores [n, 7]: the share of validation cells at least as strange, [n], by one score: a conformal p-value,
         at most p with probability p for cells as in training."""
-        known = np.sort(self.known[:, SCORES.index(score)])
-        # float32, as the known ones are kept, so that a cell is as strange as itself.
-        stranger = len(known) - np.searchsorted(known, scores[:, SCORES.index(score)].astype(np.float32), side="left")
+        known = np.sort(self.known_scores[:, SCORES.index(score)])
+        stranger = len(known) - np.searchsorted(known, scores[:, SCORES.index(score)], side="left")
         return (1 + stranger) / (1 + len(known))
+
+
+def _tenth(own: np.ndarray, there: np.ndarray) -> np.ndarray:
+    """The distance [n] of rows [n, d] from the 10th nearest, or the farthest, of own rows [m, d]."""
+    squares = (there**2).sum(1)[:, None] - 2 * there @ own.T + (own**2).sum(1)
+    place = min(_NEIGHBOURS, len(own)) - 1
+    return np.sqrt(np.maximum(np.partition(squares, place, axis=1)[:, place], 0))
 
 
 def _to_length_one(x: np.ndarray) -> np.ndarray:
@@ -94,14 +127,14 @@ def make_reference(dataset: Dataset, splits: Splits, reader: Reader | None = Non
     """The reference of a run's data; with a reader of the run, its features too, where there is a validation split."""
     rows = _some(splits.train)
     own = looks(dataset.images[rows])
+    plain = Reference.of_looks(own)
     if reader is None or not len(splits.val):
-        none = np.zeros((0, 0), np.float32)
-        return Reference(own, none, np.zeros(0, np.int64), none, np.zeros(0, np.int64), 0)
-    labels = dataset.labels[rows].astype(np.int64)
-    plain = Reference(own, reader(dataset, rows).features, labels, np.zeros((0, 0)), np.zeros(0, np.int64), 0)
+        return plain
+    labels, seen = dataset.labels[rows].astype(np.int64), reader(dataset, rows)
+    plain = dataclasses.replace(plain, features=seen.features, maps=seen.maps, labels=labels)
     known = _some(splits.val)
-    scores = plain.strangeness(reader(dataset, known)).astype(np.float32)
-    return dataclasses.replace(plain, known=scores, rows=known.astype(np.int64), step=reader.run.step)
+    parts = plain.parts(reader(dataset, known))
+    return dataclasses.replace(plain, known=parts, rows=known.astype(np.int64), step=reader.run.step)
 
 
 def write_reference(run_dir: Path, reference: Reference) -> None:
@@ -134,12 +167,15 @@ def read_reference(run_dir: str | Path) -> Reference | None:
         raise ValueError(f"{e}; {remedy}") from e
     m, v = len(arrays["looks"]), len(arrays["rows"])
     c = arrays["features"].shape[-1] if arrays["features"].ndim == 2 else -1
-    shapes = {"looks": (m, len(LOOKS)), "features": (m if v else 0, c), "labels": (m if v else 0,), "rows": (v,)}
-    shapes |= {"known": (v, 4) if v else (0, 0), "step": (), "names": (len(LOOKS),)}
+    s, p = arrays["maps"].shape[1:] if arrays["maps"].ndim == 3 else (-1, -1)
+    own = m if v else 0
+    shapes = {"looks": (m, len(LOOKS)), "features": (own, c), "maps": (own, s, p), "labels": (own,), "rows": (v,)}
+    shapes |= {"known": (v, 5 + s) if v else (0, 0), "step": (), "names": (len(LOOKS),)}
     odd = [name for name, shape in shapes.items() if arrays[name].shape != shape]
-    numbers = {"looks": "f", "features": "f", "known": "f", "labels": "i", "rows": "i", "step": "i", "names": "U"}
+    kinds = {"f": ("looks", "features", "maps", "known"), "i": ("labels", "rows", "step"), "U": ("names",)}
+    numbers = {name: kind for kind, names in kinds.items() for name in names}
     odd += [name for name, kind in numbers.items() if arrays[name].dtype.kind != kind]
-    odd += [name for name in ("looks", "features", "known") if name not in odd and not np.isfinite(arrays[name]).all()]
+    odd += [name for name in kinds["f"] if name not in odd and not np.isfinite(arrays[name]).all()]
     if odd or not m or tuple(arrays["names"].tolist()) != LOOKS:
         raise ValueError(f"{path} is damaged: array {(odd or ['names'])[0]!r} is not as expected; {remedy}")
     arrays.pop("names")

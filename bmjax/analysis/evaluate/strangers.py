@@ -14,7 +14,7 @@ from bmjax.runs.records import Predictions
 
 
 def familiarity_of(judge: Judge, seen: Seen) -> np.ndarray:
-    """The share of validation cells at least as strange as each image, [n], by its nearest neighbours' distance."""
+    """The share of validation cells at least as strange as each image, [n]."""
     reference = judge.featured_reference()
     return reference.familiarity(reference.strangeness(seen))
 

@@ -36,6 +36,7 @@ def test_views_are_averaged_and_one_view_is_the_run_itself(run):
     np.testing.assert_allclose(plain.probs, bmjax.predict_probs(run, images), atol=1e-6)
     features = jax.jit(lambda v, x: run.model.apply(v, x, method="features"))(run.variables, images.astype(np.float32))
     np.testing.assert_allclose(plain.features, features, atol=1e-4)
+    np.testing.assert_array_equal(plain.images, images)
     eight = Reader(run, views=8)
     found = eight.images(images)
     each = [one.images(laid(images, view)).probs for view in range(8)]
@@ -46,6 +47,22 @@ def test_views_are_averaged_and_one_view_is_the_run_itself(run):
     assert np.abs(found.probs - plain.probs).max() > 1e-4
     with pytest.raises(ValueError, match="views is 3; expected one of 1, 2, 4, 8"):
         Reader(run, views=3)
+
+
+def test_stages_are_sketched_by_means_and_deviations_over_places(run):
+    images = cells(12)
+    found = Reader(run).images(images).maps
+    names = [f"stage_{stage}" for stage in run.model.backbone.stages[-3:]]
+    _, kept = jax.jit(lambda v, x: run.model.apply(v, x, mutable=["intermediates"]))(run.variables, images)
+    assert found.shape == (12, len(names), 128)
+    for seed, name in enumerate(names):
+        maps = np.asarray(kept["intermediates"][name][0], np.float64)
+        moments = np.concatenate([maps.mean((1, 2)), maps.std((1, 2))], axis=1)
+        matrix = np.random.RandomState(seed).standard_normal((moments.shape[1], 128)) / np.sqrt(128)
+        np.testing.assert_allclose(found[:, seed], moments @ matrix, atol=1e-3 * np.abs(moments).max())
+        # Distances of sketches are those of the moments, but for what chance takes from 128 numbers.
+        near = (np.linalg.norm(x[1:] - x[:1], axis=1) for x in (found[:, seed].astype(np.float64), moments))
+        np.testing.assert_allclose(*near, rtol=0.3)
 
 
 def test_norms_are_adapted_to_the_moments_of_the_images(run):

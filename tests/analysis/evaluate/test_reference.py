@@ -1,5 +1,7 @@
 """Strange images are told from known ones by features, and foreign ones by their looks."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
@@ -20,17 +22,19 @@ def seen(rng, n, middle=0.0, k=3, c=8):
     features = rng.normal(size=(n, c)) + 4 * np.eye(k, c)[labels] + middle * np.eye(1, c, c - 1)
     logits = features[:, :k]
     probs = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    return labels, Seen(probs.astype(np.float32), -np.log(np.exp(logits).sum(1)), features.astype(np.float32))
+    maps = (rng.normal(size=(n, 2, 5)) + middle).astype(np.float32)
+    images = np.full((n, 16, 16, 3), 100) + rng.integers(-20, 20, (n, 1, 1, 1)) * rng.random((n, 16, 16, 3))
+    energy = -np.log(np.exp(logits).sum(1))
+    return labels, Seen(probs.astype(np.float32), energy, features.astype(np.float32), maps, images.astype(np.uint8))
 
 
 @pytest.fixture
 def reference():
     rng = np.random.default_rng(0)
     labels, train = seen(rng, 400)
-    plain = Reference(np.zeros((400, 6), np.float32), train.features, labels, np.zeros((0, 4)), np.zeros(0, int), 3)
-    _, val = seen(rng, 300)
-    known = plain.strangeness(val).astype(np.float32)
-    return Reference(plain.looks, plain.features, plain.labels, known, np.arange(300), 3)
+    plain = Reference.of_looks(train.looks)
+    plain = dataclasses.replace(plain, features=train.features, maps=train.maps, labels=labels, step=3)
+    return dataclasses.replace(plain, known=plain.parts(seen(rng, 300)[1]), rows=np.arange(300))
 
 
 def test_scores_are_those_of_scikit_learn(reference):
@@ -46,6 +50,14 @@ def test_scores_are_those_of_scikit_learn(reference):
     at = new.features / np.linalg.norm(new.features, axis=1, keepdims=True)
     distance, _ = NearestNeighbors(n_neighbors=10).fit(unit).kneighbors(at)
     np.testing.assert_allclose(found[:, 3], distance[:, -1], atol=1e-3)
+    stages = []
+    for own, there in zip(np.moveaxis(reference.maps, 1, 0), np.moveaxis(new.maps, 1, 0), strict=True):
+        distance, _ = NearestNeighbors(n_neighbors=10).fit(own).kneighbors(there)
+        stages.append(np.log(distance[:, -1]))
+    np.testing.assert_allclose(found[:, 5], np.mean(stages, axis=0), atol=1e-3)
+    parts = np.stack([new.energy, found[:, 4], *stages], axis=1)
+    known = reference.known[:, [1, 4, 5, 6]]
+    np.testing.assert_allclose(found[:, 6], ((parts - known.mean(0)) / known.std(0)).mean(1), atol=1e-3)
 
 
 def test_familiarity_is_a_p_value_and_low_for_strangers(reference):
@@ -54,7 +66,7 @@ def test_familiarity_is_a_p_value_and_low_for_strangers(reference):
     for share in (0.05, 0.2, 0.5):
         assert (reference.familiarity(known) <= share).mean() == pytest.approx(share, abs=0.07)
     assert (reference.familiarity(strange) <= 0.05).mean() > 0.8
-    assert reference.familiarity(reference.known).min() == pytest.approx(2 / 301, abs=1e-6)
+    assert reference.familiarity(reference.known_scores).min() == pytest.approx(2 / 301, abs=1e-6)
     value, low, high = auroc(known[:300, 3], strange[:300, 3])
     labels = np.repeat([0, 1], 300)
     expected = roc_auc_score(labels, np.concatenate([known[:300, 3], strange[:300, 3]]))
@@ -97,11 +109,14 @@ def test_looks_see_colour_focus_and_scale(rendered):
 
 
 def test_words_on_foreign_images_have_figures(rendered, reference):
-    training = looks(rendered[:48])
-    kept = Reference(training, reference.features, reference.labels, reference.known, reference.rows, 3)
-    rng = np.random.default_rng(3)
-    assert foreign_words(kept, looks(rendered[48:]), seen(rng, 48)[1]) == []
-    words = foreign_words(kept, looks((rendered[48:] * 0.6).astype(np.uint8)), seen(rng, 48, 8.0)[1])
+    alone, rng = Reference.of_looks(looks(rendered[:48])), np.random.default_rng(3)
+
+    def of(images, middle=0.0):
+        return dataclasses.replace(seen(rng, len(images), middle)[1], images=images)
+
+    assert foreign_words(alone, of(rendered[48:])) == []
+    words = foreign_words(alone, of((rendered[48:] * 0.6).astype(np.uint8)))
     assert any(word.startswith("lightness is") and "deviations lower" in word for word in words)
-    assert "of 48 images have features stranger" in words[-1]
-    assert foreign_words(kept, looks(np.zeros((3, 64, 64, 3), np.uint8))) == [], "three may be odd by chance"
+    assert foreign_words(alone, of(np.zeros((3, 64, 64, 3), np.uint8))) == [], "three may be odd by chance"
+    assert not any("stranger" in word for word in foreign_words(reference, seen(rng, 48)[1]))
+    assert "of 48 images are stranger to the network" in foreign_words(reference, seen(rng, 48, 8.0)[1])[-1]
