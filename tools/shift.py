@@ -1,9 +1,12 @@
 """Shifted copies of a split, as another laboratory would give them, and what a run makes of them.
 
     python -m tools.shift RUN [RUN ...] [--split val] [--views 8] [--adapt] [--calibrated] [--out FOLDER]
+    python -m tools.shift RUN --kinds --unequal 10 [--adapt-prior]
 
-prints accuracy and calibration by kind and strength. `--out` writes the copies, FOLDER/<kind> <strength>/<class>/*.png,
-for `bmjax eval RUN --on "FOLDER/<kind> <strength>"`. The copies are of images as the run reads them:
+prints accuracy and calibration by kind and strength, of the kinds that `--kinds` names, or of all. `--unequal 10`
+leaves images out until the first class is ten times as frequent as the last, so that `--adapt-prior` has something to
+find. `--out` writes the copies, FOLDER/<kind> <strength>/<class>/*.png, for
+`bmjax eval RUN --on "FOLDER/<kind> <strength>"`. The copies are of images as the run reads them:
 
 - stain: the amount of haematoxylin times 1 + s and of eosin times 1 - s (Ruifrok and Johnston's colours);
 - scale: the cell so many times as large; what is beyond the image's border is mirrored;
@@ -29,6 +32,7 @@ from PIL import Image
 
 from bmjax.analysis.evaluate.calibration import figures
 from bmjax.analysis.evaluate.judge import Judge, Target, target_of_split
+from bmjax.analysis.evaluate.reader import adapted_priors, at_priors
 from bmjax.data.augment.optics import blur
 from bmjax.data.images.decode import resize_images
 from bmjax.data.images.stain import hed_jitter
@@ -100,10 +104,34 @@ class Row:
     nll: float
 
 
-def measure(judge: Judge, target: Target, *, adapt: bool = False, out: Path | None = None) -> Iterator[Row]:
-    """A row without a shift, then one for each shift."""
+def unequal(target: Target, ratio: float) -> Target:
+    """Some of the images: the first class `ratio` times as frequent as the last, those between in equal steps of the
+    logarithm; chosen by seed 0."""
+    counts = np.bincount(target.labels)
+    shares = ratio ** -np.linspace(0, 1, len(counts))
+    wanted = np.maximum(np.floor(min(counts / shares) * shares + 1e-9).astype(int), 1)
+    order = np.random.default_rng(0).permutation(len(target))
+    kept = np.sort(np.concatenate([order[target.labels[order] == c][:n] for c, n in enumerate(wanted)]))
+    parts = tuple((data, rows[kept]) for data, rows in target.parts)
+    return Target(parts, target.labels[kept], tuple(target.ids[i] for i in kept))
+
+
+def measure(
+    judge: Judge,
+    target: Target,
+    kinds: Sequence[str] | None = None,
+    *,
+    adapt: bool = False,
+    adapt_prior: bool = False,
+    out: Path | None = None,
+) -> Iterator[Row]:
+    """A row without a shift, then one for each shift of the kinds; None: of all."""
     plain = None
-    plan = [("none", 0.0), *((kind, strength) for kind, strengths in SHIFTS.items() for strength in strengths)]
+    plan = [
+        ("none", 0.0),
+        *((kind, strength) for kind in (SHIFTS if kinds is None else kinds) for strength in SHIFTS[kind]),
+    ]
+    source = judge.validation().probs.mean(0, dtype=np.float64) if adapt_prior else np.zeros(0)
     own = [reader.variables for reader in judge.readers]
     for kind, strength in plan:
         images = [data.images[rows] for data, rows in target.parts]
@@ -116,6 +144,8 @@ def measure(judge: Judge, target: Target, *, adapt: bool = False, out: Path | No
         if adapt:
             judge.adapt(images)
         probs = judge.images(images).probs
+        if adapt_prior:
+            probs = at_priors(probs, source, adapted_priors(probs, source))
         right = probs.argmax(1) == target.labels
         recalls = [right[target.labels == c].mean() for c in np.unique(target.labels)]
         plain = float(right.mean()) if plain is None else plain
@@ -162,20 +192,25 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run; several are averaged")
     parser.add_argument("--split", choices=("val", "test"), default="val")
     parser.add_argument("--views", type=int, choices=(1, 2, 4, 8), default=1)
+    parser.add_argument("--kinds", nargs="*", choices=SHIFTS, default=list(SHIFTS), help="without a value: no shift")
+    parser.add_argument("--unequal", type=float, default=1.0, metavar="R", help="the first class R times the last")
     parser.add_argument("--adapt", action="store_true", help="norms' statistics estimated on each shifted split")
+    parser.add_argument("--adapt-prior", action="store_true", help="classes' frequencies estimated on it")
     parser.add_argument("--calibrated", action="store_true", help="by the calibration kept with the runs")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write the copies here")
     options = parser.parse_args()
     runs = [load_run(run) for run in options.runs]
     judge = Judge(runs, views=options.views, calibrated=options.calibrated)
-    target = target_of_split(runs, options.split)
+    target = unequal(target_of_split(runs, options.split), options.unequal)
     print(f"{len(target)} images of the {options.split} split\n\n{HEADER}")
     worst = 1.0
-    for row in measure(judge, target, adapt=options.adapt, out=options.out):
+    ways = {"adapt": options.adapt, "adapt_prior": options.adapt_prior, "out": options.out}
+    for row in measure(judge, target, options.kinds, **ways):
         print(line(row), flush=True)
         if row.kind != "none" and row.strength in middle(row.kind):
             worst = min(worst, row.kept)
-    print(f"\nat the middle strengths at least {100 * worst:.0f} % of the accuracy is kept (wanted: 90)")
+    if options.kinds:
+        print(f"\nat the middle strengths at least {100 * worst:.0f} % of the accuracy is kept (wanted: 90)")
 
 
 if __name__ == "__main__":

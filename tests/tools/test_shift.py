@@ -1,5 +1,7 @@
 """Shifts do what they say, and a row is what scikit-learn makes of the predictions."""
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -59,3 +61,36 @@ def test_rows_by_kind_and_strength(images, monkeypatch, tmp_path):
     plain = list(shift.measure(Judge([run]), target))
     assert plain[0].accuracy == pytest.approx((bmjax.predict_probs(run, images).argmax(1) == labels).mean())
     assert plain[1].nll != rows[1].nll, "adapted norms say otherwise"
+
+
+def test_unequal_classes_and_their_frequencies_found(monkeypatch, tmp_path):
+    """Of a run that knows its classes but for doubt between two, frequencies found again help where these differ."""
+    labels = np.repeat(np.arange(3), 100)
+    rng = np.random.default_rng(0)
+    probs = np.eye(3, dtype=np.float32)[labels] * 0.9 + 0.1 / 3
+    doubtful = rng.random(300) < 0.5
+    probs[doubtful] = np.where(labels[doubtful, None] == 2, [[0.05, 0.05, 0.9]], [[0.475, 0.475, 0.05]])
+    probs[doubtful, :2] += rng.normal(0, 0.02, (doubtful.sum(), 1)) * [1, -1]
+    # The images hold their own rows' numbers, so that the stand-in below knows what to say of them.
+    images = np.zeros((300, 4, 4, 3), np.uint8)
+    images[:, 0, 0, 0], images[:, 0, 0, 1] = np.divmod(np.arange(300), 256)
+    target = Target(((unlabelled(images, CLASSES[:3]), np.arange(300)),), labels, tuple(map(str, range(300))))
+    thin = shift.unequal(target, 10.0)
+    assert np.bincount(thin.labels).tolist() == [100, 31, 10]
+    assert [int(i) for i in thin.ids] == thin.parts[0][1].tolist()
+    assert shift.unequal(target, 1.0).ids == target.ids
+
+    class Known:
+        readers, classes = (), CLASSES[:3]
+
+        def images(self, parts):
+            rows = parts[0][:, 0, 0, 0].astype(int) * 256 + parts[0][:, 0, 0, 1]
+            return SimpleNamespace(probs=probs[rows])
+
+        def validation(self):
+            return SimpleNamespace(probs=probs)
+
+    (plain,) = shift.measure(Known(), thin, ())
+    (found,) = shift.measure(Known(), thin, (), adapt_prior=True)
+    assert found.accuracy > plain.accuracy + 0.05
+    assert found.nll < plain.nll
