@@ -98,6 +98,8 @@ def profile_head(variant: str, longest: int) -> None:
     places = batch_places(np.zeros(len(train), np.int32), bench_heads.BATCH, 0, 0, programs.per_epoch)
     state = create_state(programs.init(0), plan.optimizer.tx, plan.is_trainable, seed=0, ema=False)
     programs.epoch(0)(state, maps, labels, places)  # here it is decided whether the epoch is one program
+    if not programs.scans[0]:
+        raise ValueError(f"--heads is {variant!r}, whose steps are programs of their own here; expected one program")
     epoch = jax.jit(programs.epoch(0)).lower(state, maps, labels, places).compile()
     stepper = contenders.Stepper(
         lambda k: epoch(state, maps, labels, places), jax.block_until_ready, lambda: None, epoch.as_text
