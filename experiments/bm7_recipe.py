@@ -34,6 +34,13 @@ CHANGES: dict[str, dict[str, Any]] = {
     "as it is": {},
     "middle 18.75 um": {"data.field_size": 18.75},
     "other laboratory's colours": {"augment.preset": "other_laboratory"},
+    "the same, colours twice as far": {
+        "augment.preset": "other_laboratory",
+        "augment.hed": 0.1,
+        "augment.hue": 0.04,
+        "augment.brightness": 0.2,
+        "augment.contrast": 0.4,
+    },
     "128 pixels": {"data.image_size": 128},
     "twice the epochs": {"stages.1.epochs": 4},
     "layer-wise rates": {"optim.layer_decay": 0.7},
