@@ -4,8 +4,8 @@
         --data.root FOLDER --model.weights FILE
 
 FOLDER has one sub-folder of images per class. As experiments/leaderboard.py, but everything trains, and there is one
-split. Two epochs are what three quarters of an hour on 2 cores allow five variants of three seeds; with more, all would
-be better, and their order may be another.
+split. Two epochs are what an hour on 2 cores allows five variants of three seeds; with more, all would be better, and
+their order may be another. docs/attention.md shows what it printed.
 """
 
 from bmjax.config import (

