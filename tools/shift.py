@@ -1,7 +1,7 @@
 """Shifted copies of a split, as another laboratory would give them, and what a run makes of them.
 
     python -m tools.shift RUN [RUN ...] [--split val] [--views 8] [--adapt] [--calibrated] [--out FOLDER]
-    python -m tools.shift RUN --kinds --unequal 10 [--adapt-prior]
+    python -m tools.shift RUN --kinds none --unequal 10 [--adapt-prior]
 
 prints accuracy and calibration by kind and strength, of the kinds that `--kinds` names, or of all. `--unequal 10`
 leaves images out until the first class is ten times as frequent as the last, so that `--adapt-prior` has something to
@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run; several are averaged")
     parser.add_argument("--split", choices=("val", "test"), default="val")
     parser.add_argument("--views", type=int, choices=(1, 2, 4, 8), default=1)
-    parser.add_argument("--kinds", nargs="*", choices=SHIFTS, default=list(SHIFTS), help="without a value: no shift")
+    parser.add_argument("--kinds", nargs="+", choices=("none", *SHIFTS), default=list(SHIFTS), help="none: no shift")
     parser.add_argument("--unequal", type=float, default=1.0, metavar="R", help="the first class R times the last")
     parser.add_argument("--adapt", action="store_true", help="norms' statistics estimated on each shifted split")
     parser.add_argument("--adapt-prior", action="store_true", help="classes' frequencies estimated on it")
@@ -204,12 +204,13 @@ def main() -> None:
     target = unequal(target_of_split(runs, options.split), options.unequal)
     print(f"{len(target)} images of the {options.split} split\n\n{HEADER}")
     worst = 1.0
+    kinds = [kind for kind in options.kinds if kind != "none"]
     ways = {"adapt": options.adapt, "adapt_prior": options.adapt_prior, "out": options.out}
-    for row in measure(judge, target, options.kinds, **ways):
+    for row in measure(judge, target, kinds, **ways):
         print(line(row), flush=True)
         if row.kind != "none" and row.strength in middle(row.kind):
             worst = min(worst, row.kept)
-    if options.kinds:
+    if kinds:
         print(f"\nat the middle strengths at least {100 * worst:.0f} % of the accuracy is kept (wanted: 90)")
 
 
