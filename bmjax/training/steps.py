@@ -182,7 +182,7 @@ def sketch(x: jax.Array, seed: int) -> jax.Array:
     moments = jnp.concatenate([x.mean((1, 2)), x.std((1, 2))], axis=-1)
     # A RandomState's numbers are the same in every version of NumPy; a run's reference outlives one.
     matrix = np.random.RandomState(seed).standard_normal((moments.shape[-1], SKETCH)) / np.sqrt(SKETCH)
-    return moments @ matrix.astype(moments.dtype)
+    return jnp.matmul(moments, matrix.astype(moments.dtype), precision="highest")
 
 
 def make_eval_step(

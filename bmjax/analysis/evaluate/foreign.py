@@ -17,7 +17,7 @@ _STRANGE, _MARGIN = 0.05, 0.1
 def foreign_words(reference: Reference, seen: Seen) -> list[str]:
     """Sentences on each look that is foreign, and on strangeness, where the run keeps features; none for images as
     those of training."""
-    n = len(seen.images)
+    n = len(seen.probs)
     if n < FEWEST:
         return []
     words = [

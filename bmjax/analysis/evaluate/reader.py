@@ -39,12 +39,14 @@ class Seen:
     features: np.ndarray
     maps: np.ndarray
     images: np.ndarray
-    """uint8 [n, s, s, 3], as the run reads them."""
+    """uint8 [m, s, s, 3] as the run reads them, from the disk where they are many; these are the n of `rows`."""
+    rows: np.ndarray
 
     @functools.cached_property
     def looks(self) -> np.ndarray:
         """See bmjax.analysis.evaluate.looks."""
-        return looks(self.images)
+        parts = np.array_split(self.rows, -(-len(self.rows) // 1024))
+        return np.concatenate([looks(self.images[part]) for part in parts])
 
 
 class Reader:
@@ -73,7 +75,7 @@ class Reader:
         assert plain is not None
         energy = -np.logaddexp.reduce(np.asarray(plain["logits"], np.float64), axis=-1)
         features, maps = (np.asarray(plain[name], np.float32) for name in ("features", "maps"))
-        return Seen((total / self.views).astype(np.float32), energy, features, maps, dataset.images[rows])
+        return Seen((total / self.views).astype(np.float32), energy, features, maps, dataset.images, rows)
 
     def adapt(self, images: np.ndarray) -> None:
         """Sees from now on with norms adapted to images uint8 [n, s, s, 3]: see `adapted`."""

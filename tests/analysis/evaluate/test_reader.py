@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import bmjax
+from bmjax.analysis.evaluate.looks import looks
 from bmjax.analysis.evaluate.reader import Reader, adapted, adapted_priors, at_priors, laid
 from bmjax.config import Config, DataConfig, ModelConfig, TrainConfig
 from bmjax.runs.folder import Run
@@ -36,7 +37,8 @@ def test_views_are_averaged_and_one_view_is_the_run_itself(run):
     np.testing.assert_allclose(plain.probs, bmjax.predict_probs(run, images), atol=1e-6)
     features = jax.jit(lambda v, x: run.model.apply(v, x, method="features"))(run.variables, images.astype(np.float32))
     np.testing.assert_allclose(plain.features, features, atol=1e-4)
-    np.testing.assert_array_equal(plain.images, images)
+    np.testing.assert_array_equal(plain.images[plain.rows], images)
+    np.testing.assert_allclose(plain.looks, looks(images))
     eight = Reader(run, views=8)
     found = eight.images(images)
     each = [one.images(laid(images, view)).probs for view in range(8)]

@@ -25,7 +25,8 @@ def seen(rng, n, middle=0.0, k=3, c=8):
     maps = (rng.normal(size=(n, 2, 5)) + middle).astype(np.float32)
     images = np.full((n, 16, 16, 3), 100) + rng.integers(-20, 20, (n, 1, 1, 1)) * rng.random((n, 16, 16, 3))
     energy = -np.log(np.exp(logits).sum(1))
-    return labels, Seen(probs.astype(np.float32), energy, features.astype(np.float32), maps, images.astype(np.uint8))
+    probs, features = probs.astype(np.float32), features.astype(np.float32)
+    return labels, Seen(probs, energy, features, maps, images.astype(np.uint8), np.arange(n))
 
 
 @pytest.fixture
