@@ -106,7 +106,13 @@ class Row:
 
 def unequal(target: Target, ratio: float) -> Target:
     """Some of the images: the first class `ratio` times as frequent as the last, those between in equal steps of the
-    logarithm; chosen by seed 0."""
+    logarithm; chosen by seed 0.
+
+    Raises:
+      ValueError: the ratio is not above 0.
+    """
+    if not ratio > 0:
+        raise ValueError(f"--unequal is {ratio:g}; expected a number > 0")
     counts = np.bincount(target.labels)
     shares = ratio ** -np.linspace(0, 1, len(counts))
     wanted = np.maximum(np.floor(min(counts / shares) * shares + 1e-9).astype(int), 1)
@@ -193,7 +199,7 @@ def main() -> None:
     parser.add_argument("--split", choices=("val", "test"), default="val")
     parser.add_argument("--views", type=int, choices=(1, 2, 4, 8), default=1)
     parser.add_argument("--kinds", nargs="+", choices=("none", *SHIFTS), default=list(SHIFTS), help="none: no shift")
-    parser.add_argument("--unequal", type=float, default=1.0, metavar="R", help="the first class R times the last")
+    parser.add_argument("--unequal", type=float, metavar="R", help="the first class R times as frequent as the last")
     parser.add_argument("--adapt", action="store_true", help="norms' statistics estimated on each shifted split")
     parser.add_argument("--adapt-prior", action="store_true", help="classes' frequencies estimated on it")
     parser.add_argument("--calibrated", action="store_true", help="by the calibration kept with the runs")
@@ -201,7 +207,9 @@ def main() -> None:
     options = parser.parse_args()
     runs = [load_run(run) for run in options.runs]
     judge = Judge(runs, views=options.views, calibrated=options.calibrated)
-    target = unequal(target_of_split(runs, options.split), options.unequal)
+    target = target_of_split(runs, options.split)
+    if options.unequal is not None:
+        target = unequal(target, options.unequal)
     print(f"{len(target)} images of the {options.split} split\n\n{HEADER}")
     worst = 1.0
     kinds = [kind for kind in options.kinds if kind != "none"]

@@ -79,6 +79,8 @@ def test_unequal_classes_and_their_frequencies_found(monkeypatch, tmp_path):
     assert np.bincount(thin.labels).tolist() == [100, 31, 10]
     assert [int(i) for i in thin.ids] == thin.parts[0][1].tolist()
     assert shift.unequal(target, 1.0).ids == target.ids
+    with pytest.raises(ValueError, match="--unequal is 0; expected a number > 0"):
+        shift.unequal(target, 0)
 
     class Known:
         readers, classes = (), CLASSES[:3]

@@ -138,21 +138,29 @@ def bmjax_train(args: argparse.Namespace, at_once: int | None) -> tuple[float, S
         return time.perf_counter() - start, taken
 
 
+def epoch_inputs(prepared: Any, seed: int) -> tuple[Any, Any, Any, np.ndarray]:
+    """What an epoch of a seed's head begins with: (state, maps, labels, places of its batches)."""
+    import jax.numpy as jnp
+
+    from bmjax.data.batches import batch_places
+    from bmjax.runs.state import create_state
+
+    programs, train = prepared.programs, prepared.splits.train
+    plan, per_epoch = programs.plans[0], programs.per_epoch
+    state = create_state(programs.init(seed), plan.optimizer.tx, plan.is_trainable, seed=seed, ema=False)
+    maps, labels = prepared.features.on_device(train, programs.pooled), jnp.asarray(prepared.dataset.labels[train])
+    return state, maps, labels, batch_places(np.zeros(len(train), np.int32), BATCH, seed, 0, per_epoch)
+
+
 def stacked(args: argparse.Namespace) -> tuple[float, float]:
     """Seconds of an epoch of `args.stack` seeds, one after another and stacked by vmap: medians of the rounds."""
     _, prepared = bmjax_setting(args)
     import jax
     import jax.numpy as jnp
 
-    from bmjax.data.batches import batch_places
-    from bmjax.runs.state import create_state
-
-    programs, splits = prepared.programs, prepared.splits
-    plan, epoch, seeds = programs.plans[0], programs.epoch(0), range(args.stack)
-    maps = prepared.features.on_device(splits.train, programs.pooled)
-    labels = jnp.asarray(prepared.dataset.labels[splits.train])
-    places = [batch_places(np.zeros(args.images, np.int32), BATCH, seed, 0, programs.per_epoch) for seed in seeds]
-    states = [create_state(programs.init(s), plan.optimizer.tx, plan.is_trainable, seed=s, ema=False) for s in seeds]
+    epoch = prepared.programs.epoch(0)
+    states, maps, labels, places = zip(*(epoch_inputs(prepared, seed) for seed in range(args.stack)), strict=True)
+    maps, labels = maps[0], labels[0]
     together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
     def one_by_one() -> None:

@@ -76,7 +76,7 @@ def profile(backbone: str, mode: str, batch: int, size: int, longest: int) -> No
     make = contenders.bmjax_stepper if mode == "train" else contenders.bmjax_predictor
     stepper = make(contenders.Job("bmjax", backbone, dtype="float32", size=size, batch=batch))
     parts = PARTS if mode == "train" else {"rest": "ms"}
-    show(stepper, STEPS, f"{backbone}, {mode}, {size}x{size}, float32, batch {batch}", parts, longest)
+    show(stepper, STEPS, 1, f"{backbone}, {mode}, {size}x{size}, float32, batch {batch}", parts, longest)
 
 
 def profile_head(variant: str, longest: int) -> None:
@@ -87,23 +87,16 @@ def profile_head(variant: str, longest: int) -> None:
     setting = argparse.Namespace(variant=variant, images=1955, channels=1664, epochs=1)
     _, prepared = bench_heads.bmjax_setting(setting)
     import jax
-    import jax.numpy as jnp
 
-    from bmjax.data.batches import batch_places
-    from bmjax.runs.state import create_state
+    from bmjax.model.parameters import count_parameters
 
-    programs, train = prepared.programs, prepared.splits.train
-    plan, maps = programs.plans[0], prepared.features.on_device(train, programs.pooled)
-    labels = jnp.asarray(prepared.dataset.labels[train])
-    places = batch_places(np.zeros(len(train), np.int32), bench_heads.BATCH, 0, 0, programs.per_epoch)
-    state = create_state(programs.init(0), plan.optimizer.tx, plan.is_trainable, seed=0, ema=False)
-    programs.epoch(0)(state, maps, labels, places)  # here it is decided whether the epoch is one program
+    programs = prepared.programs
+    inputs = state, maps, *_ = bench_heads.epoch_inputs(prepared, 0)
+    programs.epoch(0)(*inputs)  # here it is decided whether the epoch is one program
     if not programs.scans[0]:
         raise ValueError(f"--heads is {variant!r}, whose steps are programs of their own here; expected one program")
-    epoch = jax.jit(programs.epoch(0)).lower(state, maps, labels, places).compile()
-    stepper = contenders.Stepper(
-        lambda k: epoch(state, maps, labels, places), jax.block_until_ready, lambda: None, epoch.as_text
-    )
+    epoch = jax.jit(programs.epoch(0)).lower(*inputs).compile()
+    stepper = contenders.Stepper(lambda k: epoch(*inputs), jax.block_until_ready, lambda: None, epoch.as_text)
     batch = np.asarray(maps[: bench_heads.BATCH])
     copy, seconds = np.empty_like(batch), []
     for _ in range(20):
@@ -112,28 +105,20 @@ def profile_head(variant: str, longest: int) -> None:
         seconds.append(time.perf_counter() - began)
     shape = "x".join(map(str, batch.shape))
     title = f"{variant}, on {shape} {'pooled ' if programs.pooled else ''}maps (a copy of them: "
-    title += f"{1e3 * statistics.median(seconds):.2f} ms), {weights_of(state.params)} million weights"
-    show(stepper, programs.per_epoch, title, PARTS, longest)
+    title += f"{1e3 * statistics.median(seconds):.2f} ms), {count_parameters(state.params) / 1e6:.1f} million weights"
+    show(stepper, 1, programs.per_epoch, title, PARTS, longest)
 
 
-def weights_of(params: Any) -> str:
-    """Millions of numbers in a tree."""
+def show(stepper: Any, calls: int, per_call: int, title: str, parts: dict[str, str], longest: int) -> None:
+    """Prints where the time of `stepper` goes, in ms of a step, of so many calls that hold so many steps each."""
     import jax
 
-    return f"{sum(leaf.size for leaf in jax.tree.leaves(params)) / 1e6:.1f}"
-
-
-def show(stepper: Any, steps: int, title: str, parts: dict[str, str], longest: int) -> None:
-    """Prints where the time of `stepper` goes, in ms of one of the `steps` that are traced. A head's program holds all
-    of them; a network's is called so often."""
-    import jax
-
-    calls = STEPS if steps == STEPS else 1
+    steps = calls * per_call
     for k in range(2):
         stepper.wait(stepper.step(k))
     began = time.perf_counter()
     stepper.wait(stepper.step(0))
-    whole = 1e3 * (time.perf_counter() - began) * calls / steps
+    whole = 1e3 * (time.perf_counter() - began) / per_call
     text = (stepper.program and stepper.program()) or ""
     # What only holds others is left out, for those are counted themselves.
     lines = {
