@@ -205,7 +205,7 @@ FORMED = [
     pytest.param("dense_in_place", Block(), False, marks=pytest.mark.slow),
     pytest.param("dense_remat", Block(), True, marks=pytest.mark.slow),
     pytest.param("dense_remat", Block(), False, marks=pytest.mark.slow),
-    ("depthwise_taps", Depthwise(1, 5), True),
+    pytest.param("depthwise_taps", Depthwise(1, 5), True, marks=pytest.mark.slow),
     ("plain_depthwise", Depthwise(), True),
     pytest.param("plain_depthwise", Depthwise(2), True, marks=pytest.mark.slow),
     ("pointwise_dot", Pointwise(), True),
