@@ -59,9 +59,18 @@ class Answers:
     validation cells at least as strange."""
 
     def __init__(self, judge: Judge, rate: float | None, unfamiliar: float):
+        import numpy as np
+
         self._judge, self._unfamiliar = judge, unfamiliar
         self._refusal = None if rate is None else judge.refusal(rate, unfamiliar)
-        self._reference = judge.reference()
+        if self._refusal is not None and not np.isfinite(self._refusal.threshold):
+            log.warning(
+                "--error-rate is %g, and %d validation images show no threshold that keeps it: every answer is \"don't "
+                'know"; expected a higher rate',
+                rate,
+                self._refusal.n,
+            )
+        self._reference, self._warned = judge.reference(), False
         self._features = self._reference is not None and self._reference.has_features
         self.columns: dict[str, type] = {} if rate is None else {"answer": str, "set": str}
         if rate is not None and self._features:
@@ -86,11 +95,13 @@ class Answers:
                     named[row] = UNSURE
         return [named, sets, familiar]
 
-    def warn_of_foreign(self, seen: Seen) -> None:
-        """Says in what images are unlike those of training."""
-        if self._reference is None:
+    def warn_of_foreign(self, seen: Seen, start: int) -> None:
+        """Says in what images, the first of them number `start`, are unlike those of training; once."""
+        if self._reference is None or self._warned:
             return
         from bmjax.analysis.evaluate.foreign import REMEDY, foreign_words
 
         if words := foreign_words(self._reference, seen):
-            log.warning("these images look unlike those of training:\n  %s\n%s", "\n  ".join(words), REMEDY)
+            self._warned = True
+            which = "these images" if start == 0 else f"the images from the {start + 1}th on"
+            log.warning("%s look unlike those of training:\n  %s\n%s", which, "\n  ".join(words), REMEDY)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bmjax.cli.output import add_checkpoint, check_out
-from bmjax.cli.reading import add_threshold, check_pixel_size, check_threshold
+from bmjax.cli.reading import add_pixel_size, add_threshold, check_pixel_size, check_threshold
 
 if TYPE_CHECKING:
     from bmjax.analysis.differential.smear import Cells, Differential
@@ -29,11 +29,11 @@ def add_parser(verbs: Any) -> None:
         epilog="Exit status: 0 the tables are written; 1 no file could be read; 2 wrong input. Not for diagnosis.",
     )
     p.add_argument("run_dir", metavar="run", help="folder of a run")
-    p.add_argument("paths", metavar="folder", nargs="+", help="a folder of one smear's cells, or images")
+    p.add_argument("paths", metavar="folder", nargs="+",
+                   help="further runs, to be averaged; then a folder of one smear's cells, or images")  # fmt: skip
     p.add_argument("--out", metavar="FILE", default="differential.csv",
                    help="a row for each class; beside it <name>_review.csv (default: %(default)s)")  # fmt: skip
-    p.add_argument("--pixel-size", type=float, metavar="UM",
-                   help="micrometres to a pixel of these images, if not as in training")  # fmt: skip
+    add_pixel_size(p)
     add_threshold(p)
     add_checkpoint(p)
     p.set_defaults(run=run)
@@ -49,17 +49,22 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     check_out(out)
     from bmjax.analysis.differential.smear import COLUMNS, REVIEW, differential_of, errors_of, write_table
     from bmjax.analysis.evaluate.judge import Judge, at_pixel_size
-    from bmjax.analysis.evaluate.undecided import kept_calibration, undecided_below
+    from bmjax.analysis.evaluate.undecided import kept_calibrations, undecided_below
+    from bmjax.cli.predict import runs_first
     from bmjax.runs.folder import load_run
 
-    found = at_pixel_size(load_run(options.run_dir, options.which, trust=options.trust), options.pixel_size)
-    calibration = kept_calibration(found)
-    errors_of(found, calibration)  # known to be there before any image is read
-    threshold = undecided_below(found, calibration, options.error_rate, options.undecided)
-    cells = _classify(Judge([found], calibrated=calibration is not None), options.paths, threshold)
+    run_dirs, paths = runs_first(options)
+    if not paths:
+        raise ValueError("differential: expected a folder of cells, or images, after the runs")
+    runs = [load_run(run_dir, options.which, trust=options.trust) for run_dir in run_dirs]
+    calibrations = kept_calibrations(runs)
+    judge = Judge(at_pixel_size(runs, options.pixel_size), calibrated=calibrations[0] is not None)
+    errors = errors_of(runs, calibrations)  # known to be there before any image is read
+    threshold = undecided_below(runs, calibrations, options.error_rate, options.undecided)
+    cells = _classify(judge, paths, threshold)
     if cells is None:
         return 1
-    result = differential_of(found, calibration, cells)
+    result = differential_of(judge.classes, errors, cells)
     review = out.with_name(f"{out.stem}_review.csv")
     write_table(out, COLUMNS, result.rows())
     write_table(review, REVIEW, result.review())

@@ -61,6 +61,8 @@ def evaluate(options: argparse.Namespace, rest: Sequence[str]) -> int:
         raise ValueError("several processes evaluate one run on one of its splits, plainly; expected no other option")
     if options.calibrate:
         _calibrate(runs, options)
+    own = options.split == "val" and not options.on and name == setting(options.views)
+    _check(runs, options, pairs, evaluates_val=own)
     if options.reference:
         _keep_reference(runs[0], options)
     if plain:
@@ -69,15 +71,17 @@ def evaluate(options: argparse.Namespace, rest: Sequence[str]) -> int:
         judge, unseen = _judge(runs, options), None
         if options.on:
             source = "folder" if Path(options.on).is_dir() else "table"
-            target, unseen = target_of_path(
-                [at_pixel_size(run, options.pixel_size) for run in runs], options.on, source
-            )
+            target, unseen = target_of_path(at_pixel_size(runs, options.pixel_size), options.on, source)
         else:
             target = target_of_split(runs, options.split, options.data_root)
-        seen = _seen(judge, target, options)
+        seen = _seen(judge, target, unseen, options)
         predictions = _as_predictions(options.split, target, seen, judge)
         _keep(runs, f"{options.split}{name}", predictions, options)
     scores = _print_scores(predictions, pairs)
+    if options.split == "train" and not options.on:
+        print("the runs were trained on these images: the figures say how well they are remembered")
+    if options.calibrated and options.split == "val" and not options.on:
+        print("the calibration was fitted on these images; `--calibrate` prints what it is worth on others")
     if len(runs) == 1 and not options.on and hosts.leads():
         path = runs[0].run_dir / f"evaluation_{options.split}{name}.json"
         path.write_text(json.dumps(scores.to_json(), indent=1))
@@ -87,6 +91,32 @@ def evaluate(options: argparse.Namespace, rest: Sequence[str]) -> int:
             seen = judge(target_of_rows(runs[0], predictions, options))
         _print_refusal(judge, predictions, seen, unseen, options)
     return 0
+
+
+def _check(
+    runs: Sequence[Run], options: argparse.Namespace, pairs: Sequence[tuple[str, str]], *, evaluates_val: bool
+) -> None:
+    """What can be known to be wrong before any image is seen, and before an opening of the test split is recorded.
+    `evaluates_val`: what thresholds and frequencies need will have been written by then."""
+    from bmjax.analysis.evaluate.judge import NO_VALIDATION, same_classes
+    from bmjax.analysis.evaluate.scores import tolerance
+    from bmjax.data.sources.folder import image_files
+    from bmjax.runs.folder import split_size
+
+    tolerance(pairs, same_classes(runs))
+    twice = [str(run.run_dir) for i, run in enumerate(runs) if run.run_dir.resolve() in
+             {other.run_dir.resolve() for other in runs[:i]}]  # fmt: skip
+    if twice:
+        raise ValueError(f"{twice[0]} is given twice; expected each run once")
+    if options.unseen:
+        image_files([options.unseen])
+    if options.reference and not split_size(runs[0].run_dir, "val"):
+        raise ValueError(f"--reference: {runs[0].run_dir} has no validation split: {NO_VALIDATION}")
+    judge = _judge(runs, options)
+    if options.unfamiliar and not options.reference:
+        judge.featured_reference()
+    if (options.error_rate is not None or options.adapt_prior) and not evaluates_val:
+        judge.validation()
 
 
 def _pairs(given: Sequence[str]) -> list[tuple[str, str]]:
@@ -133,13 +163,19 @@ def _judge(runs: Sequence[Run], options: argparse.Namespace) -> Judge:
     return Judge(runs, views=options.views, calibrated=options.calibrated)
 
 
-def _seen(judge: Judge, target: Target, options: argparse.Namespace) -> Seen:
-    """What the runs say of the target, adapted to it as asked for."""
+def _seen(judge: Judge, target: Target, unseen: Target | None, options: argparse.Namespace) -> Seen:
+    """What the runs say of the target. Adapted as asked for, with its images of unknown classes, for to leave those out
+    would take labels."""
+    import numpy as np
+
+    both = [one for one in (target, unseen) if one is not None and len(one)]
     if options.adapt:
-        judge.adapt([dataset.images[rows] for dataset, rows in target.parts])
+        each = zip(*(one.parts for one in both), strict=True)
+        judge.adapt([parts[0][0].images[np.concatenate([rows for _, rows in parts])] for parts in each])
     seen = judge(target)
     if options.adapt_prior:
-        found = judge.adapt_priors(seen.probs)
+        others = [judge(one).probs for one in both[1:]]
+        found = judge.adapt_priors(np.concatenate([seen.probs, *others]))
         shares = ", ".join(f"{name} {100 * p:.1f} %" for name, p in zip(judge.classes, found, strict=True))
         print(f"frequencies estimated here: {shares}")
         seen = judge(target)
@@ -187,10 +223,10 @@ def _calibrate(runs: Sequence[Run], options: argparse.Namespace) -> None:
 
     for run in runs:
         val = Judge([run], views=options.views).validation()
-        found = calibration.fit(val.labels, val.probs, options.calibrate, run.step)
-        path = calibration.write_calibration(run.run_dir, found)
+        found = calibration.fit(val.labels, val.probs, options.calibrate, run.step, options.views)
         before = calibration.figures(val.labels, val.probs)
         after = calibration.figures(val.labels, calibration.cross_fitted(val.labels, val.probs, options.calibrate))
+        path = calibration.write_calibration(run.run_dir, found)
         what = f"temperature {found.temperature:.3f}" if found.temperature else "vector"
         changes = ", ".join(f"{n.upper()} {before[n]:.3f} to {after[n]:.3f}" for n in before)
         print(f"{path}: {what}, by {found.n} validation images; there, by a fit on the others: {changes}")
@@ -211,6 +247,7 @@ def _print_refusal(
     judge: Judge, predictions: Predictions, seen: Seen, unseen: Target | None, options: argparse.Namespace
 ) -> None:
     """How many images are answered and how well, and how well images of unseen kinds are told from known ones."""
+    from bmjax.analysis.evaluate.refusal import without_guarantee
     from bmjax.analysis.evaluate.strangers import familiarity_of, refusal_text, strangers_text
 
     refusal = None if options.error_rate is None else judge.refusal(options.error_rate, options.unfamiliar)
@@ -223,6 +260,10 @@ def _print_refusal(
     if refusal is not None:
         familiar = familiarity_of(judge, seen) if options.unfamiliar else None
         print(refusal_text(refusal, predictions, familiar, options.unfamiliar))
+        if options.split == "val" and not options.on:
+            print("the threshold was set by these images: the share wrong is as small as it was made")
+        if no_guarantee := without_guarantee(options.adapt, options.adapt_prior, elsewhere=bool(options.on)):
+            print(no_guarantee)
     for name, others in strange:
         print(strangers_text(judge, seen, others, name, refusal, options.unfamiliar))
 
@@ -236,7 +277,7 @@ def _images(judge: Judge, options: argparse.Namespace) -> list[Any]:
     from bmjax.data.sources.folder import image_files
 
     paths = image_files([options.unseen])
-    runs = [at_pixel_size(run, options.pixel_size) for run in judge.runs]
+    runs = at_pixel_size(judge.runs, options.pixel_size)
     each = [[x for x in read_files(paths, run.config.data) if not isinstance(x, str)] for run in runs]
     if not each[0]:
         raise ValueError(f"--unseen is {options.unseen!r}, where no image can be read; expected a folder of images")

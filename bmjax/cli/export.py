@@ -24,7 +24,7 @@ def add_parser(verbs: Any) -> None:
         description="Images uint8 [b, size, size, 3] in, probabilities [b, classes] out, preprocessing and the kept "
         "calibration inside. The file is run once and held to the run's own probabilities before it is reported.",
     )
-    p.add_argument("run_dir", metavar="run", help="folder of a run")
+    p.add_argument("run_dirs", metavar="run", nargs="+", help="folder of a run; several are one classifier, their mean")
     p.add_argument("--format", choices=tuple(_NAMES), default="stablehlo", help="default: %(default)s")
     p.add_argument("--out", metavar="FILE", help="by default model.zip or model.onnx in the run's folder")
     p.add_argument("--uncalibrated", action="store_true", help="leave the kept calibration out")
@@ -36,7 +36,7 @@ def add_parser(verbs: Any) -> None:
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     del rest
     check_threshold(options)
-    out = Path(options.out or Path(options.run_dir) / _NAMES[options.format])
+    out = Path(options.out or Path(options.run_dirs[0]) / _NAMES[options.format])
     suffix = Path(_NAMES[options.format]).suffix
     if out.suffix != suffix:
         raise ValueError(f"--out is {str(out)!r}; expected a name ending in {suffix} for {options.format}")
@@ -45,27 +45,37 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         from bmjax.analysis.export.onnx import check_extra
 
         check_extra()
-    from bmjax.analysis.evaluate.undecided import kept_calibration, undecided_below
+    from bmjax.analysis.evaluate.judge import same_classes
+    from bmjax.analysis.evaluate.undecided import kept_calibrations, undecided_below
     from bmjax.analysis.export import program
     from bmjax.runs.folder import load_run
 
-    found = load_run(options.run_dir, options.which, trust=options.trust)
-    calibration = None if options.uncalibrated else kept_calibration(found)
-    threshold = undecided_below(found, calibration, options.error_rate, options.undecided)
+    runs = [load_run(run_dir, options.which, trust=options.trust) for run_dir in options.run_dirs]
+    classes = same_classes(runs)
+    calibrations = (None,) * len(runs) if options.uncalibrated else kept_calibrations(runs)
+    threshold = undecided_below(runs, calibrations, options.error_rate, options.undecided)
+    facts = program.facts_of(runs[0], calibrations[0], threshold, runs[1:])
     began = time.monotonic()
-    largest = write(found, calibration, program.facts_of(found, calibration, threshold), out)
-    kind = "uncalibrated" if calibration is None else f"calibrated ({calibration.method})"
+    largest = write(runs, calibrations, facts, out)
+    kind = "uncalibrated" if calibrations[0] is None else f"calibrated ({calibrations[0].method})"
     print(
-        f'{out}: {out.stat().st_size / 1e6:.1f} MB, {len(found.classes)} classes, {kind}, "don\'t know" below '
+        f'{out}: {out.stat().st_size / 1e6:.1f} MB, {len(classes)} classes, {kind}, "don\'t know" below '
         f"{threshold:.3f}; largest difference from the run's own probabilities {largest:.1e} "
         f"({time.monotonic() - began:.0f} s)"
     )
-    if found.config.data.stain != "none":
-        log.warning("the run reads files with data.stain %s, which the model expects done", found.config.data.stain)
+    data = runs[0].config.data
+    if data.stain != "none":
+        log.warning("the run reads files with data.stain %s, which the model expects done", data.stain)
+    if data.field_size and data.pixel_size:
+        log.warning(
+            "the model expects the middle %.0f pixels of files of %g micrometres to a pixel (data.field_size %g), "
+            "resized to %d pixels: a whole image has another scale",
+            data.field_size / data.pixel_size, data.pixel_size, data.field_size, data.image_size,
+        )  # fmt: skip
     return 0
 
 
-def write(found: Any, calibration: Any, facts: Any, out: Path) -> float:
+def write(runs: Sequence[Any], calibrations: Sequence[Any], facts: Any, out: Path) -> float:
     """Writes the file by its name's ending, runs it, and returns the largest difference from the run's own."""
     import numpy as np
 
@@ -73,10 +83,10 @@ def write(found: Any, calibration: Any, facts: Any, out: Path) -> float:
     from bmjax.training.predict import predict_probs
 
     images = program.sample_images(facts.image_size)
-    expected = predict_probs(found, images)
-    if calibration is not None:
-        expected = calibration(expected)
-    function = program.portable(program.make_function(found, calibration))
+    pairs = list(zip(runs, calibrations, strict=True))
+    each = [predict_probs(run, images) if one is None else one(predict_probs(run, images)) for run, one in pairs]
+    expected = np.mean(each, axis=0)
+    function = program.portable(program.mean_of([program.make_function(run, one) for run, one in pairs]))
     if out.suffix == ".onnx":
         from bmjax.analysis.export import onnx
 

@@ -74,18 +74,17 @@ def predict(options: argparse.Namespace, rest: Sequence[str]) -> int:
         given = [options.run_dir, *options.paths]
         return predict_imagenet(options.backbone, options.weights, image_files(given), options.top)
     _check(options)
+    from bmjax.analysis.evaluate.refusal import without_guarantee
     from bmjax.cli.prediction_table import PredictionTable, shown
 
-    # What comes first and holds a run is one; the rest are images.
-    others = list(itertools.takewhile(_is_run, options.paths))
-    paths = options.paths[len(others) :]
+    run_dirs, paths = runs_first(options)
     if not paths:
         raise ValueError("predict: expected images, or folders of images, after the runs")
     inputs, listed = inputs_of(paths), []
     if options.adapt or options.adapt_prior:
         inputs = iter(listed := list(inputs))
     blocks = blocks_of(inputs)
-    judge = _judge([options.run_dir, *others], options)
+    judge = _judge(run_dirs, options)
     pictures = _Pictures(Path(options.maps), judge.runs[0]) if options.maps else None
     first = next(blocks, None)
     if first is None:
@@ -93,6 +92,8 @@ def predict(options: argparse.Namespace, rest: Sequence[str]) -> int:
     # No more padding than there are images, for the few that one looks at by hand.
     judge.batch_size = min(options.batch_size or judge.runs[0].config.train.eval_batch_size, len(first))
     answers = Answers(judge, options.error_rate, options.unfamiliar)
+    if options.error_rate is not None and (words := without_guarantee(options.adapt, options.adapt_prior)):
+        log.warning("%s", words)
     if listed:
         adapt(judge, [path for path, error in listed if error is None], options)
     table = PredictionTable(Path(options.out), judge.classes, errors=options.errors, more=answers.columns)
@@ -115,6 +116,12 @@ def predict(options: argparse.Namespace, rest: Sequence[str]) -> int:
         print(f"{failed} of {n} images can't be read{rest_of}; see the column error", file=sys.stderr)
     print(f"{n - failed} images classified into {shown(options.out)}")
     return 1 if failed == n or (failed and options.strict) else 0
+
+
+def runs_first(options: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """(runs, images): of the paths after the first run, those that hold a run are further ones until one doesn't."""
+    others = list(itertools.takewhile(_is_run, options.paths))
+    return [options.run_dir, *others], options.paths[len(others) :]
 
 
 def _is_run(path: str) -> bool:
@@ -177,8 +184,8 @@ def _judge(run_dirs: Sequence[str], options: argparse.Namespace) -> Judge:
     from bmjax.analysis.evaluate.judge import Judge, at_pixel_size
     from bmjax.runs.folder import load_run
 
-    runs = [at_pixel_size(load_run(path, options.which, trust=options.trust), options.pixel_size) for path in run_dirs]
-    return Judge(runs, views=options.views, calibrated=options.calibrated)
+    runs = [load_run(path, options.which, trust=options.trust) for path in run_dirs]
+    return Judge(at_pixel_size(runs, options.pixel_size), views=options.views, calibrated=options.calibrated)
 
 
 def predictions_of(
@@ -204,8 +211,7 @@ def predictions_of(
             probs[rows] = seen.probs
             for i in rows:
                 names[i] = judge.classes[int(probs[i].argmax())]
-            if start == 0:
-                answers.warn_of_foreign(seen)
+            answers.warn_of_foreign(seen, start)
             if pictures is not None:
                 pictures.draw(images[0], [(start + i, block[i].path) for i in rows])
         yield Block([path for path, _ in block], names, probs, errors, answers.of(probs, seen, rows))

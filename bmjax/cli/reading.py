@@ -15,9 +15,7 @@ def add_reading(p: argparse.ArgumentParser) -> None:
     p.add_argument("--calibrated", action="store_true", help="by the calibration that `eval --calibrate` kept")
     p.add_argument("--adapt", action="store_true", help="estimate the norms' statistics on these images")
     p.add_argument("--adapt-prior", action="store_true", help="estimate the classes' frequencies on these images")
-    p.add_argument(
-        "--pixel-size", type=float, metavar="UM", help="micrometres to a pixel of these images, if not as in training"
-    )
+    add_pixel_size(p)
     p.add_argument("--error-rate", type=float, metavar="RATE", help="say don't know, so that so few answers are wrong")
     p.add_argument(
         "--unfamiliar",
@@ -27,6 +25,12 @@ def add_reading(p: argparse.ArgumentParser) -> None:
         help="say don't know of images with features stranger than all but this share of validation's",
     )
     add_checkpoint(p)
+
+
+def add_pixel_size(p: argparse.ArgumentParser) -> None:
+    """The option on the scale of files, which all verbs share that read some."""
+    p.add_argument("--pixel-size", type=float, metavar="UM",
+                   help="micrometres to a pixel of these images, if not as in training")  # fmt: skip
 
 
 def check_reading(options: argparse.Namespace) -> None:

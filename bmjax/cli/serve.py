@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bmjax.cli.output import add_checkpoint
-from bmjax.cli.reading import add_threshold, check_threshold
+from bmjax.cli.reading import add_pixel_size, add_threshold, check_pixel_size, check_threshold
 
 if TYPE_CHECKING:
     from bmjax.analysis.serve.engine import Engine
@@ -29,10 +29,12 @@ def add_parser(verbs: Any) -> None:
         "know\". A run shows its attention's map; a file of `bmjax export` has none. Nothing that is sent is kept. "
         "Not for diagnosis.",
     )
-    p.add_argument("model", metavar="run", help="folder of a run, or a .zip file of `bmjax export`")
+    p.add_argument("models", metavar="run", nargs="+",
+                   help="folder of a run, or of several as one; or a .zip file of `bmjax export`")  # fmt: skip
     p.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s, this machine)")
     p.add_argument("--port", type=int, default=8765, help="0 takes a free one (default: %(default)s)")
     p.add_argument("--batch-size", type=int, default=8, help="images at most at once (default: %(default)s)")
+    add_pixel_size(p)
     add_threshold(p)
     add_checkpoint(p)
     p.set_defaults(run=run)
@@ -41,12 +43,16 @@ def add_parser(verbs: Any) -> None:
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     del rest
     check_threshold(options)
+    check_pixel_size(options)
     if not 0 <= options.port < 65536:
         raise ValueError(f"--port is {options.port}; expected one from 0 to 65535")
     if options.batch_size < 1:
         raise ValueError(f"--batch-size is {options.batch_size}; expected at least 1")
-    if not Path(options.model).exists():
-        raise FileNotFoundError(f"{options.model} is not there; expected a run's folder or a file of `bmjax export`")
+    for model in options.models:
+        if not Path(model).exists():
+            raise FileNotFoundError(f"{model} is not there; expected a run's folder or a file of `bmjax export`")
+        if len(options.models) > 1 and not Path(model).is_dir():
+            raise ValueError(f"{model} is no folder; expected folders of runs, where several are given")
     try:
         import python_multipart  # noqa: F401
         import starlette  # noqa: F401
@@ -58,7 +64,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
     with _listening(options.host, options.port) as listener:  # an address in use is told before the model is compiled
         began = time.monotonic()
-        log.info("serve: reading and compiling %s", options.model)
+        log.info("serve: reading and compiling %s", ", ".join(options.models))
         engine = _engine(options)
         here = _is_loopback(options.host)
         name = f"[{options.host}]" if ":" in options.host else options.host
@@ -112,18 +118,28 @@ def _engine(options: argparse.Namespace) -> Engine:
     """The model, compiled; a run's or an export's, by what the path is."""
     import dataclasses
 
-    from bmjax.analysis.evaluate.undecided import kept_calibration, undecided_below
-    from bmjax.analysis.serve.engine import engine_of_export, engine_of_run
+    from bmjax.analysis.evaluate.judge import at_pixel_size, same_classes
+    from bmjax.analysis.evaluate.undecided import kept_calibrations, undecided_below
+    from bmjax.analysis.serve.engine import engine_of_export, engine_of_runs
     from bmjax.runs.folder import load_run
 
-    if Path(options.model).is_dir():
-        found = load_run(options.model, options.which, trust=options.trust)
-        calibration = kept_calibration(found)
-        threshold = undecided_below(found, calibration, options.error_rate, options.undecided)
-        return engine_of_run(found, calibration, threshold, options.batch_size)
+    if Path(options.models[0]).is_dir():
+        runs = [load_run(model, options.which, trust=options.trust) for model in options.models]
+        same_classes(runs)
+        calibrations = kept_calibrations(runs)
+        threshold = undecided_below(runs, calibrations, options.error_rate, options.undecided)
+        return engine_of_runs(at_pixel_size(runs, options.pixel_size), calibrations, threshold, options.batch_size)
     if options.error_rate is not None:
         raise ValueError("--error-rate is for a run; an export has its threshold within (`bmjax export --error-rate`)")
-    engine = engine_of_export(Path(options.model), options.batch_size)
+    engine = engine_of_export(Path(options.models[0]), options.batch_size)
+    if options.pixel_size is not None:
+        if not engine.facts.reading["field_size"]:
+            raise ValueError(
+                f"--pixel-size is {options.pixel_size}, but the run of {options.models[0]} was trained without "
+                "data.field_size and knows no scale"
+            )
+        reading = engine.facts.reading | {"pixel_size": options.pixel_size}
+        engine.facts = dataclasses.replace(engine.facts, reading=reading)
     if options.undecided is not None:
         engine.facts = dataclasses.replace(engine.facts, undecided_below=options.undecided)
     return engine

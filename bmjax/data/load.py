@@ -25,7 +25,7 @@ from bmjax.data.sources.tfds import list_tfds
 from bmjax.environment import cache_folder
 from bmjax.registry import is_own, load_own
 
-_SOURCES: dict[str, Callable[[str], Listing]] = {
+_SOURCES: dict[str, Callable[..., Listing]] = {
     "folder": list_folder,
     "table": list_table,
     "archive": list_archive,
@@ -34,8 +34,8 @@ _SOURCES: dict[str, Callable[[str], Listing]] = {
 }
 
 
-def list_source(config: DataConfig) -> Listing:
-    """The images that a configuration names, none of them read yet; not for rendered cells.
+def list_source(config: DataConfig, **options: int) -> Listing:
+    """The images that a configuration names, none of them read yet; not for rendered cells. `options` go to the source.
 
     Raises:
       FileNotFoundError, ValueError: they are not there or not as expected; names the place.
@@ -43,7 +43,7 @@ def list_source(config: DataConfig) -> Listing:
     if config.source == "arrays":
         raise ValueError("config field 'data.source' is 'arrays', images given from Python; expected them as `data`")
     if not is_own(config.source):
-        return _SOURCES[config.source](config.root)
+        return _SOURCES[config.source](config.root, **options)
     source = load_own("data source", config.source, callable, "a function of root that gives a bmjax.Listing")
     listing = source(config.root)
     if not isinstance(listing, Listing):
@@ -88,6 +88,16 @@ def load_dataset(config: DataConfig, *, progress: bool = True) -> Dataset:
             raise ValueError(f"config field 'data.stain' is {config.stain!r}; expected 'none' for rendered cells")
         return synthetic_dataset(config.synthetic_per_class, config.image_size, cache_dir, progress=progress)
     return listed_dataset(list_source(config), config, cache_dir, progress=progress)
+
+
+def load_elsewhere(config: DataConfig) -> Dataset:
+    """As `load_dataset`, of a folder or a table that is judged and not trained on: one class is enough.
+
+    Raises:
+      FileNotFoundError, ValueError: it is not there or not as expected; names the place.
+    """
+    cache_dir = Path(config.cache_dir) if config.cache_dir else cache_folder() / "images"
+    return listed_dataset(list_source(config, fewest=1), config, cache_dir)
 
 
 def read_files(paths: Sequence[str | Path], config: DataConfig) -> Iterable[np.ndarray | str]:

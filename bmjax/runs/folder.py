@@ -184,6 +184,12 @@ def recorded_split(run_dir: Path, dataset: Dataset) -> Splits | None:
     return read_split(run_dir / "split.csv", dataset)
 
 
+def split_size(run_dir: Path, split: str) -> int:
+    """Images of a split, as the run's folder records it."""
+    counts = _recorded(run_dir / "dataset.json", "counts", dict).get(split)
+    return sum(counts.values()) if isinstance(counts, dict) else 0
+
+
 def _recorded(path: Path, name: str, kind: type) -> Any:
     """An entry of a JSON record that has to be there."""
     found = read_json(path).get(name)

@@ -10,6 +10,8 @@ from bmjax.analysis.evaluate.looks import looks
 from bmjax.analysis.evaluate.reference import Reference, write_reference
 from bmjax.cli.main import main
 from bmjax.runs.folder import save_arrays, save_results
+from bmjax.runs.records import read_predictions
+from bmjax.training.predict import predict_probs
 from tests.helpers.small_run import CLASSES, SIZE, keep_calibration, small_run
 
 
@@ -92,6 +94,26 @@ def test_foreign_looking_cells_are_told(run, cells, tmp_path, monkeypatch, capsy
     assert count(monkeypatch, run, cells, tmp_path / "d.csv") == 0
     assert "these images look unlike those of training" in capsys.readouterr().err
     (run.run_dir / "reference.npz").unlink()
+
+
+def test_several_runs_count_as_their_mean(run, cells, tmp_path, monkeypatch, capsys):
+    """The matrix that adjusts is that of the mean, too."""
+    runs = [small_run(tmp_path / f"run{seed}", seed=seed) for seed in (0, 1)]
+    labels = read_predictions(runs[0].run_dir, "val").labels
+    sure = np.eye(3, dtype=np.float32)[labels]
+    named = {"index": np.arange(90), "ids": np.array([f"{i}.png" for i in range(90)]), "classes": CLASSES}
+    save_arrays(runs[1].run_dir, "val", probs=sure, labels=labels, **named)
+    given = {str(one.run_dir): one for one in runs}
+    monkeypatch.setattr("bmjax.runs.folder.load_run", lambda path, *arguments, **options: given[path])
+    out = tmp_path / "d.csv"
+    assert main(["differential", *given, str(cells), "--out", str(out), "--undecided", "1"]) == 0
+    assert "of val: n 90, accuracy 1.000" in capsys.readouterr().out
+    images = np.stack([np.asarray(Image.open(path)) for path in sorted(cells.glob("*<i>.png"))])
+    mean = np.mean([predict_probs(one, images) for one in runs], axis=0).max(1)
+    found = [float(row["probability"]) for row in table(tmp_path / "d_review.csv")]
+    np.testing.assert_allclose(found, np.sort(mean), atol=1e-3)
+    assert main(["differential", *given, "--out", str(out)]) == 2
+    assert "expected a folder of cells, or images, after the runs" in capsys.readouterr().err
 
 
 def test_wrong_input_is_one_line(run, cells, tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -135,6 +136,56 @@ def test_labelled_images_from_elsewhere(runs, capsys, tmp_path, cells):
     rows = predict(tmp_path, runs[0], cells, "--adapt", "--adapt-prior")
     plain = predict(tmp_path, runs[0], cells)
     assert [row["EOS"] for row in rows] != [row["EOS"] for row in plain]
+
+
+def test_one_class_from_elsewhere_is_enough(runs, capsys, tmp_path):
+    (tmp_path / "EOS").mkdir()
+    for i in range(3):
+        Image.fromarray(render("EOS", 32, 5, i)).save(tmp_path / "EOS" / f"{i}.png")
+    assert "n 3, accuracy" in evaluate(capsys, runs[0], "--on", tmp_path)
+
+
+def test_figures_say_what_they_rest_on(runs, capsys, cells, caplog):
+    assert "trained on these images" in evaluate(capsys, runs[0], "--split", "train")
+    evaluate(capsys, runs[0], "--calibrate", "temperature")
+    assert "the calibration was fitted on these images" in evaluate(capsys, runs[0], "--calibrated")
+    assert "the threshold was set by these images" in evaluate(capsys, runs[0], "--error-rate", "0.4")
+    out = evaluate(capsys, runs[0], "--on", cells, "--error-rate", "0.4", "--adapt")
+    assert "promise nothing here: the norms were adapted after validation set them; these images did not" in out
+
+
+def test_a_run_without_validation_says_what_it_lacks(runs, capsys, cells, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    (run / "predictions_val.npz").unlink()
+    record = json.loads((run / "dataset.json").read_text())
+    record["counts"]["val"] = dict.fromkeys(record["counts"]["val"], 0)
+    (run / "dataset.json").write_text(json.dumps(record))
+    for words in (
+        ["predict", run, cells, "--error-rate", "0.1"],
+        ["predict", run, cells, "--adapt-prior"],
+        ["differential", run, cells],
+        ["eval", run, "--split", "test", "--reference"],
+        ["eval", run, "--split", "test", "--error-rate", "0.1"],
+    ):
+        assert main([*map(str, words)]) == 2
+        told = capsys.readouterr().err
+        assert "train with --data.split 0.85 0.15 0" in told
+        assert "bmjax eval" not in told, "no command that can't do it"
+
+
+def test_wrong_input_is_told_before_the_test_split_is_opened(runs, capsys, cells, tmp_path):
+    for more, message in (
+        (["--tolerate", "BLA:MYB"], "unknown class 'MYB'"),
+        (["--unseen", tmp_path / "none"], "no such file or folder"),
+        (["--adapt-prior", "--views", "4"], "--views 4` makes them"),
+        (["--error-rate", "0.1", "--views", "4"], "--views 4` makes them"),
+    ):
+        assert main(["eval", str(runs[0]), "--split", "test", *map(str, more)]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["eval", str(runs[0]), f"{runs[0]}/", "--split", "test"]) == 2
+    assert "is given twice" in capsys.readouterr().err
+    assert not (runs[0] / "openings.jsonl").exists()
 
 
 def test_wrong_input_is_one_line(runs, capsys, cells, tmp_path):

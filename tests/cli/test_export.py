@@ -1,5 +1,6 @@
 """`bmjax export` gives a file that says what the run says, without bmjax."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -83,6 +84,35 @@ def test_a_calibration_can_be_left_out(run, tmp_path, monkeypatch, capsys):
     images = sample_images(SIZE, 2)
     found = np.asarray(read_stablehlo(tmp_path / "m.zip").function(images))
     assert np.abs(found - predict_probs(run, images)).max() < TOLERANCE
+
+
+def test_several_runs_are_exported_as_their_mean(run, tmp_path, monkeypatch, capsys):
+    """Each calibrated by its own, as `eval` and `predict` have it."""
+    other = small_run(tmp_path / "other", seed=1)
+    given = {str(one.run_dir): one for one in (run, other)}
+    monkeypatch.setattr("bmjax.runs.folder.load_run", lambda path, *arguments, **options: given[path])
+    words = ["export", *given, "--out", str(tmp_path / "m.zip")]
+    assert main(words) == 2
+    assert f"{other.run_dir} keeps no calibration, and other runs do" in capsys.readouterr().err
+    keep_calibration(other)
+    assert main([*words, "--error-rate", "0.4"]) == 0
+    images = sample_images(SIZE)
+    found = read_stablehlo(tmp_path / "m.zip")
+    mean = (expected(run, images) + expected(other, images)) / 2
+    assert np.abs(np.asarray(found.function(images)) - mean).max() < TOLERANCE
+    assert np.abs(expected(run, images) - mean).max() > TOLERANCE
+    assert found.facts.run == "small, small"
+    data = dataclasses.replace(other.config.data, stain="reinhard")
+    given[str(other.run_dir)] = dataclasses.replace(other, config=dataclasses.replace(other.config, data=data))
+    assert main(words) == 2
+    assert "'data.stain' is 'reinhard'; expected 'none'" in capsys.readouterr().err
+
+
+def test_a_run_that_sees_the_middle_of_files_says_so(run, tmp_path, monkeypatch, capsys):
+    data = dataclasses.replace(run.config.data, pixel_size=0.1, field_size=4.8)
+    scaled = dataclasses.replace(run, config=dataclasses.replace(run.config, data=data))
+    assert export(scaled, monkeypatch, "--out", tmp_path / "m.zip") == 0
+    assert "the middle 48 pixels of files of 0.1 micrometres to a pixel" in capsys.readouterr().err
 
 
 def test_damaged_files_are_named(exported, tmp_path):

@@ -16,9 +16,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bmjax.analysis.evaluate.looks import looks
+from bmjax.analysis.evaluate.reference import Reference
 from bmjax.analysis.export.program import facts_of, make_function, portable
 from bmjax.analysis.export.stablehlo import export_stablehlo, write_stablehlo
-from bmjax.analysis.serve.engine import MAX_PIXELS, engine_of_export, engine_of_run, read_upload
+from bmjax.analysis.serve.engine import MAX_PIXELS, engine_of_export, engine_of_runs, read_upload
+from bmjax.analysis.serve.watch import Watch
 from bmjax.cli import serve
 from bmjax.cli.main import main
 from bmjax.data.images.decode import quiet
@@ -102,7 +105,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(run):
-    with quiet(), Server(engine_of_run(run, None, 0.36, 8)) as found:
+    with quiet(), Server(engine_of_runs([run], [None], 0.36, 8)) as found:
         yield found
 
 
@@ -118,6 +121,31 @@ def test_it_says_what_the_run_says(server, run):
         assert result["undecided"] == (expected[i].max() < 0.36)
         assert result["answer"] == ("don't know" if result["undecided"] else result["class"])
         assert result["map"].startswith("data:image/jpeg;base64,")
+
+
+def test_several_runs_are_served_as_their_mean(run, tmp_path):
+    other = small_run(tmp_path / "other", seed=1)
+    probs, maps = engine_of_runs([run, other], [None, None], 0.5, 2)(np.stack([noise(i) for i in range(2)]))
+    each = [predict_probs(one, np.stack([noise(i) for i in range(2)])) for one in (run, other)]
+    np.testing.assert_allclose(probs, np.mean(each, axis=0), atol=2e-5)
+    assert maps is not None
+
+
+def test_images_unlike_those_of_training_are_told(run):
+    """By the last of them, from the tenth on; like ones say nothing."""
+    watch = Watch(Reference.of_looks(looks(np.stack([noise(i) for i in range(40)]))))
+    probs = np.full(3, 1 / 3, np.float32)
+    for i in range(40, 60):
+        watch.add(noise(i), probs)
+    assert watch.words() == []
+    engine = engine_of_runs([run], [None], 0.36, 8)
+    assert engine.watch is None, "this run keeps no reference"
+    engine.watch = Watch(Reference.of_looks(looks(np.full((20, SIZE, SIZE, 3), 200, np.uint8))))
+    with quiet(), Server(engine) as server:
+        first = server.post(*((f"{i}.png".encode(), as_png(noise(i))) for i in range(6)))[1]
+        second = server.post(*((f"{i}.png".encode(), as_png(noise(i))) for i in range(6)))[1]
+    assert first["foreign"] == []
+    assert any(word.startswith("lightness is") and "median of 12 images" in word for word in second["foreign"])
 
 
 def test_one_image_may_be_the_body(server):
@@ -291,6 +319,8 @@ def test_wrong_input_is_one_line(tmp_path, capsys):
             ((tmp_path / "none",), "is not there; expected a run's folder or a file of `bmjax export`"),
             ((tmp_path / "m.zip", "--port", "0"), "not a readable export of bmjax"),
             ((tmp_path / "m.zip", "--port", "70000"), "--port is 70000"),
+            ((tmp_path / "m.zip", "--pixel-size", "0"), "--pixel-size is 0.0"),
+            ((tmp_path, tmp_path / "m.zip"), "expected folders of runs, where several are given"),
             ((tmp_path / "m.zip", "--batch-size", "0"), "--batch-size is 0"),
             ((tmp_path / "m.zip", "--port", port), f"can't listen at 127.0.0.1:{port}"),
         ):

@@ -62,6 +62,8 @@ def test_a_field_beyond_the_image_is_mirrored():
     np.testing.assert_array_equal(decode_image(file.getvalue(), 20, 20.0), np.asarray(image)[10:30, 10:30])
     with pytest.raises(ValueError, match="the field is 400 pixels, the image 40x40; expected at most 8 times"):
         decode_image(file.getvalue(), 20, 400.0)
+    with pytest.raises(ValueError, match=r"the field is 0\.5 pixels of an image of 40x40; expected at least 16"):
+        decode_image(file.getvalue(), 20, 0.5)
 
 
 def test_files_and_arrays_are_read_alike(tmp_path):

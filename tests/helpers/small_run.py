@@ -16,13 +16,13 @@ SHOWN = tuple(map(printable, CLASSES))
 SIZE = 32
 
 
-def small_run(folder: Path, attention: str = "cbam", n: int = 90) -> Run:
+def small_run(folder: Path, attention: str = "cbam", n: int = 90, seed: int = 0) -> Run:
     """Its network is random; its recorded predictions of validation are right in four of five cases."""
     model = ModelConfig(backbone="densenet_tiny", weights=None, attention=attention, head=HeadConfig(widths=(8,)))
     train = TrainConfig(devices=1, eval_batch_size=8)
     config = Config(name="small", run_dir=str(folder), data=DataConfig(image_size=SIZE), model=model, train=train)
     network = bmjax.create(config.model, len(CLASSES))
-    variables = jax.tree.map(np.asarray, bmjax.init(network, jax.random.key(0), SIZE))
+    variables = jax.tree.map(np.asarray, bmjax.init(network, jax.random.key(seed), SIZE))
     rng = np.random.default_rng(0)
     labels = rng.integers(0, len(CLASSES), n)
     said = np.where(rng.random(n) < 0.8, labels, rng.integers(0, len(CLASSES), n))
@@ -30,6 +30,7 @@ def small_run(folder: Path, attention: str = "cbam", n: int = 90) -> Run:
     ids = np.array([f"{i}.png" for i in range(n)])
     folder.mkdir()
     (folder / "config.json").write_text("{}")
+    (folder / "dataset.json").write_text(json.dumps({"counts": {"train": {"EOS": n}, "val": {"EOS": n}, "test": {}}}))
     save_arrays(folder, "val", probs=probs, labels=labels, index=np.arange(n), ids=ids, classes=CLASSES)
     save_results(folder, "val", {"step": 7})
     return Run(folder, config, network, variables, CLASSES, 7)

@@ -40,7 +40,7 @@ def exported(run: Run, folder: Path) -> Ways:
     names = ("model.zip", "model.onnx") if importlib.util.find_spec("jax2onnx") else ("model.zip",)
     for name in names:
         path, began = folder / name, time.monotonic()
-        largest = write(run, calibration, facts, path)
+        largest = write([run], [calibration], facts, path)
         what = f"{path.stat().st_size / 1e6:.1f} MB | {time.monotonic() - began:.0f} s | {largest:.1e}"
         if path.suffix == ".onnx":
             from bmjax.analysis.export.onnx import onnx_session

@@ -6,16 +6,18 @@ import csv
 import dataclasses
 import io
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from bmjax.analysis.differential.estimate import Shares, estimate_shares
 from bmjax.analysis.evaluate.calibration import Calibration, calibrate_predictions
+from bmjax.analysis.evaluate.judge import NO_VALIDATION
 from bmjax.files import write_text
 from bmjax.runs.confusion import confusion_matrix
-from bmjax.runs.folder import Run, saved_results
-from bmjax.runs.records import read_predictions
+from bmjax.runs.folder import Run, saved_results, split_size
+from bmjax.runs.records import Predictions, read_predictions
 
 log = logging.getLogger(__name__)
 COLUMNS = ("class", "count", "undecided", "raw_percent", "adjusted_percent", "low", "high", "labelled")
@@ -34,23 +36,38 @@ class Errors:
         return int(self.confusion.sum())
 
 
-def errors_of(run: Run, calibration: Calibration | None) -> Errors:
-    """By the predictions of the test split, where it was opened by this checkpoint, else by those of validation.
+def errors_of(runs: Sequence[Run], calibrations: Sequence[Calibration | None]) -> Errors:
+    """How a run errs, or the mean of several: by the predictions of the test split, where it was opened by these
+    checkpoints, else by those of validation.
 
     Raises:
-      ValueError: this checkpoint has predictions of neither; names the command that makes them.
+      ValueError: a checkpoint has predictions of neither, or the runs' splits differ; names the remedy.
     """
-    steps = saved_results(run.run_dir)
     for split in ("test", "val"):
-        found = read_predictions(run.run_dir, split)
-        if found is None or steps.get(split, {}).get("step") != run.step:
+        found = [_predictions(run, calibration, split) for run, calibration in zip(runs, calibrations, strict=True)]
+        whole = [one for one in found if one is not None]
+        if len(whole) < len(runs):
             continue
-        found = calibrate_predictions(found, calibration)
-        return Errors(split, confusion_matrix(found.labels, found.predicted, len(run.classes)))
+        for run, one in zip(runs, whole, strict=True):
+            if one.ids.tolist() != whole[0].ids.tolist():
+                raise ValueError(
+                    f"{run.run_dir} has another {split} split than {runs[0].run_dir}; expected one for all"
+                )
+        predicted = np.mean([one.probs for one in whole], axis=0).argmax(-1)
+        return Errors(split, confusion_matrix(whole[0].labels, predicted, len(runs[0].classes)))
+    without = next(run for run in runs if _predictions(run, None, "val") is None)
     raise ValueError(
-        f"{run.run_dir} has no predictions of test or val by step {run.step}, which say how it errs; "
-        f"`bmjax eval {run.run_dir}` makes them"
+        f"{without.run_dir} has no predictions of test or val by step {without.step}, which say how it errs; "
+        + (f"`bmjax eval {without.run_dir}` makes them" if split_size(without.run_dir, "val") else NO_VALIDATION)
     )
+
+
+def _predictions(run: Run, calibration: Calibration | None, split: str) -> Predictions | None:
+    """Those of a split by the run's checkpoint, calibrated; None where there are none."""
+    found = read_predictions(run.run_dir, split)
+    if found is None or saved_results(run.run_dir).get(split, {}).get("step") != run.step:
+        return None
+    return calibrate_predictions(found, calibration)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,15 +118,14 @@ class Differential:
         return out
 
 
-def differential_of(run: Run, calibration: Calibration | None, cells: Cells) -> Differential:
-    """The differential count of cells by a run.
+def differential_of(classes: tuple[str, ...], errors: Errors, cells: Cells) -> Differential:
+    """The differential count of cells by a classifier that errs so.
 
     Raises:
-      ValueError: there is no cell, or nothing says how the run errs.
+      ValueError: there is no cell.
     """
-    errors, k = errors_of(run, calibration), len(run.classes)
-    shares = estimate_shares(np.bincount(cells.predicted, minlength=k), errors.confusion)
-    return Differential(run.classes, cells, errors, shares)
+    shares = estimate_shares(np.bincount(cells.predicted, minlength=len(classes)), errors.confusion)
+    return Differential(classes, cells, errors, shares)
 
 
 def write_table(path: Path, header: tuple[str, ...], rows: list[list]) -> None:

@@ -29,7 +29,7 @@ _PARTS = 5
 class Calibration:
     """softmax(scale * log p + shift), with scale and shift [k]; of a temperature all scales are alike, no shift.
 
-    `n` images it was fitted on, `step` of the checkpoint whose probabilities these were.
+    `n` images it was fitted on, `step` of the checkpoint whose probabilities these were, in so many `views`.
     """
 
     method: Method
@@ -37,6 +37,7 @@ class Calibration:
     shift: tuple[float, ...]
     n: int
     step: int = 0
+    views: int = 1
 
     def __call__(self, probs: np.ndarray) -> np.ndarray:
         """Probabilities [n, k] -> the same calibrated, float32."""
@@ -60,10 +61,11 @@ def _scaled(logs: np.ndarray, scale: np.ndarray, shift: np.ndarray) -> np.ndarra
     return e / e.sum(-1, keepdims=True)
 
 
-def fit(labels: np.ndarray, probs: np.ndarray, method: Method, step: int = 0) -> Calibration:
+def fit(labels: np.ndarray, probs: np.ndarray, method: Method, step: int = 0, views: int = 1) -> Calibration:
     """The calibration of least negative log-likelihood on labels [n] and probabilities [n, k].
 
-    A vector's 2 k numbers are drawn slightly toward those of no calibration, by the worth of one image.
+    Its numbers are drawn slightly toward those of no calibration, by the worth of one image, so that a few images that
+    are all named rightly do not make every probability 1.
 
     Raises:
       ValueError: fewer images than classes.
@@ -85,18 +87,21 @@ def fit(labels: np.ndarray, probs: np.ndarray, method: Method, step: int = 0) ->
         value = -np.log(np.maximum((p * one_hot).sum(1), _TINY)).mean()
         gap = (p - one_hot) / n
         by_scale, by_shift = (gap * logs).sum(0) * scale, gap.sum(0)
-        if not is_vector:
-            return value, np.array([by_scale.sum()])
-        return value + 0.5 * (x @ x) / n, np.concatenate([by_scale, by_shift]) + x / n
+        gradient = np.concatenate([by_scale, by_shift]) if is_vector else np.array([by_scale.sum()])
+        return value + 0.5 * (x @ x) / n, gradient + x / n
 
     # The logarithm of a scale: it stays positive.
     found = minimize(loss, np.zeros(2 * k if is_vector else 1), jac=True, method="L-BFGS-B")
     scale, shift = parts(np.clip(found.x, -20, 20))
-    return Calibration(method, tuple(scale.tolist()), tuple(shift.tolist()), n, step)
+    return Calibration(method, tuple(scale.tolist()), tuple(shift.tolist()), n, step, views)
 
 
 def cross_fitted(labels: np.ndarray, probs: np.ndarray, method: Method, seed: int = 0) -> np.ndarray:
-    """Probabilities [n, k], each calibrated by a fit on the other parts of the images: an honest look at the fit."""
+    """Probabilities [n, k], each calibrated by a fit on the other parts of the images: an honest look at the fit.
+
+    Raises:
+      ValueError: too few images.
+    """
     parts = np.random.default_rng(seed).permutation(len(labels)) % _PARTS
     out = np.empty(probs.shape, np.float32)
     for part in range(_PARTS):
@@ -120,23 +125,26 @@ def write_calibration(run_dir: Path, found: Calibration) -> Path:
     return path
 
 
-def read_calibration(run_dir: Path, classes: int, step: int) -> Calibration:
+def read_calibration(run_dir: Path, classes: int, step: int, views: int = 1) -> Calibration:
     """The run's calibration.
 
     Raises:
       FileNotFoundError: none is kept.
-      ValueError: the file is damaged, or is of another checkpoint.
+      ValueError: the file is damaged, or is of another checkpoint, or of other views.
     """
     path = run_dir / FILE
-    remedy = "`bmjax eval RUN --calibrate temperature` writes it"
+    remedy = f"`bmjax eval RUN --calibrate temperature{f' --views {views}' * (views > 1)}` writes it"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there; {remedy}")
     found = read_json(path)
     if (problem := _problem(found, classes)) is not None:
         raise ValueError(f"{path} is damaged: {problem}; {remedy} again")
-    found = Calibration(found["method"], tuple(found["scale"]), tuple(found["shift"]), found["n"], found["step"])
+    numbers = (found["n"], found["step"], found.get("views", 1))
+    found = Calibration(found["method"], tuple(found["scale"]), tuple(found["shift"]), *numbers)
     if found.step != step:
         raise ValueError(f"{path} is of step {found.step}; expected {step}, the checkpoint's; {remedy} again")
+    if found.views != views:
+        raise ValueError(f"{path} is of {found.views} views an image; expected {views}; {remedy} again")
     return found
 
 
@@ -152,6 +160,7 @@ def _problem(found: dict[str, Any], classes: int) -> str | None:
         if len(numbers) != classes or values != numbers:
             return f"{name} is {str(values)[:60]}; expected {classes} numbers"
     odd = [name for name in ("n", "step") if not isinstance(found.get(name), int)]
+    odd += [] if isinstance(found.get("views", 1), int) else ["views"]
     return f"{odd[0]} is {found.get(odd[0])!r}; expected a whole number" if odd else None
 
 

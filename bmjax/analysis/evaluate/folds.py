@@ -83,15 +83,19 @@ def run_folds(config: Config, k: int = 5, repeats: int = 1) -> Folds:
         rows.append({"repeat": one.data.split_seed - config.data.split_seed, "fold": one.data.fold, "n": m["n"]})
         rows[-1] |= figures | {"run_dir": str(result.run_dir)}
         log.info("%s: accuracy %.3f on %d images left out", result.run_dir, m["accuracy"], m["n"])
-    found = Folds(k, repeats, rows, _means(rows, k))
+    found = Folds(k, repeats, rows, _means(rows, k, config.data.split))
     write_text(run_folder(config) / "folds.json", json.dumps(dataclasses.asdict(found), indent=2))
     return found
 
 
-def _means(rows: list[dict[str, Any]], k: int) -> dict[str, tuple[float, float, float]]:
+def _means(
+    rows: list[dict[str, Any]], k: int, split: tuple[float, float, float]
+) -> dict[str, tuple[float, float, float]]:
     found = {}
+    # Images tested by over images trained on: of those that a fold leaves, validation takes its share.
+    ratio = 1 / (k - 1) * (split[0] + split[1]) / split[0]
     for name in FIGURES:
-        low, high = corrected_resampled_interval([row[name] for row in rows], 1 / (k - 1))
+        low, high = corrected_resampled_interval([row[name] for row in rows], ratio)
         most = np.inf if name == "loss" else 1.0
         found[name] = (float(np.mean([row[name] for row in rows])), max(low, 0.0), min(high, most))
     return found

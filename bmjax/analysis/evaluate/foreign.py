@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from bmjax.analysis.evaluate.looks import compare_looks
+from bmjax.analysis.evaluate.looks import as_frequent, compare_looks
 from bmjax.analysis.evaluate.reader import Seen
 from bmjax.analysis.evaluate.reference import Reference
 
@@ -16,16 +16,11 @@ _STRANGE, _MARGIN = 0.05, 0.1
 
 def foreign_words(reference: Reference, seen: Seen) -> list[str]:
     """Sentences on each look that is foreign, and on strangeness, where the run keeps features; none for images as
-    those of training."""
+    those of training. Looks are held against training cells of the classes that are predicted here."""
     n = len(seen.probs)
     if n < FEWEST:
         return []
-    words = [
-        f"{s.look} is {s.here:.2f} (median of {n} images) and was {s.training:.2f} in training: {abs(s.shift):.1f} "
-        f"deviations {'higher' if s.shift > 0 else 'lower'}"
-        for s in compare_looks(seen.looks, reference.looks)
-        if s.is_foreign
-    ]
+    words = foreign_looks(reference, seen.looks, seen.probs)
     if reference.has_features:
         share = float((reference.familiarity(reference.strangeness(seen)) <= _STRANGE).mean())
         if share > _STRANGE + _MARGIN + 3 * np.sqrt(_STRANGE * (1 - _STRANGE) / n):
@@ -36,7 +31,17 @@ def foreign_words(reference: Reference, seen: Seen) -> list[str]:
     return words
 
 
+def foreign_looks(reference: Reference, looks: np.ndarray, probs: np.ndarray) -> list[str]:
+    """A sentence on each look that is foreign, of looks [n, 6] and probabilities [n, k]."""
+    return [
+        f"{s.look} is {s.here:.2f} (median of {len(looks)} images) and was {s.training:.2f} in training: "
+        f"{abs(s.shift):.1f} deviations {'higher' if s.shift > 0 else 'lower'}"
+        for s in compare_looks(looks, reference.looks, as_frequent(reference.labels, probs))
+        if s.is_foreign
+    ]
+
+
 REMEDY = (
     "the run may err more here than on its own test split, and its probabilities may be too high; see "
-    "docs/evaluation.md (--pixel-size, --adapt, --error-rate)"
+    "docs/evaluation.md (--pixel-size, --adapt)"
 )

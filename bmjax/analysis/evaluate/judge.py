@@ -15,12 +15,16 @@ from bmjax.analysis.evaluate.reference import Reference, read_reference
 from bmjax.analysis.evaluate.refusal import Refusal, fit_refusal
 from bmjax.config.data import DataConfig
 from bmjax.data.dataset import Dataset
-from bmjax.data.load import load_dataset
-from bmjax.runs.folder import Run, record_opening, saved_results
+from bmjax.data.load import load_elsewhere
+from bmjax.runs.folder import Run, record_opening, saved_results, split_size
 from bmjax.runs.records import Predictions, read_predictions
 from bmjax.training.predict import SplitName, data_of
 
 log = logging.getLogger(__name__)
+NO_VALIDATION = (
+    "a run that was trained on all images has none to set thresholds, calibrations or frequencies by; train with "
+    "--data.split 0.85 0.15 0 for those"
+)
 TO_ADAPT = 2048
 """Images at most that norms are adapted to."""
 
@@ -64,7 +68,10 @@ def target_of_split(runs: Sequence[Run], split: SplitName, data_root: str | None
         dataset, splits = data_of(run, data_root)
         rows = getattr(splits, split)
         if not len(rows):
-            raise ValueError(f"split is {split!r}, which holds no image in {run.run_dir}; expected one that does")
+            raise ValueError(
+                f"split is {split!r}, which holds no image in {run.run_dir}; expected one that does"
+                + (f": {NO_VALIDATION}" if split == "val" else "")
+            )
         found = tuple(dataset.ids[i] for i in rows)
         if parts and found != ids:
             raise ValueError(
@@ -81,20 +88,32 @@ def target_of_split(runs: Sequence[Run], split: SplitName, data_root: str | None
     return Target(tuple(parts), dataset.labels[rows], ids)
 
 
-def at_pixel_size(run: Run, pixel_size: float | None) -> Run:
-    """A run that reads files of another microscope, of so many micrometres to a pixel; None: as in training.
+def at_pixel_size(runs: Sequence[Run], pixel_size: float | None) -> list[Run]:
+    """Runs that read files of another microscope, of so many micrometres to a pixel; None: as in training, which is
+    said. Rows of a table that name their own are read by those.
 
     Raises:
-      ValueError: the run was trained without a scale.
+      ValueError: a run was trained without a scale.
     """
     if pixel_size is None:
-        return run
-    if not run.config.data.field_size:
-        raise ValueError(
-            f"--pixel-size is {pixel_size}, but {run.run_dir} was trained without data.field_size and knows no scale"
-        )
-    data = dataclasses.replace(run.config.data, pixel_size=pixel_size)
-    return dataclasses.replace(run, config=dataclasses.replace(run.config, data=data))
+        data = runs[0].config.data
+        if data.field_size and data.pixel_size:
+            log.info(
+                "files are read at %g micrometres to a pixel, as those of training: the middle %.0f pixels; "
+                "--pixel-size is for those of another microscope",
+                data.pixel_size,
+                data.field_size / data.pixel_size,
+            )
+        return list(runs)
+    for run in runs:
+        if not run.config.data.field_size:
+            raise ValueError(
+                f"--pixel-size is {pixel_size}, but {run.run_dir} was trained without data.field_size and knows no "
+                "scale"
+            )
+    configs = [dataclasses.replace(run.config, data=dataclasses.replace(run.config.data, pixel_size=pixel_size))
+               for run in runs]  # fmt: skip
+    return [dataclasses.replace(run, config=config) for run, config in zip(runs, configs, strict=True)]
 
 
 def target_of_path(runs: Sequence[Run], path: str, source: str) -> tuple[Target, Target]:
@@ -109,7 +128,7 @@ def target_of_path(runs: Sequence[Run], path: str, source: str) -> tuple[Target,
         config = dataclasses.replace(run.config.data, root=path, source=source)
         key = elsewhere(config)
         if key not in loaded:
-            loaded[key] = load_dataset(config)
+            loaded[key] = load_elsewhere(config)
         parts.append(loaded[key])
     first = parts[0]
     place = {name: i for i, name in enumerate(classes)}
@@ -142,7 +161,7 @@ class Judge:
         self.runs, self.views = tuple(runs), views
         self.batch_size: int | None = None
         self.calibrations: tuple[Calibration | None, ...] = tuple(
-            read_calibration(run.run_dir, len(run.classes), run.step) if calibrated else None for run in runs
+            read_calibration(run.run_dir, len(run.classes), run.step, views) if calibrated else None for run in runs
         )
         self._priors: tuple[np.ndarray, np.ndarray] | None = None
 
@@ -206,10 +225,11 @@ class Judge:
         return dataclasses.replace(found[0], probs=mean)
 
     def reference(self) -> Reference | None:
-        """What the first run was trained on; None where that is not kept, or is of another checkpoint."""
+        """What the first run was trained on; None where that is not kept. Features of another checkpoint are left out:
+        only looks are the images' own."""
         found = read_reference(self.runs[0].run_dir)
         if found is not None and found.has_features and found.step != self.runs[0].step:
-            return None
+            return Reference.of_looks(found.looks, found.labels)
         return found
 
     def refusal(self, rate: float, unfamiliar: float = 0.0) -> Refusal:
@@ -236,6 +256,10 @@ class Judge:
         found = self.reference()
         if found is None or not found.has_features:
             run_dir = self.runs[0].run_dir
+            if not split_size(run_dir, "val"):
+                raise ValueError(
+                    f"{run_dir} keeps no features to hold others against, and has no validation split: {NO_VALIDATION}"
+                )
             raise ValueError(f"{run_dir} keeps no features of this checkpoint; `bmjax eval {run_dir} --reference` does")
         return found
 
@@ -256,6 +280,8 @@ def _saved(run: Run, name: str, views: int) -> Predictions:
     found = read_predictions(run.run_dir, name)
     step = saved_results(run.run_dir).get(name, {}).get("step")
     if found is None or step != run.step:
+        if not split_size(run.run_dir, "val"):
+            raise ValueError(f"{run.run_dir} has no validation split: {NO_VALIDATION}")
         command = f"bmjax eval {run.run_dir} --split val" + (f" --views {views}" if views > 1 else "")
         raise ValueError(f"{run.run_dir} has no predictions of validation by step {run.step}; `{command}` makes them")
     return found

@@ -63,7 +63,8 @@ def looks(images: np.ndarray) -> np.ndarray:
     found = []
     for start in range(0, n, _BATCH):
         part = np.asarray(images[start : start + _BATCH])
-        padded = np.concatenate([part, np.repeat(part[-1:], -len(part) % _BATCH, axis=0)])  # one shape, one program
+        shape = _BATCH if n > 1 else 1  # two shapes, two programs
+        padded = np.concatenate([part, np.repeat(part[-1:], -len(part) % shape, axis=0)])
         rest = np.asarray(_looks(padded.astype(np.float32)))[: len(part)]
         scale = np.array([_scale(image) for image in part], np.float32)
         found.append(np.concatenate([rest, scale[:, None]], axis=1))
@@ -81,13 +82,31 @@ class Shift:
     is_foreign: bool
 
 
-def compare_looks(here: np.ndarray, training: np.ndarray) -> list[Shift]:
-    """A shift for each look, of looks [n, 6] against the training's [m, 6]."""
-    middle, others = np.median(training, axis=0), np.median(here, axis=0)
+def _median(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The median [d] of values [m, d], each row counted as its weight [m]."""
+    order = np.argsort(values, axis=0, kind="stable")
+    shares = np.cumsum(weights[order], axis=0) / weights.sum()
+    place = np.minimum((shares < 0.5 - 1e-9).sum(0), len(values) - 1)
+    return np.take_along_axis(np.take_along_axis(values, order, 0), place[None], 0)[0]
+
+
+def compare_looks(here: np.ndarray, training: np.ndarray, weights: np.ndarray | None = None) -> list[Shift]:
+    """A shift for each look, of looks [n, 6] against the training's [m, 6], which count as their weights [m]."""
+    weights = np.ones(len(training)) if weights is None else weights
+    middle, others = _median(training, weights), np.median(here, axis=0)
     # 1.4826 times the median distance from the median is the deviation of a normal distribution.
-    deviation = np.maximum(1.4826 * np.median(np.abs(training - middle), axis=0), 1e-3)
+    deviation = np.maximum(1.4826 * _median(np.abs(training - middle), weights), 1e-3)
     shift = (others - middle) / deviation
-    chance = 1.2533 * np.sqrt(1 / max(len(here), 1) + 1 / len(training))  # standard error of the medians
+    worth = weights.sum() ** 2 / (weights**2).sum()  # as many rows of equal weights (Kish 1965)
+    chance = 1.2533 * np.sqrt(1 / max(len(here), 1) + 1 / worth)  # standard error of the medians
     foreign = np.abs(shift) > _LEAST_SHIFT + _DEVIATIONS * chance
     rows = zip(LOOKS, others.tolist(), middle.tolist(), shift.tolist(), foreign.tolist(), strict=True)
     return [Shift(*row) for row in rows]
+
+
+def as_frequent(labels: np.ndarray, probs: np.ndarray) -> np.ndarray | None:
+    """Weights [m] that give training cells of labels [m] the classes' frequencies among probabilities [n, k]: a smear
+    of one kind of cell is not another laboratory's. None where no training cell is of those classes."""
+    counts = np.bincount(labels, minlength=probs.shape[1])
+    weights = (probs.mean(0, dtype=np.float64) / np.maximum(counts, 1))[labels]
+    return weights if weights.sum() > 0 else None

@@ -7,11 +7,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 
 from bmjax.analysis.evaluate.looks import looks
 from bmjax.data.dataset import Dataset
+from bmjax.layers import Dropout
 from bmjax.model.parameters import Tree
 from bmjax.runs.folder import Run
 from bmjax.training.predict import Predictor, softmax, unlabelled
@@ -91,15 +93,20 @@ class Reader:
 
 
 def make_update(run: Run) -> Callable[[Tree, Tree, Any], Tree]:
-    """update(params, batch_stats, images [b, s, s, 3]) -> the batch_stats after one batch in training mode."""
+    """update(params, batch_stats, images [b, s, s, 3]) -> the batch_stats after one batch, whose norms are by the batch
+    as in training, and which drops nothing."""
+
+    def keep_all(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+        return args[0] if isinstance(context.module, (Dropout, nn.Dropout)) else call(*args, **kwargs)
 
     @jax.jit
     def update(params: Tree, stats: Tree, images: jax.Array) -> Tree:
         variables, dropout = {"params": params, "batch_stats": stats}, {"dropout": jax.random.key(0)}
-        _, changed = run.model.apply(
-            variables, images, train=True, output="features", rngs=dropout, mutable=["batch_stats"]
-        )
-        return {**stats, **changed["batch_stats"]}
+        with nn.intercept_methods(keep_all):
+            out: Any = run.model.apply(
+                variables, images, train=True, output="features", rngs=dropout, mutable=["batch_stats"]
+            )
+        return {**stats, **out[1].get("batch_stats", {})}
 
     return update
 
@@ -110,23 +117,29 @@ def adapted(
     """The run's variables with the statistics of every norm before the head estimated on images uint8 [n, s, s, 3].
 
     Each layer's mean and variance over the n images, mixed with the run's own, which count as `own` images; no label is
-    used. Li et al. 2016, https://arxiv.org/abs/1603.04779; Schneider et al. 2020, https://arxiv.org/abs/2006.16971.
+    used. The images are taken in a drawn order, for files in the order of their names are often in that of classes.
+    Li et al. 2016, https://arxiv.org/abs/1603.04779; Schneider et al. 2020, https://arxiv.org/abs/2006.16971.
     `update`: that of `make_update`, made before.
 
     Raises:
-      ValueError: fewer than two images.
+      ValueError: fewer than two images, or a network without norms by the batch before the head.
     """
     n = len(images)
     if n < 2:
         raise ValueError(f"{n} images to adapt to; expected at least 2")
-    params, old = run.variables["params"], run.variables["batch_stats"]
+    params, old = run.variables["params"], run.variables.get("batch_stats", {})
     step = functools.partial(update or make_update(run), params)
-    size = min(batch, n)
-    parts = [images[min(i, n - size) : min(i, n - size) + size] for i in range(0, n, size)]
+    size, order = min(batch, n), np.random.default_rng(0).permutation(n)
+    parts = [images[order[min(i, n - size) : min(i, n - size) + size]] for i in range(0, n, size)]
     # A norm keeps m * old + (1 - m) * of the batch: from zeros and from ones, m and the batch's own follow.
     zeros, ones = (jax.tree.map(lambda x, v=value: np.full_like(x, v), old) for value in (0, 1))
     from_zeros = jax.tree.map(np.asarray, step(zeros, parts[0]))
     keeps = jax.tree.map(lambda one, zero: np.asarray(one) - zero, step(ones, parts[0]), from_zeros)
+    if all((keep > 1 - 1e-6).all() for keep in jax.tree.leaves(keeps)):
+        raise ValueError(
+            f"{run.run_dir}: {run.config.model.backbone} has no batch-norm before the head, and --adapt estimates the "
+            "statistics of those; expected a run of another backbone, or no --adapt"
+        )
     sums, squares = jax.tree.map(np.zeros_like, old), jax.tree.map(np.zeros_like, old)
     for part in parts:
         found = jax.tree.map(np.asarray, step(zeros, part))

@@ -28,7 +28,7 @@ class Reference:
     """`looks` float32 [m, 6], `features` float32 [m, c] and `maps` float32 [m, s, 128] of training cells (see
     bmjax.analysis.evaluate.reader.Seen) with their labels [m]; `known` float32 [v, 5 + s]: the `parts` of validation
     cells, which training did not see, and their rows `rows` [v]; `step` of the checkpoint. Without a network's pass
-    there are looks alone: c, s, v and step are 0."""
+    there are looks and labels alone: c, s, v and step are 0."""
 
     looks: np.ndarray
     features: np.ndarray
@@ -39,10 +39,10 @@ class Reference:
     step: int
 
     @classmethod
-    def of_looks(cls, looks: np.ndarray) -> Reference:
-        """Of looks [m, 6] alone."""
+    def of_looks(cls, looks: np.ndarray, labels: np.ndarray | None = None) -> Reference:
+        """Of looks [m, 6] and, where they are known, labels [m] alone."""
         none, no_row = np.zeros((0, 0), np.float32), np.zeros(0, np.int64)
-        return cls(looks, none, none[..., None], no_row, none, no_row, 0)
+        return cls(looks, none, none[..., None], no_row if labels is None else labels, none, no_row, 0)
 
     @property
     def has_features(self) -> bool:
@@ -127,11 +127,11 @@ def make_reference(dataset: Dataset, splits: Splits, reader: Reader | None = Non
     """The reference of a run's data; with a reader of the run, its features too, where there is a validation split."""
     rows = _some(splits.train)
     own = looks(dataset.images[rows])
-    plain = Reference.of_looks(own)
+    plain = Reference.of_looks(own, dataset.labels[rows].astype(np.int64))
     if reader is None or not len(splits.val):
         return plain
-    labels, seen = dataset.labels[rows].astype(np.int64), reader(dataset, rows)
-    plain = dataclasses.replace(plain, features=seen.features, maps=seen.maps, labels=labels)
+    seen = reader(dataset, rows)
+    plain = dataclasses.replace(plain, features=seen.features, maps=seen.maps)
     known = _some(splits.val)
     parts = plain.parts(reader(dataset, known))
     return dataclasses.replace(plain, known=parts, rows=known.astype(np.int64), step=reader.run.step)
@@ -168,8 +168,8 @@ def read_reference(run_dir: str | Path) -> Reference | None:
     m, v = len(arrays["looks"]), len(arrays["rows"])
     c = arrays["features"].shape[-1] if arrays["features"].ndim == 2 else -1
     s, p = arrays["maps"].shape[1:] if arrays["maps"].ndim == 3 else (-1, -1)
-    own = m if v else 0
-    shapes = {"looks": (m, len(LOOKS)), "features": (own, c), "maps": (own, s, p), "labels": (own,), "rows": (v,)}
+    own, labels = m if v else 0, (m,) if v or arrays["labels"].size else (0,)
+    shapes = {"looks": (m, len(LOOKS)), "features": (own, c), "maps": (own, s, p), "labels": labels, "rows": (v,)}
     shapes |= {"known": (v, 5 + s) if v else (0, 0), "step": (), "names": (len(LOOKS),)}
     odd = [name for name, shape in shapes.items() if arrays[name].shape != shape]
     kinds = {"f": ("looks", "features", "maps", "known"), "i": ("labels", "rows", "step"), "U": ("names",)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,22 @@ def make_function(
     return function
 
 
+Classify = Callable[[jax.Array], tuple[jax.Array, jax.Array | None]]
+
+
+def mean_of(functions: Sequence[Classify]) -> Classify:
+    """One function of several of `make_function`: the mean of their probabilities, and the first one's map."""
+
+    def function(images: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        found = [each(images) for each in functions]
+        total = found[0][0]
+        for probs, _ in found[1:]:
+            total = total + probs
+        return total / len(found), found[0][1]
+
+    return functions[0] if len(functions) == 1 else function
+
+
 def portable(function: Callable[[jax.Array], Any]) -> Callable[[jax.Array], jax.Array]:
     """The probabilities of a function of `make_function`, traced as XLA's own operations: the kernels for CPUs are
     custom calls and can't travel."""
@@ -105,16 +121,31 @@ class Facts:
         return found
 
 
-def facts_of(run: Run, calibration: Calibration | None, undecided: float) -> Facts:
-    """The facts of a run's program. Names are as `printable` gives them: JSON elsewhere takes nothing but UTF-8."""
+def facts_of(run: Run, calibration: Calibration | None, undecided: float, others: Sequence[Run] = ()) -> Facts:
+    """The facts of a run's program, or of the mean of its and others'. Names are as `printable` gives them: JSON
+    elsewhere takes nothing but UTF-8.
+
+    Raises:
+      ValueError: another run reads files otherwise.
+    """
     size, config = run.config.data.image_size, run.config
+    for name in READING:
+        for other in others:
+            mine, its = (getattr(one.config.data, name) for one in (run, other))
+            if its != mine:
+                raise ValueError(
+                    f"{other.run_dir}: config field 'data.{name}' is {its!r}; expected {mine!r}, as of {run.run_dir}, "
+                    "for one program takes images read in one way"
+                )
+    names = [one.config.name for one in (run, *others)]
+    backbones = dict.fromkeys(one.config.model.backbone for one in (run, *others))
     return Facts(
         format=FORMAT,
         bmjax=version(),
         jax=jax.__version__,
-        run=printable(config.name),
+        run=printable(", ".join(names)),
         step=run.step,
-        backbone=printable(config.model.backbone),
+        backbone=printable(", ".join(backbones)),
         classes=tuple(map(printable, run.classes)),
         image_size=size,
         input=f"uint8 [b, {size}, {size}, 3], RGB 0..255",

@@ -1,7 +1,8 @@
 """The page and the API as an ASGI application.
 
 GET / is the page; GET /api/model the facts of the model; POST /api/classify takes images (multipart form, or one image
-as the body) and answers with JSON. Nothing that a client sends is kept.
+as the body) and answers with JSON: `results`, and `foreign`, in what the last images look unlike those of training.
+Nothing that a client sends is kept.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import logging
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,13 +27,16 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from bmjax.analysis.evaluate.foreign import REMEDY
 from bmjax.analysis.evaluate.refusal import UNSURE
 from bmjax.analysis.export.program import Facts
 from bmjax.analysis.report.pictures import data_url
 from bmjax.analysis.serve.batching import Batcher, Full
 from bmjax.analysis.serve.engine import Engine, read_upload
 from bmjax.analysis.serve.guard import Guard
+from bmjax.analysis.serve.watch import Watch
 
+log = logging.getLogger(__name__)
 MAX_FILES, MAX_FILE_BYTES, MAX_BODY_BYTES = 64, 16 << 20, 64 << 20
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 _UPLOAD_SECONDS, _DECODED_AT_ONCE = 60.0, 2
@@ -66,7 +71,7 @@ def make_app(engine: Engine, hosts: Sequence[str] = LOOPBACK) -> Starlette:
         exception_handlers={HTTPException: _refused},
         lifespan=lifespan,
     )
-    app.state.engine, app.state.batcher = engine, batcher
+    app.state.engine, app.state.batcher, app.state.warned = engine, batcher, False
     return app
 
 
@@ -122,9 +127,15 @@ async def _classify(request: Request) -> Response:
         raise HTTPException(400, "no image; expected files in a multipart form, or one image as the body")
     try:
         with batcher.room(len(uploads)):
-            return JSONResponse({"results": await asyncio.gather(*(_one(request, *upload) for upload in uploads))})
+            found = {"results": await asyncio.gather(*(_one(request, *upload) for upload in uploads))}
     except Full as e:
         raise HTTPException(503, "too many images wait; try again", {"retry-after": "2"}) from e
+    watch: Watch | None = request.app.state.engine.watch
+    foreign = await anyio.to_thread.run_sync(watch.words) if watch is not None else []
+    if foreign and not request.app.state.warned:
+        request.app.state.warned = True
+        log.warning("the images sent lately look unlike those of training:\n  %s\n%s", "\n  ".join(foreign), REMEDY)
+    return JSONResponse(found | {"foreign": foreign})
 
 
 async def _one(request: Request, name: str, data: bytes | str) -> dict[str, Any]:
@@ -135,6 +146,8 @@ async def _one(request: Request, name: str, data: bytes | str) -> dict[str, Any]
             raise ValueError(data)
         image = await anyio.to_thread.run_sync(read_upload, data, facts, limiter=state.decoding)
         probs, over = await state.batcher(image)
+        if state.engine.watch is not None:
+            await anyio.to_thread.run_sync(state.engine.watch.add, image, probs, limiter=state.decoding)
         shown = await anyio.to_thread.run_sync(pictures, image, over, limiter=state.decoding)
     except (ValueError, RuntimeError) as e:
         return {"name": name, "error": str(e)}

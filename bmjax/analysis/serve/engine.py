@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ import numpy as np
 from PIL import Image
 
 from bmjax.analysis.evaluate.calibration import Calibration
-from bmjax.analysis.export.program import Facts, facts_of, make_function
+from bmjax.analysis.evaluate.reference import read_reference
+from bmjax.analysis.export.program import Facts, facts_of, make_function, mean_of
 from bmjax.analysis.export.stablehlo import read_stablehlo
+from bmjax.analysis.serve.watch import Watch
 from bmjax.data.images.cache import stained
 from bmjax.data.images.decode import FORMATS, decode_image
 from bmjax.layers.dispatch import prepare
@@ -27,10 +29,12 @@ Answer = tuple[np.ndarray, np.ndarray | None]
 class Engine:
     """images uint8 [n, s, s, 3] -> (probabilities float32 [n, k], maps float32 [n, s, s] or None).
 
-    Compiled for one image and for `batch` of them, when it is made.
+    Compiled for one image and for `batch` of them, when it is made. `watch`: tells images unlike those of training,
+    where the run keeps what they look like.
     """
 
-    def __init__(self, facts: Facts, function: Callable[[jax.Array], Any], batch: int):
+    def __init__(self, facts: Facts, function: Callable[[jax.Array], Any], batch: int, watch: Watch | None = None):
+        self.watch = watch
         self.facts, self.batch, self._function = facts, batch, jax.jit(function)
         size = facts.image_size
         for n in {1, batch}:
@@ -50,10 +54,20 @@ class Engine:
         return np.concatenate(probs)[:n], np.concatenate(maps)[:n] if self.has_maps else None
 
 
-def engine_of_run(run: Run, calibration: Calibration | None, undecided: float, batch: int) -> Engine:
-    """Of a run, with bmjax's own operations for this platform and the map of its attention, where it sows one."""
+def engine_of_runs(
+    runs: Sequence[Run], calibrations: Sequence[Calibration | None], undecided: float, batch: int
+) -> Engine:
+    """Of a run, or of several as one, with bmjax's own operations for this platform and the map of the first one's
+    attention, where it sows one.
+
+    Raises:
+      ValueError: the runs read files in different ways.
+    """
     prepare()
-    return Engine(facts_of(run, calibration, undecided), make_function(run, calibration, maps=True), batch)
+    facts, reference = facts_of(runs[0], calibrations[0], undecided, runs[1:]), read_reference(runs[0].run_dir)
+    pairs = zip(runs, calibrations, strict=True)
+    functions = [make_function(run, one, maps=run is runs[0]) for run, one in pairs]
+    return Engine(facts, mean_of(functions), batch, None if reference is None else Watch(reference))
 
 
 def engine_of_export(path: Path, batch: int) -> Engine:

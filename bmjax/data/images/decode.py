@@ -25,6 +25,8 @@ MAX_PIXELS = 50_000_000
 MAX_BYTES = 8 * MAX_PIXELS
 MOST_MIRRORED = 8
 """Times an image's side that a field may have."""
+LEAST_FIELD = 16
+"""Pixels that a field has at least: fewer show no cell, and are a scale in wrong units."""
 
 
 def read_file(path: str | Path) -> bytes:
@@ -110,6 +112,11 @@ def decode_image(source: str | Path | bytes, size: int, field: float | None = No
 def _resized(image: Image.Image, size: int, field: float | None = None) -> np.ndarray:
     box = None
     if field is not None:
+        if field < LEAST_FIELD:
+            raise ValueError(
+                f"the field is {field:.3g} pixels of an image of {image.width}x{image.height}; expected at least "
+                f"{LEAST_FIELD} (data.pixel_size, --pixel-size and data.field_size are in micrometres)"
+            )
         if field > MOST_MIRRORED * min(image.size):
             raise ValueError(
                 f"the field is {field:.0f} pixels, the image {image.width}x{image.height}; expected at most "

@@ -54,7 +54,7 @@ def image_files(paths: Sequence[str]) -> list[Path]:
     return found
 
 
-def list_folder(root: str | Path) -> Listing:
+def list_folder(root: str | Path, fewest: int = 2) -> Listing:
     """One sub-folder of `root` is one class, or one side of a split (train, val, test and their like) with one folder a
     class in it; classes and paths are sorted.
 
@@ -64,7 +64,7 @@ def list_folder(root: str | Path) -> Listing:
 
     Raises:
       FileNotFoundError: no such folder.
-      ValueError: fewer than two classes, a class without any image, classes beside sides of a split, or two
+      ValueError: fewer than `fewest` classes, a class without any image, classes beside sides of a split, or two
         that are links to one folder; names them.
     """
     if not str(root) or not Path(root).is_dir():
@@ -83,6 +83,6 @@ def list_folder(root: str | Path) -> Listing:
                 "link; expected a folder for each class"
             )
     images = sorted(tree.images, key=lambda path: (path.split("/")[0], path))
-    layout = arrange(str(root), images, tree.folders)
+    layout = arrange(str(root), images, tree.folders, fewest)
     seen = tree.seen(len(layout.ids))
     return _listing_of_files(Path(root), layout.classes, layout.ids, layout.labels, (), layout.sides, seen)

@@ -24,14 +24,14 @@ class Layout:
     sides: list[str]
 
 
-def arrange(where: str, images: Sequence[str], folders: Iterable[str]) -> Layout:
+def arrange(where: str, images: Sequence[str], folders: Iterable[str], fewest: int = 2) -> Layout:
     """`images` by class, in their order; those that lie in no class's folder are left out. Paths count from `where`.
 
     The outermost folders are the classes. If all of them are named as sides of a split are, the classes are the
     folders within those. `folders` are all folders, also those without an image.
 
     Raises:
-      ValueError: fewer than two classes, a class without an image, or folders of both kinds side by side.
+      ValueError: fewer than `fewest` classes, a class without an image, or folders of both kinds side by side.
     """
     outer, inner = set[str](), set[tuple[str, str]]()
     for folder in folders:
@@ -46,11 +46,14 @@ def arrange(where: str, images: Sequence[str], folders: Iterable[str]) -> Layout
     ids = [path for path in images if path.count("/") > depth]
     parts = [path.split("/", depth + 1) for path in ids]
     classes = tuple(sorted({name for _, name in inner} if given else outer))
-    if len(classes) < 2:
+    if len(classes) < fewest:
         place = f"class folders within {_names(outer)}" if given else "sub-folders found"
         deeper = next(iter(sides or outer)) if not given and len(inner) > 1 else ""
         inside = f"; the classes may lie in {where}/{printable(deeper)}" if deeper else ""
-        raise ValueError(f"{where}: {place}: {_names(classes) or 'none'}; expected at least two, one a class{inside}")
+        least = "two" if fewest == 2 else fewest
+        raise ValueError(
+            f"{where}: {place}: {_names(classes) or 'none'}; expected at least {least}, one a class{inside}"
+        )
     filled = {part[depth] for part in parts} | ({part[0] for part in parts} if given else set())
     for name in sorted(set(classes) | (outer if given else set())):
         if name not in filled:

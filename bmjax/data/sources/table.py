@@ -12,7 +12,7 @@ from bmjax.data.sources.labels import classes_of, known
 from bmjax.data.sources.listing import SIDES, Listing, _listing_of_files
 
 
-def list_table(path: str | Path) -> Listing:
+def list_table(path: str | Path, fewest: int = 2) -> Listing:
     """A CSV or parquet file with the columns path, label and, where known, split (train, val, test or ""), group and
     pixel_size (micrometres).
 
@@ -32,8 +32,9 @@ def list_table(path: str | Path) -> Listing:
     ids = [_as_it_is_there(folder, image) for image in columns["path"]]
     _check_once(path, folder, ids, columns["label"])
     names, classes = classes_of(columns["label"])
-    if len(classes) < 2:
-        raise ValueError(f"{path}: labels found: {', '.join(classes) or 'none'}; expected at least two")
+    if len(classes) < fewest:
+        least = "two" if fewest == 2 else fewest
+        raise ValueError(f"{path}: labels found: {', '.join(classes) or 'none'}; expected at least {least}")
     if absent := [i for i, image in enumerate(ids) if not os.path.isfile(os.path.join(folder, image))]:
         raise FileNotFoundError(
             f"{path}: {len(absent)} of {len(ids)} images are not there, the first {ids[absent[0]]!r} in row "

@@ -67,6 +67,15 @@ def test_probabilities_of_zero_do_no_harm():
         fit(np.array([0]), probs[:1], "vector")
 
 
+def test_a_split_without_errors_does_not_make_every_probability_1():
+    labels = np.arange(90) % 3
+    said = (0.2 + 0.4 * np.eye(3, dtype=np.float32))[labels]
+    found = fit(labels, said, "temperature")
+    assert 0.1 < found.temperature < 1
+    with pytest.raises(ValueError, match="expected at least 7"):
+        cross_fitted(np.arange(8) % 7, np.full((8, 7), 1 / 7), "temperature")
+
+
 def test_it_is_kept_with_the_run_and_believed_only_whole(tmp_path):
     with pytest.raises(FileNotFoundError, match="bmjax eval RUN --calibrate"):
         read_calibration(tmp_path, 2, 5)
@@ -75,6 +84,8 @@ def test_it_is_kept_with_the_run_and_believed_only_whole(tmp_path):
     assert read_calibration(tmp_path, 2, 5) == kept
     with pytest.raises(ValueError, match="is of step 5; expected 6"):
         read_calibration(tmp_path, 2, 6)
+    with pytest.raises(ValueError, match=r"is of 1 views an image; expected 8.*--views 8"):
+        read_calibration(tmp_path, 2, 5, views=8)
     whole = json.loads((tmp_path / FILE).read_text())
     for name, value in (("method", "x"), ("scale", [1]), ("shift", [1, None]), ("n", "4"), ("step", None)):
         (tmp_path / FILE).write_text(json.dumps(whole | {name: value}))

@@ -56,6 +56,9 @@ def test_one_command_trains_every_fold_once(config, capsys, monkeypatch, tmp_pat
     assert sum(row["n"] for row in kept["rows"]) == 2 * 84
     mean, low, high = kept["means"]["accuracy"]
     assert mean == pytest.approx(np.mean([row["accuracy"] for row in kept["rows"]]))
+    ratio = 1 * (0.7 + 0.15) / 0.7  # images tested by over images trained on, without those of validation
+    expected = corrected_resampled_interval([row["accuracy"] for row in kept["rows"]], ratio)
+    assert (low, high) == pytest.approx((max(expected[0], 0), min(expected[1], 1)))
     assert f"accuracy           {mean:.3f} ({low:.3f} to {high:.3f})" in out
     assert "all 84 images of the first repetition" in out
     every = folds.left_out(folds.Folds(**kept))

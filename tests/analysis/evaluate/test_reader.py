@@ -1,5 +1,7 @@
 """Views, adapted norms and priors against what they should be."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -94,6 +96,32 @@ def test_norms_are_adapted_to_the_moments_of_the_images(run):
     np.testing.assert_allclose(half, (old["mean"] + first["mean"]) / 2, atol=1e-4)
     with pytest.raises(ValueError, match="1 images to adapt to"):
         adapted(run, images[:1])
+
+
+def test_adapting_needs_no_order_and_drops_nothing(run):
+    """Files in the order of their classes give the same statistics, and stochastic depth is off."""
+    images = np.concatenate([cells(32, seed=1) // 2, 255 - cells(32, seed=2) // 2])
+    mixed = np.random.default_rng(5).permutation(images)
+    each = [adapted(run, x, batch=8, own=0)["batch_stats"]["backbone"] for x in (images, mixed)]
+    for a, b in zip(*map(jax.tree.leaves, each), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0.1, atol=0.1 * np.abs(b).max())
+    model = ModelConfig(backbone="efficientnet_tiny", weights=None, attention="none")
+    networks = [bmjax.create(model, 3)]
+    networks.append(networks[0].clone(backbone=networks[0].backbone.clone(drop_connect=0.0)))
+    variables = bmjax.init(networks[0], jax.random.key(0), 32)
+    config = Config(data=DataConfig(image_size=32), model=model, train=TrainConfig(eval_batch_size=8, devices=1))
+    found = [
+        adapted(Run("nowhere", config, one, variables, ("a", "b", "c"), 0), images[:16], batch=8) for one in networks
+    ]
+    for a, b in zip(*(jax.tree.leaves(one["batch_stats"]) for one in found), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_network_without_batch_norms_is_not_adapted(run):
+    bare = jax.tree.map(lambda x: x, run.variables)
+    bare["batch_stats"] = {"head": bare["batch_stats"]["head"]}
+    with pytest.raises(ValueError, match="densenet_tiny has no batch-norm before the head"):
+        adapted(dataclasses.replace(run, variables=bare), cells(4), update=lambda params, stats, images: stats)
 
 
 def test_priors_are_found_without_labels():

@@ -10,7 +10,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 
 from bmjax.analysis.evaluate.foreign import foreign_words
-from bmjax.analysis.evaluate.looks import LOOKS, compare_looks, looks
+from bmjax.analysis.evaluate.looks import LOOKS, as_frequent, compare_looks, looks
 from bmjax.analysis.evaluate.reader import Seen
 from bmjax.analysis.evaluate.reference import FILE, Reference, read_reference, write_reference
 from bmjax.analysis.evaluate.strangers import auroc
@@ -107,6 +107,25 @@ def test_looks_see_colour_focus_and_scale(rendered):
     assert np.isfinite(looks(np.full((1, 16, 16, 3), 90, np.uint8))).all(), "an empty image has looks too"
     one = looks(own[:1])
     np.testing.assert_allclose(looks(own)[0], one[0], atol=1e-4)
+
+
+def test_a_folder_of_one_class_is_not_another_laboratorys(rendered):
+    """Looks are held against training cells of the classes that are predicted; by all, lymphocytes alone are small."""
+    labels = np.arange(140) % len(CLASSES)
+    more = np.stack([render(CLASSES[labels[i]], 64, 0, i) for i in range(96, 140)])
+    own, probs = looks(np.concatenate([rendered, more])), np.eye(len(CLASSES), dtype=np.float32)
+    new = np.stack([render("LYT", 64, 1, i) for i in range(60)])
+
+    def foreign(images, weights):
+        return {s.look for s in compare_looks(looks(images), own, weights) if s.is_foreign}
+
+    weights = as_frequent(labels, probs[np.full(60, CLASSES.index("LYT"))])
+    assert foreign(new, None) == {"scale"}
+    assert foreign(new, weights) == set()
+    assert "lightness" in foreign((new * 0.6).astype(np.uint8), weights)
+    assert as_frequent(np.zeros(0, int), probs) is None
+    even = as_frequent(labels, np.full((1, len(CLASSES)), 1 / len(CLASSES)))
+    assert even.sum() == pytest.approx(1)
 
 
 def test_words_on_foreign_images_have_figures(rendered, reference):
