@@ -1,7 +1,6 @@
 """Shifted copies of a split, as another laboratory would give them, and what a run makes of them.
 
-    python -m tools.shift RUN [RUN ...] [--split val] [--views 8] [--calibrated] [--out FOLDER]
-    python -m tools.shift RUN [--kinds stain balance] [--match-colours] [--adapt]
+    python -m tools.shift RUN [RUN ...] [--split val] [--views 8] [--adapt] [--calibrated] [--out FOLDER]
     python -m tools.shift RUN --kinds none --unequal 10 [--adapt-prior]
 
 prints accuracy and calibration by kind and strength, of the kinds that `--kinds` names, or of all. `--unequal 10`
@@ -13,7 +12,6 @@ find. `--out` writes the copies, FOLDER/<kind> <strength>/<class>/*.png, for
 - scale: the cell so many times as large; what is beyond the image's border is mirrored;
 - defocus: a Gaussian whose deviation is this share of the side;
 - brightness: every value times this;
-- balance: red times 1 + this and blue times 1 - this, as another lamp or white balance gives;
 - jpeg: a JPEG of this quality, colours subsampled, as Pillow writes it.
 
 The middle strength of each kind is marked: the recipe is to keep 90 % of its accuracy there.
@@ -47,7 +45,6 @@ SHIFTS: dict[str, tuple[float, ...]] = {
     "scale": (0.6, 0.8, 1.25, 1.6),
     "defocus": (0.005, 0.01, 0.02),
     "brightness": (0.7, 0.85, 1.15, 1.3),
-    "balance": (0.05, 0.1, 0.2),
     "jpeg": (70, 40, 20),
 }
 
@@ -86,8 +83,6 @@ def shifted(images: np.ndarray, kind: str, strength: float) -> np.ndarray:
         return _each(images, lambda image: blur(image, jnp.float32(strength * side), strength * side))
     if kind == "brightness":
         return np.clip((images * strength).round(), 0, 255).astype(np.uint8)
-    if kind == "balance":
-        return np.clip((images * np.array([1 + strength, 1, 1 - strength])).round(), 0, 255).astype(np.uint8)
     if kind == "jpeg":
         return np.stack([_as_jpeg(np.ascontiguousarray(image), round(strength)) for image in images])
     raise ValueError(f"shift {kind!r}; expected one of {', '.join(SHIFTS)}")
@@ -132,7 +127,6 @@ def measure(
     target: Target,
     kinds: Sequence[str] | None = None,
     *,
-    match: bool = False,
     adapt: bool = False,
     adapt_prior: bool = False,
     out: Path | None = None,
@@ -152,9 +146,7 @@ def measure(
         if out is not None:
             _write(out / f"{kind} {strength:g}", images[0], target, judge.classes)
         for reader, variables in zip(judge.readers, own, strict=True):
-            reader.variables, reader.colours = variables, None
-        if match:
-            judge.match_colours(images)
+            reader.variables = variables
         if adapt:
             judge.adapt(images)
         probs = judge.images(images).probs
@@ -208,7 +200,6 @@ def main() -> None:
     parser.add_argument("--views", type=int, choices=(1, 2, 4, 8), default=1)
     parser.add_argument("--kinds", nargs="+", choices=("none", *SHIFTS), default=list(SHIFTS), help="none: no shift")
     parser.add_argument("--unequal", type=float, metavar="R", help="the first class R times as frequent as the last")
-    parser.add_argument("--match-colours", action="store_true", help="colours brought to the training's")
     parser.add_argument("--adapt", action="store_true", help="norms' statistics estimated on each shifted split")
     parser.add_argument("--adapt-prior", action="store_true", help="classes' frequencies estimated on it")
     parser.add_argument("--calibrated", action="store_true", help="by the calibration kept with the runs")
@@ -222,8 +213,8 @@ def main() -> None:
     print(f"{len(target)} images of the {options.split} split\n\n{HEADER}")
     worst = 1.0
     kinds = [kind for kind in options.kinds if kind != "none"]
-    ways = {"match": options.match_colours, "adapt": options.adapt, "adapt_prior": options.adapt_prior}
-    for row in measure(judge, target, kinds, **ways, out=options.out):
+    ways = {"adapt": options.adapt, "adapt_prior": options.adapt_prior, "out": options.out}
+    for row in measure(judge, target, kinds, **ways):
         print(line(row), flush=True)
         if row.kind != "none" and row.strength in middle(row.kind):
             worst = min(worst, row.kept)

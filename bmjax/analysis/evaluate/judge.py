@@ -10,8 +10,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from bmjax.analysis.evaluate.calibration import Calibration, read_calibration
-from bmjax.analysis.evaluate.colours import ColourMap, match_colours
-from bmjax.analysis.evaluate.looks import as_frequent
 from bmjax.analysis.evaluate.reader import Reader, Seen, adapted_priors, at_priors
 from bmjax.analysis.evaluate.reference import Reference, read_reference
 from bmjax.analysis.evaluate.refusal import Refusal, fit_refusal
@@ -195,25 +193,6 @@ class Judge:
         for reader, part in zip(self.readers, images, strict=True):
             reader.adapt(part[spread(len(part), TO_ADAPT)])
 
-    def match_colours(self, images: Sequence[np.ndarray]) -> list[ColourMap]:
-        """From now on, images are seen in the colours of training: by one map for all, which brings images uint8
-        [n, s, s, 3], given for each run, or some of them, to the training cells of the classes predicted here.
-
-        Raises:
-          ValueError: a run keeps no looks of its training cells.
-        """
-        for reader, part in zip(self.readers, images, strict=True):
-            run_dir, some = reader.run.run_dir, part[spread(len(part), TO_ADAPT)]
-            if (reference := read_reference(run_dir)) is None:
-                raise ValueError(
-                    f"{run_dir} keeps no looks of its training cells; `bmjax eval {run_dir} --reference` does"
-                )
-            reader.colours = None
-            seen = reader.images(some)
-            weights = as_frequent(reference.labels, seen.probs)
-            reader.colours = match_colours(seen.looks, reference.looks, weights)
-        return [reader.colours for reader in self.readers if reader.colours is not None]
-
     def adapt_priors(self, probs: np.ndarray) -> np.ndarray:
         """From now on, probabilities at the class frequencies [k] estimated from probs [n, k] of the images.
 
@@ -285,11 +264,9 @@ class Judge:
         return found
 
 
-def setting(
-    views: int, *, matched: bool = False, adapt: bool = False, prior: bool = False, calibrated: bool = False
-) -> str:
+def setting(views: int, *, adapt: bool = False, prior: bool = False, calibrated: bool = False) -> str:
     """What files of figures that were read otherwise than plainly have in their names: "" or "-views8-adapted"."""
-    words = {f"views{views}": views > 1, "matched": matched, "adapted": adapt, "prior": prior, "calibrated": calibrated}
+    words = {f"views{views}": views > 1, "adapted": adapt, "prior": prior, "calibrated": calibrated}
     return "".join(f"-{word}" for word, is_so in words.items() if is_so)
 
 
