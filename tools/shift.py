@@ -12,6 +12,7 @@ find. `--out` writes the copies, FOLDER/<kind> <strength>/<class>/*.png, for
 - scale: the cell so many times as large; what is beyond the image's border is mirrored;
 - defocus: a Gaussian whose deviation is this share of the side;
 - brightness: every value times this;
+- balance: red times 1 + this and blue times 1 - this, as another lamp or white balance gives;
 - jpeg: a JPEG of this quality, colours subsampled, as Pillow writes it.
 
 The middle strength of each kind is marked: the recipe is to keep 90 % of its accuracy there.
@@ -45,6 +46,7 @@ SHIFTS: dict[str, tuple[float, ...]] = {
     "scale": (0.6, 0.8, 1.25, 1.6),
     "defocus": (0.005, 0.01, 0.02),
     "brightness": (0.7, 0.85, 1.15, 1.3),
+    "balance": (0.05, 0.1, 0.2),
     "jpeg": (70, 40, 20),
 }
 
@@ -83,6 +85,8 @@ def shifted(images: np.ndarray, kind: str, strength: float) -> np.ndarray:
         return _each(images, lambda image: blur(image, jnp.float32(strength * side), strength * side))
     if kind == "brightness":
         return np.clip((images * strength).round(), 0, 255).astype(np.uint8)
+    if kind == "balance":
+        return np.clip((images * np.array([1 + strength, 1, 1 - strength])).round(), 0, 255).astype(np.uint8)
     if kind == "jpeg":
         return np.stack([_as_jpeg(np.ascontiguousarray(image), round(strength)) for image in images])
     raise ValueError(f"shift {kind!r}; expected one of {', '.join(SHIFTS)}")

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from bmjax.analysis.evaluate.judge import Judge, Target
     from bmjax.analysis.evaluate.reader import Seen
     from bmjax.analysis.evaluate.scores import Scores
+    from bmjax.data.dataset import Dataset
     from bmjax.runs.folder import Run
     from bmjax.runs.records import Predictions
 
@@ -66,7 +67,8 @@ def evaluate(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if options.reference:
         _keep_reference(runs[0], options)
     if plain:
-        predictions, seen, judge, unseen = _plainly(runs[0], options), None, None, None
+        predictions, groups = _plainly(runs[0], options)
+        seen, judge, unseen = None, None, None
     else:
         judge, unseen = _judge(runs, options), None
         if options.on:
@@ -76,8 +78,9 @@ def evaluate(options: argparse.Namespace, rest: Sequence[str]) -> int:
             target = target_of_split(runs, options.split, options.data_root)
         seen = _seen(judge, target, unseen, options)
         predictions = _as_predictions(options.split, target, seen, judge)
+        groups = _groups(target.parts[0][0], predictions)
         _keep(runs, f"{options.split}{name}", predictions, options)
-    scores = _print_scores(predictions, pairs)
+    scores = _print_scores(predictions, pairs, groups)
     if options.split == "train" and not options.on:
         print("the runs were trained on these images: the figures say how well they are remembered")
     if options.calibrated and options.split == "val" and not options.on:
@@ -127,8 +130,15 @@ def _pairs(given: Sequence[str]) -> list[tuple[str, str]]:
     return pairs  # type: ignore[return-value]
 
 
-def _plainly(run: Run, options: argparse.Namespace) -> Predictions:
-    """Evaluates a split as ever: predictions, results and report."""
+def _groups(dataset: Dataset, predictions: Predictions) -> Sequence[str]:
+    """The group of each image, where the data name groups; an image without one is its own."""
+    if not dataset.groups:
+        return ()
+    return [dataset.groups[i] or f"image {i}" for i in predictions.index]
+
+
+def _plainly(run: Run, options: argparse.Namespace) -> tuple[Predictions, Sequence[str]]:
+    """Evaluates a split as ever: predictions, results and report; gives the predictions and the images' groups."""
     from bmjax.analysis.report.report import write_report
     from bmjax.runs.records import read_predictions
     from bmjax.training import hosts
@@ -145,7 +155,7 @@ def _plainly(run: Run, options: argparse.Namespace) -> Predictions:
         print(f"report: {write_report(run.run_dir, dataset.images)}")
     found = read_predictions(run.run_dir, options.split)
     assert found is not None, "just written"
-    return found
+    return found, _groups(dataset, found)
 
 
 def target_of_rows(run: Run, predictions: Predictions, options: argparse.Namespace) -> Target:
@@ -208,11 +218,13 @@ def _keep(runs: Sequence[Run], name: str, predictions: Predictions, options: arg
         save_results(runs[0].run_dir, name, m | {"step": runs[0].step, "checkpoint": options.which})
 
 
-def _print_scores(predictions: Predictions, pairs: Sequence[tuple[str, str]]) -> Scores:
+def _print_scores(predictions: Predictions, pairs: Sequence[tuple[str, str]], groups: Sequence[str]) -> Scores:
     from bmjax.analysis.evaluate.scores import score, text
 
-    scores = score(predictions.labels, predictions.probs, predictions.classes, tolerated=pairs)
+    scores = score(predictions.labels, predictions.probs, predictions.classes, tolerated=pairs, groups=groups)
     print(f"\n{text(scores)}")
+    if (n := len(set(groups))) and n < len(groups):
+        print(f"the table's intervals are about images of new groups, of which there are {n} here; those above are not")
     return scores
 
 

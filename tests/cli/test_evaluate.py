@@ -145,6 +145,17 @@ def test_one_class_from_elsewhere_is_enough(runs, capsys, tmp_path):
     assert "n 3, accuracy" in evaluate(capsys, runs[0], "--on", tmp_path)
 
 
+def test_intervals_are_over_groups_where_the_data_have_them(runs, capsys, tmp_path, cells):
+    rows = [(str(path), path.parent.name, f"slide {i % 4}") for i, path in enumerate(sorted(cells.glob("[EL]*/*.png")))]
+    table = tmp_path / "cells.csv"
+    with table.open("w", newline="") as f:
+        csv.writer(f).writerows([("path", "label", "group"), *rows])
+    out = evaluate(capsys, runs[0], "--on", table)
+    assert "bootstrap over 4 groups" in out
+    assert "images of new groups, of which there are 4 here" in out
+    assert "groups" not in evaluate(capsys, runs[0], "--on", cells)
+
+
 def test_figures_say_what_they_rest_on(runs, capsys, cells, caplog):
     assert "trained on these images" in evaluate(capsys, runs[0], "--split", "train")
     evaluate(capsys, runs[0], "--calibrate", "temperature")

@@ -82,20 +82,21 @@ class Shift:
     is_foreign: bool
 
 
-def _median(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def weighted_median(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """The median [d] of values [m, d], each row counted as its weight [m]."""
     order = np.argsort(values, axis=0, kind="stable")
     shares = np.cumsum(weights[order], axis=0) / weights.sum()
-    place = np.minimum((shares < 0.5 - 1e-9).sum(0), len(values) - 1)
-    return np.take_along_axis(np.take_along_axis(values, order, 0), place[None], 0)[0]
+    low, high = (shares < 0.5 - 1e-9).sum(0), np.minimum((shares < 0.5 + 1e-9).sum(0), len(values) - 1)
+    ordered = np.take_along_axis(values, order, 0)
+    return (np.take_along_axis(ordered, low[None], 0)[0] + np.take_along_axis(ordered, high[None], 0)[0]) / 2
 
 
 def compare_looks(here: np.ndarray, training: np.ndarray, weights: np.ndarray | None = None) -> list[Shift]:
     """A shift for each look, of looks [n, 6] against the training's [m, 6], which count as their weights [m]."""
     weights = np.ones(len(training)) if weights is None else weights
-    middle, others = _median(training, weights), np.median(here, axis=0)
+    middle, others = weighted_median(training, weights), np.median(here, axis=0)
     # 1.4826 times the median distance from the median is the deviation of a normal distribution.
-    deviation = np.maximum(1.4826 * _median(np.abs(training - middle), weights), 1e-3)
+    deviation = np.maximum(1.4826 * weighted_median(np.abs(training - middle), weights), 1e-3)
     shift = (others - middle) / deviation
     worth = weights.sum() ** 2 / (weights**2).sum()  # as many rows of equal weights (Kish 1965)
     chance = 1.2533 * np.sqrt(1 / max(len(here), 1) + 1 / worth)  # standard error of the medians

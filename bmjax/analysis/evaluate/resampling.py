@@ -27,6 +27,13 @@ def resamples(n: int, r: int, seed: int) -> Iterator[np.ndarray]:
         yield np.bincount(drawn.ravel(), minlength=b * n).reshape(b, n).T.astype(np.float32)
 
 
+def group_resamples(groups: np.ndarray, r: int, seed: int) -> Iterator[np.ndarray]:
+    """As `resamples`, of whole groups: blocks [n, <= r] by the group 0..g-1 of each image, groups [n]. Images of one
+    patient or slide are alike, and what varies from sample to sample is which groups are in it."""
+    for block in resamples(int(groups.max()) + 1, r, seed):
+        yield block[groups]
+
+
 def counted(counts: np.ndarray) -> dict[str, np.ndarray]:
     """Scores [...] of confusion matrices [..., k, k], rows the true class.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bmjax.analysis.evaluate.resampling import COUNTED, Ranking, counted, mean_over_classes, resamples
+from bmjax.analysis.evaluate.resampling import COUNTED, Ranking, counted, group_resamples, mean_over_classes, resamples
 from bmjax.files import printable
 from bmjax.registry import unknown
 from bmjax.runs.confusion import confusion_matrix
@@ -73,6 +73,7 @@ def score(
     classes: Sequence[str],
     *,
     tolerated: Sequence[tuple[str, str]] = (),
+    groups: Sequence[str] = (),
     draws: int = 2000,
     seed: int = 0,
 ) -> Scores:
@@ -80,7 +81,9 @@ def score(
 
     Intervals are by a bootstrap over images (Efron 1979), `draws` resamples, but where one is known that holds its 95 %
     with fewer images: Wilson's for proportions and a Bayesian bootstrap for balanced accuracy and macro F1
-    (bmjax.runs.intervals). `tolerated` pairs of classes count as right in `tolerant_accuracy`.
+    (bmjax.runs.intervals). With `groups` [n] (patient, slide) of which some hold several images, all are by a bootstrap
+    over groups, and about images of new groups; with fewer than some 20 groups they are too narrow. `tolerated` pairs
+    of classes count as right in `tolerant_accuracy`.
 
     Raises:
       ValueError: no image, shapes that don't fit, or a pair that names no class.
@@ -104,16 +107,33 @@ def score(
         "brier": ((wide - np.eye(k)[labels]) ** 2).sum(1),
     }
     rankings = [Ranking(labels == c, probs[:, c]) for c in range(k)]
-    value, areas = _at(np.ones((n, 1), np.float32), (labels, predicted), means, rankings)
-    blocks = [_at(w, (labels, predicted), means, rankings) for w in resamples(n, draws, seed)]
+    of_group = np.unique(np.asarray(groups, str), return_inverse=True)[1].ravel() if len(groups) else np.arange(n)
+    grouped = int(of_group.max()) + 1 < n
+    means |= {name: hit.astype(np.float64) for name, hit in hits.items() if grouped}
+    value, areas, _ = _at(np.ones((n, 1), np.float32), (labels, predicted), means, rankings)
+    weights = group_resamples(of_group, draws, seed) if grouped else resamples(n, draws, seed)
+    blocks = [_at(w, (labels, predicted), means, rankings) for w in weights]
     drawn = {name: np.concatenate([block[0][name] for block in blocks]) for name in value}
     drawn_areas = np.concatenate([block[1] for block in blocks], axis=-1)
-    scores = {name: Score(float(hit.mean()), *wilson_interval(int(hit.sum()), n), WILSON) for name, hit in hits.items()}
-    for name, (low, high) in macro_intervals(counts).items():
-        scores[name] = Score(float(value[name][0]), low, high, BAYES)
-    for name in (*COUNTED, "roc_auc", "pr_auc", *means):
+    if grouped:
+        order = (*hits, "balanced_accuracy", "macro_f1")
+        scores = {name: _bootstrap(name, value[name][0], drawn[name], n) for name in order}
+    else:
+        scores = {
+            name: Score(float(hit.mean()), *wilson_interval(int(hit.sum()), n), WILSON) for name, hit in hits.items()
+        }
+        for name, (low, high) in macro_intervals(counts).items():
+            scores[name] = Score(float(value[name][0]), low, high, BAYES)
+    for name in (*COUNTED, "roc_auc", "pr_auc", *(name for name in means if name not in hits)):
         scores[name] = _bootstrap(name, value[name][0], drawn[name], n)
-    per_class = _of_classes(counts, classes, areas[..., 0], drawn_areas)
+    drawn_counts = np.concatenate([block[2] for block in blocks]) if grouped else None
+    per_class = _of_classes(counts, classes, areas[..., 0], drawn_areas, drawn_counts)
+    if grouped:
+        by = f"bootstrap over {int(of_group.max()) + 1} groups"
+        scores = {name: dataclasses.replace(s, by=by) for name, s in scores.items()}
+        per_class = {
+            c: {name: dataclasses.replace(s, by=by) for name, s in own.items()} for c, own in per_class.items()
+        }
     rates = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     return Scores(n, scores, per_class, counts.tolist(), rates.tolist())
 
@@ -123,15 +143,17 @@ def _at(
     decided: tuple[np.ndarray, np.ndarray],
     means: dict[str, np.ndarray],
     rankings: Sequence[Ranking],
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """(scores [r] by name, areas of each class [2, k, r]) of images weighted by [n, r]."""
+) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """(scores [r] by name, areas of each class [2, k, r], confusion matrices [r, k, k]), images weighted by [n, r]."""
     k, (labels, predicted) = len(rankings), decided
     cells = np.zeros((len(labels), k * k), np.float32)
     cells[np.arange(len(labels)), labels * k + predicted] = 1
     counts = (weights.T @ cells).astype(np.float64).reshape(-1, k, k)
     areas = np.stack([np.stack(ranking.areas(weights)) for ranking in rankings], axis=1)
     found = counted(counts) | {"roc_auc": mean_over_classes(areas[0]), "pr_auc": mean_over_classes(areas[1])}
-    return found | {name: weights.T.astype(np.float64) @ each / len(labels) for name, each in means.items()}, areas
+    total = weights.sum(0, dtype=np.float64)
+    found |= {name: weights.T.astype(np.float64) @ each / total for name, each in means.items()}
+    return found, areas, counts
 
 
 def _bootstrap(name: str, value: float, drawn: np.ndarray, n: int) -> Score:
@@ -165,26 +187,47 @@ def _back(name: str, z: float) -> float:
     return float(least + (1 - least) / (1 + np.exp(-z)))
 
 
-def _of_classes(
-    counts: np.ndarray, classes: Sequence[str], areas: np.ndarray, drawn: np.ndarray
-) -> dict[str, dict[str, Score]]:
-    """Sensitivity, specificity, precision, f1 and the areas, one against the rest, of each class."""
-    n, hits, true, predicted = counts.sum(), np.diag(counts), counts.sum(1), counts.sum(0)
-    negatives = n - true
-    right = negatives - (predicted - hits)
-    bounds = class_intervals(counts)
-    values = {
-        "sensitivity": (hits, true, bounds["recall"]),
-        "specificity": (right, negatives, proportion_intervals(right, negatives)),
-        "precision": (hits, predicted, bounds["precision"]),
-        "f1": (2 * hits, true + predicted, bounds["f1"]),
+def _tops_and_belows(counts: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Numerators and denominators [..., k] of each class's scores, of confusion matrices [..., k, k]."""
+    hits, true, predicted = np.diagonal(counts, axis1=-2, axis2=-1), counts.sum(-1), counts.sum(-2)
+    negatives = counts.sum((-2, -1))[..., None] - true
+    return {
+        "sensitivity": (hits, true),
+        "specificity": (negatives - (predicted - hits), negatives),
+        "precision": (hits, predicted),
+        "f1": (2 * hits, true + predicted),
     }
+
+
+def _of_classes(
+    counts: np.ndarray,
+    classes: Sequence[str],
+    areas: np.ndarray,
+    drawn: np.ndarray,
+    drawn_counts: np.ndarray | None = None,
+) -> dict[str, dict[str, Score]]:
+    """Sensitivity, specificity, precision, f1 and the areas, one against the rest, of each class; by the resamples'
+    counts [r, k, k] where they are given."""
+    n, bounds, parts = counts.sum(), class_intervals(counts), _tops_and_belows(counts)
+    held = {
+        "sensitivity": bounds["recall"],
+        "specificity": proportion_intervals(*parts["specificity"]),
+        "precision": bounds["precision"],
+        "f1": bounds["f1"],
+    }
+    again = None if drawn_counts is None else _tops_and_belows(drawn_counts)
     found = {}
     for c, name in enumerate(classes):
-        own = {
-            what: Score(float(top[c] / below[c]) if below[c] else float("nan"), float(low[c]), float(high[c]), WILSON)
-            for what, (top, below, (low, high)) in values.items()
-        }
+        own = {}
+        for what, (top, below) in parts.items():
+            value = float(top[c] / below[c]) if below[c] else float("nan")
+            if again is None:
+                low, high = held[what]
+                own[what] = Score(value, float(low[c]), float(high[c]), WILSON)
+            else:
+                tops, belows = (x[:, c] for x in again[what])
+                drawn_here = np.where(belows > 0, tops / np.maximum(belows, 1), np.nan)
+                own[what] = _bootstrap(what, value, drawn_here, int(below[c]))
         own |= {what: _bootstrap(what, areas[i, c], drawn[i, c], n) for i, what in enumerate(("roc_auc", "pr_auc"))}
         found[name] = own
     return found

@@ -10,7 +10,7 @@ from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 
 from bmjax.analysis.evaluate.foreign import foreign_words
-from bmjax.analysis.evaluate.looks import LOOKS, as_frequent, compare_looks, looks
+from bmjax.analysis.evaluate.looks import LOOKS, as_frequent, compare_looks, looks, weighted_median
 from bmjax.analysis.evaluate.reader import Seen
 from bmjax.analysis.evaluate.reference import FILE, Reference, read_reference, write_reference
 from bmjax.analysis.evaluate.strangers import auroc
@@ -126,6 +126,12 @@ def test_a_folder_of_one_class_is_not_another_laboratorys(rendered):
     assert as_frequent(np.zeros(0, int), probs) is None
     even = as_frequent(labels, np.full((1, len(CLASSES)), 1 / len(CLASSES)))
     assert even.sum() == pytest.approx(1)
+
+
+def test_weighted_medians_are_those_of_repeated_rows():
+    values, weights = np.random.default_rng(0).normal(size=(9, 4)), np.array([3, 0, 1, 2, 0, 4, 1, 2, 1])
+    np.testing.assert_allclose(weighted_median(values, weights), np.median(np.repeat(values, weights, axis=0), axis=0))
+    np.testing.assert_allclose(weighted_median(values, np.ones(9)), np.median(values, axis=0))
 
 
 def test_words_on_foreign_images_have_figures(rendered, reference):

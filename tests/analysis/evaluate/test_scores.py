@@ -110,6 +110,47 @@ def test_perfect_scores_are_not_certain():
         assert 0.8 < found.scores[name].low < 0.95, name
 
 
+def draw_groups(rng, groups, each, deviation=0.7):
+    """Two classes; some groups are easier than others, so that their images are right or wrong together."""
+    labels = rng.integers(0, 2, (groups, each))
+    logits = 1 + deviation * rng.normal(size=(groups, 1)) * 2 + rng.normal(size=(groups, each))
+    right = 1 / (1 + np.exp(-logits))
+    probs = np.stack([np.where(labels == c, right, 1 - right) for c in (0, 1)], axis=-1)
+    names = np.repeat([f"patient {i}" for i in range(groups)], each)
+    return labels.ravel(), probs.reshape(-1, 2).astype(np.float32), names
+
+
+def test_intervals_over_groups_hold_the_truth_where_those_over_images_do_not():
+    """30 patients of 10 images: of 200 samples 89 % or more of intervals hold what new patients have."""
+    rng = np.random.default_rng(3)
+    truth = score(*draw_groups(rng, 4000, 10)[:2], ["a", "b"], draws=2)
+    expected = {name: s.value for name, s in truth.scores.items()} | {
+        "sensitivity": truth.classes["a"]["sensitivity"].value
+    }
+    held, plain, repeats = dict.fromkeys(expected, 0), dict.fromkeys(expected, 0), 200
+    for _ in range(repeats):
+        labels, probs, names = draw_groups(rng, 30, 10)
+        for counts, found in (
+            (held, score(labels, probs, ["a", "b"], groups=names, draws=200)),
+            (plain, score(labels, probs, ["a", "b"], draws=50)),
+        ):
+            for name, s in (found.scores | {"sensitivity": found.classes["a"]["sensitivity"]}).items():
+                counts[name] += s.low <= expected[name] <= s.high
+    for name in ("accuracy", "balanced_accuracy", "macro_f1", "mcc", "roc_auc", "nll", "sensitivity"):
+        assert held[name] / repeats >= 0.89, (name, held[name])
+        assert plain[name] < 0.85 * repeats, (name, plain[name])
+
+
+def test_groups_of_one_image_are_images():
+    labels, probs = draw(80, 3)
+    alone = score(labels, probs, list("abc"), groups=[str(i) for i in range(80)], draws=50)
+    assert alone == score(labels, probs, list("abc"), draws=50)
+    pairs = score(labels, probs, list("abc"), groups=[str(i // 2) for i in range(80)], draws=50)
+    assert {s.by for s in pairs.scores.values()} == {"bootstrap over 40 groups"}
+    for own, other in ((pairs.scores, alone.scores), *((pairs.classes[c], alone.classes[c]) for c in "abc")):
+        assert {name: s.value for name, s in own.items()} == pytest.approx({name: s.value for name, s in other.items()})
+
+
 def test_five_thousand_predictions_take_under_five_seconds():
     labels, probs = draw(5000, 7)
     start = time.process_time()
