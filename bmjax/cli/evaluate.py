@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from bmjax.runs.records import Predictions
 
 from bmjax.cli.configured import add_hosts
-from bmjax.cli.output import metrics_line, print_confusion
+from bmjax.cli.output import check_out, metrics_line, print_confusion
 from bmjax.cli.reading import add_reading, check_reading
 
 
@@ -35,6 +35,7 @@ def add_parser(verbs: Any) -> None:
     p.add_argument("--data.root", dest="data_root", metavar="FOLDER", help="where the run's data are now")
     p.add_argument("--on", metavar="PATH", help="labelled images from elsewhere: a folder of classes, or a table")
     p.add_argument("--unseen", metavar="FOLDER", help="images of kinds that the run never saw: are they told apart?")
+    p.add_argument("--out", metavar="FILE", help="also write the scores here, a .json: of several runs, or of --on")
     p.add_argument("--tolerate", nargs="+", default=(), metavar="A:B", help="pairs of classes that may be confused")
     p.add_argument("--calibrate", choices=("temperature", "vector"), help="fit on validation, and keep with the run")
     p.add_argument("--reference", action="store_true", help="keep the training cells' features, to tell strange ones")
@@ -46,6 +47,10 @@ def add_parser(verbs: Any) -> None:
 def evaluate(options: argparse.Namespace, rest: Sequence[str]) -> int:
     del rest
     check_reading(options)
+    if options.out:
+        if Path(options.out).suffix != ".json":
+            raise ValueError(f"--out is {options.out!r}; expected a name ending in .json")
+        check_out(Path(options.out))
     pairs = _pairs(options.tolerate)
     from bmjax.analysis.evaluate.judge import at_pixel_size, setting, target_of_path, target_of_split
     from bmjax.runs.folder import load_run
@@ -62,7 +67,7 @@ def evaluate(options: argparse.Namespace, rest: Sequence[str]) -> int:
         raise ValueError("several processes evaluate one run on one of its splits, plainly; expected no other option")
     if options.calibrate:
         _calibrate(runs, options)
-    own = options.split == "val" and not options.on and name == setting(options.views)
+    own = options.split == "val" and not options.on and len(runs) == 1 and name == setting(options.views)
     _check(runs, options, pairs, evaluates_val=own)
     if options.reference:
         _keep_reference(runs[0], options)
@@ -88,6 +93,14 @@ def evaluate(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if len(runs) == 1 and not options.on and hosts.leads():
         path = runs[0].run_dir / f"evaluation_{options.split}{name}.json"
         path.write_text(json.dumps(scores.to_json(), indent=1))
+    if options.out and hosts.leads():
+        of = {
+            "runs": options.run_dirs,
+            "steps": [run.step for run in runs],
+            "on": options.on or options.split,
+            "as": name,
+        }
+        Path(options.out).write_text(json.dumps(of | scores.to_json(), indent=1))
     if options.error_rate is not None or options.unseen or (unseen is not None and len(unseen)):
         judge = judge or _judge(runs, options)
         if seen is None:

@@ -89,7 +89,15 @@ def test_a_calibration_is_kept_and_used(runs, capsys, tmp_path, cells):
 
 
 def test_two_runs_are_one_classifier(runs, capsys, tmp_path, cells):
-    out = evaluate(capsys, *runs)
+    file = tmp_path / "both.json"
+    out = evaluate(capsys, *runs, "--out", file)
+    kept = json.loads(file.read_text())
+    assert (kept["runs"], kept["on"], kept["n"]) == (
+        list(map(str, runs)),
+        "val",
+        len(read_predictions(runs[0], "val").ids),
+    )
+    assert f"accuracy {kept['scores']['accuracy']['value']:.3f}" in out
     probs = np.mean([read_predictions(run, "val").probs for run in runs], axis=0)
     labels = read_predictions(runs[0], "val").labels
     assert f"accuracy {(probs.argmax(1) == labels).mean():.3f}" in out
@@ -202,6 +210,7 @@ def test_wrong_input_is_told_before_the_test_split_is_opened(runs, capsys, cells
 def test_wrong_input_is_one_line(runs, capsys, cells, tmp_path):
     for arguments, message in (
         (["eval", runs[0], "--error-rate", "5"], "--error-rate is 5.0; expected a share"),
+        (["eval", runs[0], "--out", tmp_path / "x.txt"], "expected a name ending in .json"),
         (["eval", runs[0], "--unfamiliar", "0.1"], "expected --error-rate beside it"),
         (["eval", runs[0], "--tolerate", "BLA"], "--tolerate is 'BLA'; expected two classes"),
         (["eval", runs[0], "--tolerate", "BLA:MYB"], "unknown class 'MYB'"),

@@ -108,7 +108,8 @@ def score(
     }
     rankings = [Ranking(labels == c, probs[:, c]) for c in range(k)]
     of_group = np.unique(np.asarray(groups, str), return_inverse=True)[1].ravel() if len(groups) else np.arange(n)
-    grouped = int(of_group.max()) + 1 < n
+    worth = int(of_group.max()) + 1  # independent draws
+    grouped = worth < n
     means |= {name: hit.astype(np.float64) for name, hit in hits.items() if grouped}
     value, areas, _ = _at(np.ones((n, 1), np.float32), (labels, predicted), means, rankings)
     weights = group_resamples(of_group, draws, seed) if grouped else resamples(n, draws, seed)
@@ -117,7 +118,7 @@ def score(
     drawn_areas = np.concatenate([block[1] for block in blocks], axis=-1)
     if grouped:
         order = (*hits, "balanced_accuracy", "macro_f1")
-        scores = {name: _bootstrap(name, value[name][0], drawn[name], n) for name in order}
+        scores = {name: _bootstrap(name, value[name][0], drawn[name], worth) for name in order}
     else:
         scores = {
             name: Score(float(hit.mean()), *wilson_interval(int(hit.sum()), n), WILSON) for name, hit in hits.items()
@@ -125,11 +126,11 @@ def score(
         for name, (low, high) in macro_intervals(counts).items():
             scores[name] = Score(float(value[name][0]), low, high, BAYES)
     for name in (*COUNTED, "roc_auc", "pr_auc", *(name for name in means if name not in hits)):
-        scores[name] = _bootstrap(name, value[name][0], drawn[name], n)
+        scores[name] = _bootstrap(name, value[name][0], drawn[name], worth)
     drawn_counts = np.concatenate([block[2] for block in blocks]) if grouped else None
-    per_class = _of_classes(counts, classes, areas[..., 0], drawn_areas, drawn_counts)
+    per_class = _of_classes(counts, classes, areas[..., 0], drawn_areas, worth, drawn_counts)
     if grouped:
-        by = f"bootstrap over {int(of_group.max()) + 1} groups"
+        by = f"bootstrap over {worth} groups"
         scores = {name: dataclasses.replace(s, by=by) for name, s in scores.items()}
         per_class = {
             c: {name: dataclasses.replace(s, by=by) for name, s in own.items()} for c, own in per_class.items()
@@ -204,11 +205,12 @@ def _of_classes(
     classes: Sequence[str],
     areas: np.ndarray,
     drawn: np.ndarray,
+    worth: int,
     drawn_counts: np.ndarray | None = None,
 ) -> dict[str, dict[str, Score]]:
     """Sensitivity, specificity, precision, f1 and the areas, one against the rest, of each class; by the resamples'
-    counts [r, k, k] where they are given."""
-    n, bounds, parts = counts.sum(), class_intervals(counts), _tops_and_belows(counts)
+    counts [r, k, k] where they are given. `worth`: independent draws that there are."""
+    bounds, parts = class_intervals(counts), _tops_and_belows(counts)
     held = {
         "sensitivity": bounds["recall"],
         "specificity": proportion_intervals(*parts["specificity"]),
@@ -227,8 +229,8 @@ def _of_classes(
             else:
                 tops, belows = (x[:, c] for x in again[what])
                 drawn_here = np.where(belows > 0, tops / np.maximum(belows, 1), np.nan)
-                own[what] = _bootstrap(what, value, drawn_here, int(below[c]))
-        own |= {what: _bootstrap(what, areas[i, c], drawn[i, c], n) for i, what in enumerate(("roc_auc", "pr_auc"))}
+                own[what] = _bootstrap(what, value, drawn_here, min(int(below[c]), worth))
+        own |= {what: _bootstrap(what, areas[i, c], drawn[i, c], worth) for i, what in enumerate(("roc_auc", "pr_auc"))}
         found[name] = own
     return found
 

@@ -108,6 +108,8 @@ def test_perfect_scores_are_not_certain():
     for name in ("kappa", "mcc", "roc_auc", "weighted_f1"):
         assert (found.scores[name].value, found.scores[name].high) == (1, 1)
         assert 0.8 < found.scores[name].low < 0.95, name
+    few = score(labels, np.eye(2)[labels], ["a", "b"], groups=[str(i // 10) for i in range(40)], draws=50)
+    assert few.scores["accuracy"].low < 0.6, "four patients without an error say little"
 
 
 def draw_groups(rng, groups, each, deviation=0.7):
