@@ -271,6 +271,25 @@ def test_the_page_in_a_browser(server, tmp_path):
         assert all(url.startswith((f"http://127.0.0.1:{server.port}/", "data:", "blob:")) for url in page.requests)
 
 
+def test_the_page_tells_that_images_are_foreign(run, tmp_path):
+    engine = engine_of_runs([run], [None], 0.36, 8)
+    engine.watch = Watch(Reference.of_looks(looks(np.full((20, SIZE, SIZE, 3), 200, np.uint8))))
+    files = [tmp_path / f"{i}.png" for i in range(12)]
+    for i, file in enumerate(files):
+        file.write_bytes(as_png(noise(i)))
+    with quiet(), Server(engine) as server, chromium() as browser:
+        page = browser.open(f"http://127.0.0.1:{server.port}/")
+        page.wait("document.querySelector('#model').textContent.includes('densenet_tiny')")
+        assert page.evaluate("document.querySelector('#foreign').hidden")
+        with page.choosing(*files):
+            page.click("#drop")
+        page.wait("document.querySelectorAll('#foreign li').length > 0")
+        assert "lightness is" in page.text("#foreign")
+        page.click("#clear")
+        page.wait("document.querySelector('#foreign').hidden")
+        assert page.problems == []
+
+
 def test_an_export_is_served_without_maps(run, tmp_path):
     function = portable(make_function(run))
     write_stablehlo(tmp_path / "m.zip", *export_stablehlo(function, facts_of(run, None, 0.5)))

@@ -2,7 +2,8 @@
 // Names of files and classes go into the page as text alone, never as markup.
 const AT_ONCE = 8;
 const find = (id) => document.getElementById(id);
-const [drop, files, status, results, clear] = ["drop", "files", "status", "results", "clear"].map(find);
+const [drop, files, status, foreign, results, clear] =
+  ["drop", "files", "status", "foreign", "results", "clear"].map(find);
 let limits = { files: AT_ONCE, file_bytes: Infinity, body_bytes: Infinity };
 let waiting = Promise.resolve();
 
@@ -49,6 +50,15 @@ function card(result) {
   results.prepend(item);
 }
 
+function warn(sentences) {
+  foreign.replaceChildren();
+  foreign.hidden = !sentences.length;
+  if (foreign.hidden) return;
+  make("p", "The last images look unlike those of training, so answers may be wrong more often:", foreign);
+  const list = make("ul", "", foreign);
+  for (const sentence of sentences) make("li", sentence, list);
+}
+
 function parts(chosen) {
   // Requests of a few files each, none larger than the server takes.
   const found = [];
@@ -78,6 +88,7 @@ async function send(part) {
     const answer = await response.json();
     if (!response.ok) throw new Error(answer.error);
     answer.results.forEach(card);
+    warn(answer.foreign);
   } catch (error) {
     for (const file of part) card({ name: file.name, error: error.message });
   }
@@ -114,6 +125,7 @@ for (const kind of ["dragenter", "dragover", "dragleave", "drop"]) {
 }
 clear.addEventListener("click", () => {
   results.replaceChildren();
+  warn([]);
   status.textContent = "";
   clear.hidden = true;
   files.focus();
