@@ -144,10 +144,8 @@ def _pairs(given: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _groups(dataset: Dataset, predictions: Predictions) -> Sequence[str]:
-    """The group of each image, where the data name groups; an image without one is its own."""
-    if not dataset.groups:
-        return ()
-    return [dataset.groups[i] or f"image {i}" for i in predictions.index]
+    """The group of each image, where the data name groups."""
+    return [dataset.groups[i] for i in predictions.index] if dataset.groups else ()
 
 
 def _plainly(run: Run, options: argparse.Namespace) -> tuple[Predictions, Sequence[str]]:
@@ -236,8 +234,8 @@ def _print_scores(predictions: Predictions, pairs: Sequence[tuple[str, str]], gr
 
     scores = score(predictions.labels, predictions.probs, predictions.classes, tolerated=pairs, groups=groups)
     print(f"\n{text(scores)}")
-    if (n := len(set(groups))) and n < len(groups):
-        print(f"the table's intervals are about images of new groups, of which there are {n} here; those above are not")
+    if any("groups" in one.by for one in scores.scores.values()):
+        print("the table's intervals are about images of new groups; those above are not")
     return scores
 
 

@@ -160,7 +160,7 @@ def test_intervals_are_over_groups_where_the_data_have_them(runs, capsys, tmp_pa
         csv.writer(f).writerows([("path", "label", "group"), *rows])
     out = evaluate(capsys, runs[0], "--on", table)
     assert "bootstrap over 4 groups" in out
-    assert "images of new groups, of which there are 4 here" in out
+    assert "the table's intervals are about images of new groups" in out
     assert "groups" not in evaluate(capsys, runs[0], "--on", cells)
 
 

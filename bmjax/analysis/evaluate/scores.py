@@ -81,9 +81,9 @@ def score(
 
     Intervals are by a bootstrap over images (Efron 1979), `draws` resamples, but where one is known that holds its 95 %
     with fewer images: Wilson's for proportions and a Bayesian bootstrap for balanced accuracy and macro F1
-    (bmjax.runs.intervals). With `groups` [n] (patient, slide) of which some hold several images, all are by a bootstrap
-    over groups, and about images of new groups; with fewer than some 20 groups they are too narrow. `tolerated` pairs
-    of classes count as right in `tolerant_accuracy`.
+    (bmjax.runs.intervals). With `groups` [n] (patient, slide; "": the image is its own) of which some hold several
+    images, all are by a bootstrap over groups, and about images of new groups; with fewer than some 20 groups they are
+    too narrow. `tolerated` pairs of classes count as right in `tolerant_accuracy`.
 
     Raises:
       ValueError: no image, shapes that don't fit, or a pair that names no class.
@@ -92,6 +92,8 @@ def score(
     if probs.ndim != 2 or probs.shape != (len(labels), len(classes)) or not len(labels):
         expected = f"[n] and [n, {len(classes)}] with n >= 1"
         raise ValueError(f"labels {labels.shape} and probabilities {probs.shape}; expected {expected}")
+    if len(groups) not in (0, len(labels)):
+        raise ValueError(f"{len(groups)} groups for {len(labels)} labels; expected one an image, or none")
     n, k = probs.shape
     predicted = probs.argmax(-1)
     counts = confusion_matrix(labels, predicted, k)
@@ -107,36 +109,77 @@ def score(
         "brier": ((wide - np.eye(k)[labels]) ** 2).sum(1),
     }
     rankings = [Ranking(labels == c, probs[:, c]) for c in range(k)]
-    of_group = np.unique(np.asarray(groups, str), return_inverse=True)[1].ravel() if len(groups) else np.arange(n)
-    worth = int(of_group.max()) + 1  # independent draws
-    grouped = worth < n
-    means |= {name: hit.astype(np.float64) for name, hit in hits.items() if grouped}
     value, areas, _ = _at(np.ones((n, 1), np.float32), (labels, predicted), means, rankings)
-    weights = group_resamples(of_group, draws, seed) if grouped else resamples(n, draws, seed)
-    blocks = [_at(w, (labels, predicted), means, rankings) for w in weights]
+    blocks = [_at(w, (labels, predicted), means, rankings) for w in resamples(n, draws, seed)]
     drawn = {name: np.concatenate([block[0][name] for block in blocks]) for name in value}
     drawn_areas = np.concatenate([block[1] for block in blocks], axis=-1)
-    if grouped:
-        order = (*hits, "balanced_accuracy", "macro_f1")
-        scores = {name: _bootstrap(name, value[name][0], drawn[name], worth) for name in order}
-    else:
-        scores = {
-            name: Score(float(hit.mean()), *wilson_interval(int(hit.sum()), n), WILSON) for name, hit in hits.items()
-        }
-        for name, (low, high) in macro_intervals(counts).items():
-            scores[name] = Score(float(value[name][0]), low, high, BAYES)
-    for name in (*COUNTED, "roc_auc", "pr_auc", *(name for name in means if name not in hits)):
-        scores[name] = _bootstrap(name, value[name][0], drawn[name], worth)
-    drawn_counts = np.concatenate([block[2] for block in blocks]) if grouped else None
-    per_class = _of_classes(counts, classes, areas[..., 0], drawn_areas, worth, drawn_counts)
-    if grouped:
-        by = f"bootstrap over {worth} groups"
-        scores = {name: dataclasses.replace(s, by=by) for name, s in scores.items()}
-        per_class = {
-            c: {name: dataclasses.replace(s, by=by) for name, s in own.items()} for c, own in per_class.items()
-        }
+    scores = {name: Score(float(hit.mean()), *wilson_interval(int(hit.sum()), n), WILSON) for name, hit in hits.items()}
+    for name, (low, high) in macro_intervals(counts).items():
+        scores[name] = Score(float(value[name][0]), low, high, BAYES)
+    for name in (*COUNTED, "roc_auc", "pr_auc", *means):
+        scores[name] = _bootstrap(name, value[name][0], drawn[name], n)
+    per_class = _of_classes(counts, classes, areas[..., 0], drawn_areas)
     rates = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    return Scores(n, scores, per_class, counts.tolist(), rates.tolist())
+    found = Scores(n, scores, per_class, counts.tolist(), rates.tolist())
+    of_group = _of_group(groups)
+    if len(np.unique(of_group)) == len(of_group):
+        return found
+    shares = means | {name: hit.astype(np.float64) for name, hit in hits.items()}
+    blocks = [_at(w, (labels, predicted), shares, rankings) for w in group_resamples(of_group, draws, seed)]
+    return _over_groups(found, (labels, predicted), of_group, blocks)
+
+
+def _of_group(groups: Sequence[str]) -> np.ndarray:
+    """The group 0..g-1 of each image, [n]; those without a name have one each."""
+    names = [("group", name) if name else ("image", str(i)) for i, name in enumerate(groups)]
+    number = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    return np.array([number[name] for name in names], np.int64)
+
+
+def _over_groups(
+    found: Scores, decided: tuple[np.ndarray, np.ndarray], of_group: np.ndarray, blocks: Sequence[Any]
+) -> Scores:
+    """The same scores with the intervals of resamples of groups, `blocks` of `_at`. A figure of a class has as many
+    independent draws as groups that hold some of what it is a share of."""
+    labels, predicted = decided
+    g = int(of_group.max()) + 1
+    by = f"bootstrap over {g} groups"
+    drawn = {name: np.concatenate([block[0][name] for block in blocks]) for name in blocks[0][0]}
+    areas = np.concatenate([block[1] for block in blocks], axis=-1)
+    counts = np.concatenate([block[2] for block in blocks])
+
+    def again(name: str, score: Score, values: np.ndarray, n: int) -> Score:
+        if n < 2:  # one group tells nothing of others
+            return Score(score.value, float("nan"), float("nan"), by)
+        return dataclasses.replace(_bootstrap(name, score.value, values, n), by=by)
+
+    parts = _tops_and_belows(counts)
+    classes = {}
+    for c, (name, own) in enumerate(found.classes.items()):
+        true, said = labels == c, predicted == c
+        there = {"specificity": ~true, "precision": said, "f1": true | said}
+        values = {
+            what: np.where(below > 0, top / np.maximum(below, 1), np.nan)[:, c] for what, (top, below) in parts.items()
+        }
+        values |= {"roc_auc": areas[0, c], "pr_auc": areas[1, c]}
+        classes[name] = {
+            what: again(what, score, values[what], len(np.unique(of_group[there.get(what, true)])))
+            for what, score in own.items()
+        }
+    scores = {name: again(name, score, drawn[name], g) for name, score in found.scores.items()}
+    return dataclasses.replace(found, scores=scores, classes=classes)
+
+
+def _tops_and_belows(counts: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Numerators and denominators [..., k] of each class's scores, of confusion matrices [..., k, k]."""
+    hits, true, predicted = np.diagonal(counts, axis1=-2, axis2=-1), counts.sum(-1), counts.sum(-2)
+    negatives = counts.sum((-2, -1))[..., None] - true
+    return {
+        "sensitivity": (hits, true),
+        "specificity": (negatives - (predicted - hits), negatives),
+        "precision": (hits, predicted),
+        "f1": (2 * hits, true + predicted),
+    }
 
 
 def _at(
@@ -161,13 +204,15 @@ def _bootstrap(name: str, value: float, drawn: np.ndarray, n: int) -> Score:
     """The interval that is normal on a scale without bounds, logit or logarithm, with the bootstrap's deviation there.
 
     Percentiles hold too little near a bound: docs/evaluation.md. Where no resample of n images differs from a perfect
-    score, nothing is known but that errors are rare: Wilson's interval of n in n.
+    score, nothing is known but that errors are rare: Wilson's interval of n in n. And of none in n for a score of 0.
     """
     known = drawn[np.isfinite(drawn)]
     if not np.isfinite(value) or not len(known):
         return Score(float("nan"), float("nan"), float("nan"), BOOTSTRAP)
     if value == 1 and name not in _UNBOUNDED and (known == 1).all():
         return Score(1.0, wilson_interval(n, n)[0], 1.0, BOOTSTRAP)
+    if value == 0 and name not in (*_UNBOUNDED, *_SIGNED) and (known == 0).all():
+        return Score(0.0, 0.0, wilson_interval(0, n)[1], BOOTSTRAP)
     middle, deviation = float(_scale(name, np.array(value), n)), float(_scale(name, known, n).std())
     low, high = (_back(name, middle + sign * _Z * deviation) for sign in (-1, 1))
     return Score(float(value), min(low, float(value)), max(high, float(value)), BOOTSTRAP)
@@ -188,49 +233,20 @@ def _back(name: str, z: float) -> float:
     return float(least + (1 - least) / (1 + np.exp(-z)))
 
 
-def _tops_and_belows(counts: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Numerators and denominators [..., k] of each class's scores, of confusion matrices [..., k, k]."""
-    hits, true, predicted = np.diagonal(counts, axis1=-2, axis2=-1), counts.sum(-1), counts.sum(-2)
-    negatives = counts.sum((-2, -1))[..., None] - true
-    return {
-        "sensitivity": (hits, true),
-        "specificity": (negatives - (predicted - hits), negatives),
-        "precision": (hits, predicted),
-        "f1": (2 * hits, true + predicted),
-    }
-
-
 def _of_classes(
-    counts: np.ndarray,
-    classes: Sequence[str],
-    areas: np.ndarray,
-    drawn: np.ndarray,
-    worth: int,
-    drawn_counts: np.ndarray | None = None,
+    counts: np.ndarray, classes: Sequence[str], areas: np.ndarray, drawn: np.ndarray
 ) -> dict[str, dict[str, Score]]:
-    """Sensitivity, specificity, precision, f1 and the areas, one against the rest, of each class; by the resamples'
-    counts [r, k, k] where they are given. `worth`: independent draws that there are."""
-    bounds, parts = class_intervals(counts), _tops_and_belows(counts)
-    held = {
-        "sensitivity": bounds["recall"],
-        "specificity": proportion_intervals(*parts["specificity"]),
-        "precision": bounds["precision"],
-        "f1": bounds["f1"],
-    }
-    again = None if drawn_counts is None else _tops_and_belows(drawn_counts)
+    """Sensitivity, specificity, precision, f1 and the areas, one against the rest, of each class."""
+    n, bounds, parts = counts.sum(), class_intervals(counts), _tops_and_belows(counts)
+    held = bounds | {"sensitivity": bounds["recall"], "specificity": proportion_intervals(*parts["specificity"])}
+    values = {what: (*part, held[what]) for what, part in parts.items()}
     found = {}
     for c, name in enumerate(classes):
-        own = {}
-        for what, (top, below) in parts.items():
-            value = float(top[c] / below[c]) if below[c] else float("nan")
-            if again is None:
-                low, high = held[what]
-                own[what] = Score(value, float(low[c]), float(high[c]), WILSON)
-            else:
-                tops, belows = (x[:, c] for x in again[what])
-                drawn_here = np.where(belows > 0, tops / np.maximum(belows, 1), np.nan)
-                own[what] = _bootstrap(what, value, drawn_here, min(int(below[c]), worth))
-        own |= {what: _bootstrap(what, areas[i, c], drawn[i, c], worth) for i, what in enumerate(("roc_auc", "pr_auc"))}
+        own = {
+            what: Score(float(top[c] / below[c]) if below[c] else float("nan"), float(low[c]), float(high[c]), WILSON)
+            for what, (top, below, (low, high)) in values.items()
+        }
+        own |= {what: _bootstrap(what, areas[i, c], drawn[i, c], n) for i, what in enumerate(("roc_auc", "pr_auc"))}
         found[name] = own
     return found
 
@@ -252,4 +268,5 @@ def text(scores: Scores) -> str:
 
 
 def _numbers(s: Score) -> str:
-    return f"{s.value:8.3f}  ({s.low:.3f} to {s.high:.3f})" if np.isfinite(s.value) else f"{'-':>8}"
+    bounds = f"({s.low:.3f} to {s.high:.3f})" if np.isfinite(s.low) else "(not known)"
+    return f"{s.value:8.3f}  {bounds}" if np.isfinite(s.value) else f"{'-':>8}"

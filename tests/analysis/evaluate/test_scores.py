@@ -112,6 +112,27 @@ def test_perfect_scores_are_not_certain():
     assert few.scores["accuracy"].low < 0.6, "four patients without an error say little"
 
 
+def test_groups_that_are_few_or_hold_one_class_say_no_more_than_they_know():
+    labels, probs = draw(90, 3)
+    one = score(labels, probs, list("abc"), groups=["slide"] * 90, draws=20)
+    assert np.isnan(one.scores["accuracy"].low)
+    assert "(not known)" in text(one)
+    assert one.to_json()["scores"]["accuracy"]["low"] is None
+    labels = np.repeat([0, 1], [10, 80])  # class a in one patient alone, and never named rightly
+    said = np.eye(2, dtype=np.float32)[np.where(np.arange(90) % 9 == 0, 1 - labels, labels)]
+    said[:10] = (0, 1)
+    names = ["the only"] * 10 + [f"patient {i % 20}" for i in range(80)]
+    found = score(labels, said, ["a", "b"], groups=names, draws=50)
+    assert np.isnan(found.classes["a"]["sensitivity"].low)
+    assert found.classes["a"]["sensitivity"].value == 0
+    never = score(labels, np.tile(np.float32([1, 0]), (90, 1)), ["a", "b"], groups=names, draws=50)
+    assert never.classes["b"]["sensitivity"].value == 0
+    assert 0.1 < never.classes["b"]["sensitivity"].high < 0.3, "Wilson's of none in 20 patients"
+    with pytest.raises(ValueError, match="3 groups for 90 labels"):
+        score(labels, said, ["a", "b"], groups=["x"] * 3)
+    assert score(labels, said, ["a", "b"], groups=[""] * 90, draws=20) == score(labels, said, ["a", "b"], draws=20)
+
+
 def draw_groups(rng, groups, each, deviation=0.7):
     """Two classes; some groups are easier than others, so that their images are right or wrong together."""
     labels = rng.integers(0, 2, (groups, each))
