@@ -103,5 +103,5 @@ class Answers:
 
         if words := foreign_words(self._reference, seen):
             self._warned = True
-            which = "these images" if start == 0 else f"the images from the {start + 1}th on"
+            which = "these images" if start == 0 else f"the images from number {start + 1} on"
             log.warning("%s look unlike those of training:\n  %s\n%s", which, "\n  ".join(words), REMEDY)

@@ -59,7 +59,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     runs = [load_run(run_dir, options.which, trust=options.trust) for run_dir in run_dirs]
     calibrations = kept_calibrations(runs)
     judge = Judge(at_pixel_size(runs, options.pixel_size), calibrated=calibrations[0] is not None)
-    errors = errors_of(runs, calibrations)  # known to be there before any image is read
+    errors = errors_of(judge)  # known to be there before any image is read
     threshold = undecided_below(runs, calibrations, options.error_rate, options.undecided)
     cells = _classify(judge, paths, threshold)
     if cells is None:

@@ -53,6 +53,7 @@ def evaluate(options: argparse.Namespace, rest: Sequence[str]) -> int:
         check_out(Path(options.out))
     pairs = _pairs(options.tolerate)
     from bmjax.analysis.evaluate.judge import at_pixel_size, setting, target_of_path, target_of_split
+    from bmjax.analysis.report.report import write_report
     from bmjax.runs.folder import load_run
     from bmjax.training import hosts
 
@@ -65,14 +66,15 @@ def evaluate(options: argparse.Namespace, rest: Sequence[str]) -> int:
         not plain or options.calibrate or options.reference or options.error_rate or options.unseen
     ):
         raise ValueError("several processes evaluate one run on one of its splits, plainly; expected no other option")
+    _check(runs, options, pairs)
     if options.calibrate:
         _calibrate(runs, options)
     own = options.split == "val" and not options.on and len(runs) == 1 and name == setting(options.views)
-    _check(runs, options, pairs, evaluates_val=own)
+    _check_kept(runs, options, evaluates_val=own)
     if options.reference:
         _keep_reference(runs[0], options)
     if plain:
-        predictions, groups = _plainly(runs[0], options)
+        predictions, dataset = _plainly(runs[0], options)
         seen, judge, unseen = None, None, None
     else:
         judge, unseen = _judge(runs, options), None
@@ -83,9 +85,9 @@ def evaluate(options: argparse.Namespace, rest: Sequence[str]) -> int:
             target = target_of_split(runs, options.split, options.data_root)
         seen = _seen(judge, target, unseen, options)
         predictions = _as_predictions(options.split, target, seen, judge)
-        groups = _groups(target.parts[0][0], predictions)
+        dataset = target.parts[0][0]
         _keep(runs, f"{options.split}{name}", predictions, options)
-    scores = _print_scores(predictions, pairs, groups)
+    scores = _print_scores(predictions, pairs, _groups(dataset, predictions))
     if options.split == "train" and not options.on:
         print("the runs were trained on these images: the figures say how well they are remembered")
     if options.calibrated and options.split == "val" and not options.on:
@@ -93,14 +95,11 @@ def evaluate(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if len(runs) == 1 and not options.on and hosts.leads():
         path = runs[0].run_dir / f"evaluation_{options.split}{name}.json"
         path.write_text(json.dumps(scores.to_json(), indent=1))
+        if plain:
+            print(f"report: {write_report(runs[0].run_dir, dataset.images)}")
     if options.out and hosts.leads():
-        of = {
-            "runs": options.run_dirs,
-            "steps": [run.step for run in runs],
-            "on": options.on or options.split,
-            "as": name,
-        }
-        Path(options.out).write_text(json.dumps(of | scores.to_json(), indent=1))
+        of = {"runs": options.run_dirs, "steps": [run.step for run in runs], "on": options.on or options.split}
+        Path(options.out).write_text(json.dumps(of | {"as": name} | scores.to_json(), indent=1))
     if options.error_rate is not None or options.unseen or (unseen is not None and len(unseen)):
         judge = judge or _judge(runs, options)
         if seen is None:
@@ -109,25 +108,31 @@ def evaluate(options: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
-def _check(
-    runs: Sequence[Run], options: argparse.Namespace, pairs: Sequence[tuple[str, str]], *, evaluates_val: bool
-) -> None:
-    """What can be known to be wrong before any image is seen, and before an opening of the test split is recorded.
-    `evaluates_val`: what thresholds and frequencies need will have been written by then."""
-    from bmjax.analysis.evaluate.judge import NO_VALIDATION, same_classes
+def _check(runs: Sequence[Run], options: argparse.Namespace, pairs: Sequence[tuple[str, str]]) -> None:
+    """What can be known to be wrong before any image is seen, and before an opening of the test split is recorded."""
+    from bmjax.analysis.evaluate.judge import NO_VALIDATION, at_pixel_size, same_classes
+    from bmjax.analysis.evaluate.reader import check_adaptable
     from bmjax.analysis.evaluate.scores import tolerance
     from bmjax.data.sources.folder import image_files
     from bmjax.runs.folder import split_size
 
     tolerance(pairs, same_classes(runs))
-    twice = [str(run.run_dir) for i, run in enumerate(runs) if run.run_dir.resolve() in
-             {other.run_dir.resolve() for other in runs[:i]}]  # fmt: skip
-    if twice:
-        raise ValueError(f"{twice[0]} is given twice; expected each run once")
+    if options.pixel_size is not None:
+        runs = at_pixel_size(runs, options.pixel_size)
     if options.unseen:
         image_files([options.unseen])
+    for run in runs:
+        if options.unseen:
+            run.config.data.field_pixels()
+        if options.adapt:
+            check_adaptable(run)
     if options.reference and not split_size(runs[0].run_dir, "val"):
-        raise ValueError(f"--reference: {runs[0].run_dir} has no validation split: {NO_VALIDATION}")
+        raise ValueError(f"--reference: {runs[0].run_dir} {NO_VALIDATION}")
+
+
+def _check_kept(runs: Sequence[Run], options: argparse.Namespace, *, evaluates_val: bool) -> None:
+    """As `_check`, of what earlier commands, or this one so far, have kept with the runs. `evaluates_val`: what
+    thresholds and frequencies need will have been written by then."""
     judge = _judge(runs, options)
     if options.unfamiliar and not options.reference:
         judge.featured_reference()
@@ -148,9 +153,8 @@ def _groups(dataset: Dataset, predictions: Predictions) -> Sequence[str]:
     return [dataset.groups[i] for i in predictions.index] if dataset.groups else ()
 
 
-def _plainly(run: Run, options: argparse.Namespace) -> tuple[Predictions, Sequence[str]]:
-    """Evaluates a split as ever: predictions, results and report; gives the predictions and the images' groups."""
-    from bmjax.analysis.report.report import write_report
+def _plainly(run: Run, options: argparse.Namespace) -> tuple[Predictions, Dataset]:
+    """Evaluates a split as ever: predictions and results; gives the predictions and the data."""
     from bmjax.runs.records import read_predictions
     from bmjax.training import hosts
     from bmjax.training.predict import Predictor, data_of, evaluate_run
@@ -162,11 +166,9 @@ def _plainly(run: Run, options: argparse.Namespace) -> tuple[Predictions, Sequen
         f"ECE {m['ece']:.3f} ({options.which} checkpoint, step {m['step']})"
     )
     print_confusion(m["confusion"], dataset.classes)
-    if hosts.leads():
-        print(f"report: {write_report(run.run_dir, dataset.images)}")
     found = read_predictions(run.run_dir, options.split)
     assert found is not None, "just written"
-    return found, _groups(dataset, found)
+    return found, dataset
 
 
 def target_of_rows(run: Run, predictions: Predictions, options: argparse.Namespace) -> Target:
@@ -185,8 +187,8 @@ def _judge(runs: Sequence[Run], options: argparse.Namespace) -> Judge:
 
 
 def _seen(judge: Judge, target: Target, unseen: Target | None, options: argparse.Namespace) -> Seen:
-    """What the runs say of the target. Adapted as asked for, with its images of unknown classes, for to leave those out
-    would take labels."""
+    """What the runs say of the target. They are adapted as asked for, to its images of unknown classes too: leaving
+    those out would need labels."""
     import numpy as np
 
     both = [one for one in (target, unseen) if one is not None and len(one)]
@@ -284,7 +286,7 @@ def _print_refusal(
         familiar = familiarity_of(judge, seen) if options.unfamiliar else None
         print(refusal_text(refusal, predictions, familiar, options.unfamiliar))
         if options.split == "val" and not options.on:
-            print("the threshold was set by these images: the share wrong is as small as it was made")
+            print("the threshold was chosen on these images, so the share wrong is too low")
         if no_guarantee := without_guarantee(options.adapt, options.adapt_prior, elsewhere=bool(options.on)):
             print(no_guarantee)
     for name, others in strange:

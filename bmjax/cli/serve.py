@@ -26,7 +26,7 @@ def add_parser(verbs: Any) -> None:
         "serve",
         help="a page and a JSON API on a run or an exported model (extra serve)",
         description="Drop cells on the page and see class, probability, where the attention looked, and \"don't "
-        "know\". A run shows its attention's map; a file of `bmjax export` has none. Nothing that is sent is kept. "
+        "know\". A run shows its attention's map; a file of `bmjax export` has none. No image that is sent is kept. "
         "Not for diagnosis.",
     )
     p.add_argument("models", metavar="run", nargs="+",
@@ -118,7 +118,7 @@ def _engine(options: argparse.Namespace) -> Engine:
     """The model, compiled; a run's or an export's, by what the path is."""
     import dataclasses
 
-    from bmjax.analysis.evaluate.judge import at_pixel_size, same_classes
+    from bmjax.analysis.evaluate.judge import at_pixel_size, check_knows_scale, same_classes
     from bmjax.analysis.evaluate.undecided import kept_calibrations, undecided_below
     from bmjax.analysis.serve.engine import engine_of_export, engine_of_runs
     from bmjax.runs.folder import load_run
@@ -133,11 +133,7 @@ def _engine(options: argparse.Namespace) -> Engine:
         raise ValueError("--error-rate is for a run; an export has its threshold within (`bmjax export --error-rate`)")
     engine = engine_of_export(Path(options.models[0]), options.batch_size)
     if options.pixel_size is not None:
-        if not engine.facts.reading["field_size"]:
-            raise ValueError(
-                f"--pixel-size is {options.pixel_size}, but the run of {options.models[0]} was trained without "
-                "data.field_size and knows no scale"
-            )
+        check_knows_scale(engine.facts.data_config(), options.pixel_size, options.models[0])
         reading = engine.facts.reading | {"pixel_size": options.pixel_size}
         engine.facts = dataclasses.replace(engine.facts, reading=reading)
     if options.undecided is not None:

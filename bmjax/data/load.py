@@ -23,6 +23,7 @@ from bmjax.data.sources.synthetic import synthetic_dataset
 from bmjax.data.sources.table import list_table
 from bmjax.data.sources.tfds import list_tfds
 from bmjax.environment import cache_folder
+from bmjax.files import printable
 from bmjax.registry import is_own, load_own
 
 _SOURCES: dict[str, Callable[..., Listing]] = {
@@ -80,7 +81,7 @@ def load_dataset(config: DataConfig, *, progress: bool = True) -> Dataset:
     """
     check_type("config", config, DataConfig, "a bmjax.config.DataConfig; that of a Config is its field data")
     check_type("progress", progress, bool, "True or False")
-    cache_dir = Path(config.cache_dir) if config.cache_dir else cache_folder() / "images"
+    cache_dir = _cache_dir(config)
     if config.source == "synthetic":
         if config.field_size:
             raise ValueError(f"config field 'data.field_size' is {config.field_size}; expected 0 for rendered cells")
@@ -90,14 +91,23 @@ def load_dataset(config: DataConfig, *, progress: bool = True) -> Dataset:
     return listed_dataset(list_source(config), config, cache_dir, progress=progress)
 
 
-def load_elsewhere(config: DataConfig) -> Dataset:
-    """As `load_dataset`, of a folder or a table that is judged and not trained on: one class is enough.
+def _cache_dir(config: DataConfig) -> Path:
+    return Path(config.cache_dir) if config.cache_dir else cache_folder() / "images"
+
+
+def load_elsewhere(config: DataConfig, classes: Sequence[str]) -> Dataset:
+    """As `load_dataset`, of a folder or a table that is judged and not trained on: one class is enough, of `classes`.
 
     Raises:
-      FileNotFoundError, ValueError: it is not there or not as expected; names the place.
+      FileNotFoundError, ValueError: it is not there or not as expected, or of none of these classes; names the place.
     """
-    cache_dir = Path(config.cache_dir) if config.cache_dir else cache_folder() / "images"
-    return listed_dataset(list_source(config, fewest=1), config, cache_dir)
+    listing = list_source(config, fewest=1)
+    if not set(listing.classes) & set(classes):
+        raise ValueError(
+            f"{config.root} has the classes {', '.join(map(printable, listing.classes))}; expected some of the run's: "
+            f"{', '.join(map(printable, classes))}"
+        )
+    return listed_dataset(listing, config, _cache_dir(config))
 
 
 def read_files(paths: Sequence[str | Path], config: DataConfig) -> Iterable[np.ndarray | str]:

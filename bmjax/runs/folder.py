@@ -185,9 +185,18 @@ def recorded_split(run_dir: Path, dataset: Dataset) -> Splits | None:
 
 
 def split_size(run_dir: Path, split: str) -> int:
-    """Images of a split, as the run's folder records it."""
-    counts = _recorded(run_dir / "dataset.json", "counts", dict).get(split)
-    return sum(counts.values()) if isinstance(counts, dict) else 0
+    """Images of a split, as the run's folder records it.
+
+    Raises:
+      ValueError: the record is damaged.
+    """
+    path = run_dir / "dataset.json"
+    counts = _recorded(path, "counts", dict).get(split)
+    if not isinstance(counts, dict) or not all(isinstance(n, int) for n in counts.values()):
+        raise ValueError(
+            f"{path} is damaged: its counts of {split!r} are {str(counts)[:40]!r}; expected those of `bmjax train`"
+        )
+    return sum(counts.values())
 
 
 def _recorded(path: Path, name: str, kind: type) -> Any:

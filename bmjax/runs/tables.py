@@ -90,7 +90,7 @@ def _mistakes(wandb: Any, finished: Finished, names: list[str]) -> Any:
 
 # What a run needs to be loaded, evaluated and read elsewhere; not the state to resume from, traces and W&B's own files.
 _KEPT = ("config.json", "environment.json", "dataset.json", "split.csv", "results.json", "metrics.jsonl")
-_KEPT += ("openings.jsonl", "calibration.json", "reference.npz", "evaluation_*.json", "predictions_*.npz")
+_KEPT += ("openings.jsonl", "calibration*.json", "reference.npz", "evaluation_*.json", "predictions_*.npz")
 _KEPT += ("report.html", "model_card.md", "code/**/*")
 
 

@@ -61,16 +61,23 @@ def _parts(batch_stats: Tree) -> set[str]:
     return {part_of((name,)) for name in batch_stats}
 
 
+def nothing_dropped(
+    run: Callable[..., Any], args: tuple, kwargs: dict[str, Any], context: nn.module.InterceptorContext
+) -> Any:
+    """Linen's interceptor: dropout is off."""
+    if isinstance(context.module, (Dropout, nn.Dropout)) and context.method_name == "__call__":
+        return args[0] if args else next(iter(kwargs.values()))
+    return run(*args, **kwargs)
+
+
 def _measured(
     run: Callable[..., Any], args: tuple, kwargs: dict[str, Any], context: nn.module.InterceptorContext
 ) -> Any:
     """Linen's interceptor: dropout is off, and a running statistic forgets all but the batch."""
     module = context.module
-    if isinstance(module, (Dropout, nn.Dropout)) and context.method_name == "__call__":
-        return args[0] if args else next(iter(kwargs.values()))
     momentum = getattr(module, "momentum", None)
     if not isinstance(momentum, float):
-        return run(*args, **kwargs)
+        return nothing_dropped(run, args, kwargs, context)
     object.__setattr__(module, "momentum", 0.0)  # a module is frozen; what it was stands again at the end
     try:
         return run(*args, **kwargs)

@@ -127,7 +127,7 @@ def test_wrong_input_is_one_line(run, cells, tmp_path, monkeypatch, capsys):
         (run, cells, ("--undecided", "2"), "--undecided is 2.0; expected a probability"),
         (run, cells, ("--undecided", "0.5", "--error-rate", "0.1"), "expected one of them"),
         (run, cells, ("--out", str(tmp_path / "d.txt")), "expected a name ending in .csv"),
-        (other, cells, (), "has no predictions of test or val by step 7"),
+        (other, cells, (), "has no predictions of val by step 7"),
     ):
         assert count(monkeypatch, given, folder, out, *more) == 2
         assert message in capsys.readouterr().err

@@ -168,9 +168,12 @@ def test_figures_say_what_they_rest_on(runs, capsys, cells, caplog):
     assert "trained on these images" in evaluate(capsys, runs[0], "--split", "train")
     evaluate(capsys, runs[0], "--calibrate", "temperature")
     assert "the calibration was fitted on these images" in evaluate(capsys, runs[0], "--calibrated")
-    assert "the threshold was set by these images" in evaluate(capsys, runs[0], "--error-rate", "0.4")
+    assert "the threshold was chosen on these images" in evaluate(capsys, runs[0], "--error-rate", "0.4")
     out = evaluate(capsys, runs[0], "--on", cells, "--error-rate", "0.4", "--adapt")
-    assert "promise nothing here: the norms were adapted after validation set them; these images did not" in out
+    assert (
+        "promise nothing here: the norms were adapted after the thresholds were set on validation; these images did not"
+        in out
+    )
 
 
 def test_a_run_without_validation_says_what_it_lacks(runs, capsys, cells, tmp_path):
@@ -183,7 +186,6 @@ def test_a_run_without_validation_says_what_it_lacks(runs, capsys, cells, tmp_pa
     for words in (
         ["predict", run, cells, "--error-rate", "0.1"],
         ["predict", run, cells, "--adapt-prior"],
-        ["differential", run, cells],
         ["eval", run, "--split", "test", "--reference"],
         ["eval", run, "--split", "test", "--error-rate", "0.1"],
     ):
@@ -191,19 +193,28 @@ def test_a_run_without_validation_says_what_it_lacks(runs, capsys, cells, tmp_pa
         told = capsys.readouterr().err
         assert "train with --data.split 0.85 0.15 0" in told
         assert "bmjax eval" not in told, "no command that can't do it"
+    assert main(["differential", str(run), str(cells)]) == 2
+    assert f"`bmjax eval {run} --split test` makes them" in capsys.readouterr().err, "which would do"
+    record["counts"]["val"] = [3]
+    (run / "dataset.json").write_text(json.dumps(record))
+    assert main(["predict", str(run), str(cells), "--error-rate", "0.1"]) == 2
+    assert "dataset.json is damaged: its counts of 'val' are '[3]'" in capsys.readouterr().err
 
 
 def test_wrong_input_is_told_before_the_test_split_is_opened(runs, capsys, cells, tmp_path):
     for more, message in (
         (["--tolerate", "BLA:MYB"], "unknown class 'MYB'"),
         (["--unseen", tmp_path / "none"], "no such file or folder"),
+        (["--unseen", cells, "--pixel-size", "0.1"], "was trained without data.field_size"),
         (["--adapt-prior", "--views", "4"], "--views 4` makes them"),
         (["--error-rate", "0.1", "--views", "4"], "--views 4` makes them"),
     ):
         assert main(["eval", str(runs[0]), "--split", "test", *map(str, more)]) == 2
         assert message in capsys.readouterr().err
-    assert main(["eval", str(runs[0]), f"{runs[0]}/", "--split", "test"]) == 2
-    assert "is given twice" in capsys.readouterr().err
+    for words in (["eval", runs[0], f"{runs[0]}/", "--split", "test"], ["predict", runs[0], runs[0], cells],
+                  ["export", runs[0], runs[0]], ["differential", runs[0], runs[0], cells]):  # fmt: skip
+        assert main([*map(str, words)]) == 2
+        assert "is given twice" in capsys.readouterr().err
     assert not (runs[0] / "openings.jsonl").exists()
 
 

@@ -133,14 +133,14 @@ def test_several_runs_are_served_as_their_mean(run, tmp_path):
 
 def test_images_unlike_those_of_training_are_told(run):
     """By the last of them, from the tenth on; like ones say nothing."""
-    watch = Watch(Reference.of_looks(looks(np.stack([noise(i) for i in range(40)]))))
+    watch = Watch(Reference.of_looks(looks(np.stack([noise(i) for i in range(40)]))), SIZE)
     probs = np.full(3, 1 / 3, np.float32)
     for i in range(40, 60):
         watch.add(noise(i), probs)
     assert watch.words() == []
     engine = engine_of_runs([run], [None], 0.36, 8)
     assert engine.watch is None, "this run keeps no reference"
-    engine.watch = Watch(Reference.of_looks(looks(np.full((20, SIZE, SIZE, 3), 200, np.uint8))))
+    engine.watch = Watch(Reference.of_looks(looks(np.full((20, SIZE, SIZE, 3), 200, np.uint8))), SIZE)
     with quiet(), Server(engine) as server:
         first = server.post(*((f"{i}.png".encode(), as_png(noise(i))) for i in range(6)))[1]
         second = server.post(*((f"{i}.png".encode(), as_png(noise(i))) for i in range(6)))[1]
@@ -273,7 +273,7 @@ def test_the_page_in_a_browser(server, tmp_path):
 
 def test_the_page_tells_that_images_are_foreign(run, tmp_path):
     engine = engine_of_runs([run], [None], 0.36, 8)
-    engine.watch = Watch(Reference.of_looks(looks(np.full((20, SIZE, SIZE, 3), 200, np.uint8))))
+    engine.watch = Watch(Reference.of_looks(looks(np.full((20, SIZE, SIZE, 3), 200, np.uint8))), SIZE)
     files = [tmp_path / f"{i}.png" for i in range(12)]
     for i, file in enumerate(files):
         file.write_bytes(as_png(noise(i)))

@@ -6,18 +6,15 @@ import csv
 import dataclasses
 import io
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from bmjax.analysis.differential.estimate import Shares, estimate_shares
-from bmjax.analysis.evaluate.calibration import Calibration, calibrate_predictions
-from bmjax.analysis.evaluate.judge import NO_VALIDATION
+from bmjax.analysis.evaluate.judge import Judge
 from bmjax.files import write_text
 from bmjax.runs.confusion import confusion_matrix
-from bmjax.runs.folder import Run, saved_results, split_size
-from bmjax.runs.records import Predictions, read_predictions
+from bmjax.runs.folder import split_size
 
 log = logging.getLogger(__name__)
 COLUMNS = ("class", "count", "undecided", "raw_percent", "adjusted_percent", "low", "high", "labelled")
@@ -36,38 +33,23 @@ class Errors:
         return int(self.confusion.sum())
 
 
-def errors_of(runs: Sequence[Run], calibrations: Sequence[Calibration | None]) -> Errors:
+def errors_of(judge: Judge) -> Errors:
     """How a run errs, or the mean of several: by the predictions of the test split, where it was opened by these
     checkpoints, else by those of validation.
 
     Raises:
-      ValueError: a checkpoint has predictions of neither, or the runs' splits differ; names the remedy.
+      ValueError: there are predictions of neither, of one split for all runs; names the command that makes them.
     """
+    problems = []
     for split in ("test", "val"):
-        found = [_predictions(run, calibration, split) for run, calibration in zip(runs, calibrations, strict=True)]
-        whole = [one for one in found if one is not None]
-        if len(whole) < len(runs):
+        try:
+            found = judge.saved(split)
+        except ValueError as e:
+            problems.append(e)
             continue
-        for run, one in zip(runs, whole, strict=True):
-            if one.ids.tolist() != whole[0].ids.tolist():
-                raise ValueError(
-                    f"{run.run_dir} has another {split} split than {runs[0].run_dir}; expected one for all"
-                )
-        predicted = np.mean([one.probs for one in whole], axis=0).argmax(-1)
-        return Errors(split, confusion_matrix(whole[0].labels, predicted, len(runs[0].classes)))
-    without = next(run for run in runs if _predictions(run, None, "val") is None)
-    raise ValueError(
-        f"{without.run_dir} has no predictions of test or val by step {without.step}, which say how it errs; "
-        + (f"`bmjax eval {without.run_dir}` makes them" if split_size(without.run_dir, "val") else NO_VALIDATION)
-    )
-
-
-def _predictions(run: Run, calibration: Calibration | None, split: str) -> Predictions | None:
-    """Those of a split by the run's checkpoint, calibrated; None where there are none."""
-    found = read_predictions(run.run_dir, split)
-    if found is None or saved_results(run.run_dir).get(split, {}).get("step") != run.step:
-        return None
-    return calibrate_predictions(found, calibration)
+        return Errors(split, confusion_matrix(found.labels, found.predicted, len(judge.classes)))
+    has_val = all(split_size(run.run_dir, "val") for run in judge.runs)
+    raise problems[1 if has_val else 0]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -118,33 +118,35 @@ def figures(labels: np.ndarray, probs: np.ndarray) -> dict[str, float]:
     return {"ece": expected_calibration_error(labels, probs), "brier": float(brier), "nll": float(nll)}
 
 
+def file_of(views: int) -> str:
+    """The name of the file of a calibration in so many views."""
+    return FILE if views == 1 else FILE.replace(".json", f"-views{views}.json")
+
+
 def write_calibration(run_dir: Path, found: Calibration) -> Path:
     """Keeps a calibration with its run."""
-    path = run_dir / FILE
+    path = run_dir / file_of(found.views)
     write_text(path, json.dumps(dataclasses.asdict(found), indent=2))
     return path
 
 
 def read_calibration(run_dir: Path, classes: int, step: int, views: int = 1) -> Calibration:
-    """The run's calibration.
+    """The run's calibration for so many views.
 
     Raises:
       FileNotFoundError: none is kept.
-      ValueError: the file is damaged, or is of another checkpoint, or of other views.
+      ValueError: the file is damaged, or is of another checkpoint.
     """
-    path = run_dir / FILE
+    path = run_dir / file_of(views)
     remedy = f"`bmjax eval RUN --calibrate temperature{f' --views {views}' * (views > 1)}` writes it"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there; {remedy}")
     found = read_json(path)
     if (problem := _problem(found, classes)) is not None:
         raise ValueError(f"{path} is damaged: {problem}; {remedy} again")
-    numbers = (found["n"], found["step"], found.get("views", 1))
-    found = Calibration(found["method"], tuple(found["scale"]), tuple(found["shift"]), *numbers)
+    found = Calibration(found["method"], tuple(found["scale"]), tuple(found["shift"]), found["n"], found["step"], views)
     if found.step != step:
         raise ValueError(f"{path} is of step {found.step}; expected {step}, the checkpoint's; {remedy} again")
-    if found.views != views:
-        raise ValueError(f"{path} is of {found.views} views an image; expected {views}; {remedy} again")
     return found
 
 
@@ -160,7 +162,6 @@ def _problem(found: dict[str, Any], classes: int) -> str | None:
         if len(numbers) != classes or values != numbers:
             return f"{name} is {str(values)[:60]}; expected {classes} numbers"
     odd = [name for name in ("n", "step") if not isinstance(found.get(name), int)]
-    odd += [] if isinstance(found.get("views", 1), int) else ["views"]
     return f"{odd[0]} is {found.get(odd[0])!r}; expected a whole number" if odd else None
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -22,9 +23,11 @@ from bmjax.training.predict import SplitName, data_of
 
 log = logging.getLogger(__name__)
 NO_VALIDATION = (
-    "a run that was trained on all images has none to set thresholds, calibrations or frequencies by; train with "
-    "--data.split 0.85 0.15 0 for those"
+    "has no validation split, which thresholds, calibrations, frequencies and features to compare with are set by; for "
+    "those, train with --data.split 0.85 0.15 0"
 )
+READING = ("image_size", "stain", "stain_reference", "pixel_size", "field_size")
+"""Fields of a data configuration that decide how a file is read."""
 TO_ADAPT = 2048
 """Images at most that norms are adapted to."""
 
@@ -42,12 +45,14 @@ class Target:
 
 
 def same_classes(runs: Sequence[Run]) -> tuple[str, ...]:
-    """The classes of several runs.
+    """The classes of several runs, which are to be one classifier.
 
     Raises:
-      ValueError: they differ; names the first run that has others.
+      ValueError: they differ, or a run is given twice; names the first such run.
     """
-    for run in runs[1:]:
+    for i, run in enumerate(runs[1:], 1):
+        if Path(run.run_dir).resolve() in {Path(other.run_dir).resolve() for other in runs[:i]}:
+            raise ValueError(f"{run.run_dir} is given twice; expected each run once")
         if run.classes != runs[0].classes:
             raise ValueError(
                 f"{run.run_dir} has the classes {', '.join(run.classes)}; expected those of {runs[0].run_dir}: "
@@ -68,10 +73,7 @@ def target_of_split(runs: Sequence[Run], split: SplitName, data_root: str | None
         dataset, splits = data_of(run, data_root)
         rows = getattr(splits, split)
         if not len(rows):
-            raise ValueError(
-                f"split is {split!r}, which holds no image in {run.run_dir}; expected one that does"
-                + (f": {NO_VALIDATION}" if split == "val" else "")
-            )
+            raise ValueError(f"split is {split!r}, which holds no image in {run.run_dir}; expected one that does")
         found = tuple(dataset.ids[i] for i in rows)
         if parts and found != ids:
             raise ValueError(
@@ -88,6 +90,14 @@ def target_of_split(runs: Sequence[Run], split: SplitName, data_root: str | None
     return Target(tuple(parts), dataset.labels[rows], ids)
 
 
+def check_knows_scale(data: DataConfig, pixel_size: float, of: str) -> None:
+    """Refuses a pixel size beside a classifier `of` this place that was trained without a scale."""
+    if not data.field_size:
+        raise ValueError(
+            f"--pixel-size is {pixel_size}, but {of} was trained without data.field_size and knows no scale"
+        )
+
+
 def at_pixel_size(runs: Sequence[Run], pixel_size: float | None) -> list[Run]:
     """Runs that read files of another microscope, of so many micrometres to a pixel; None: as in training, which is
     said. Rows of a table that name their own are read by those.
@@ -99,18 +109,14 @@ def at_pixel_size(runs: Sequence[Run], pixel_size: float | None) -> list[Run]:
         data = runs[0].config.data
         if data.field_size and data.pixel_size:
             log.info(
-                "files are read at %g micrometres to a pixel, as those of training: the middle %.0f pixels; "
-                "--pixel-size is for those of another microscope",
+                "files are read at %g micrometres to a pixel, the run's own data.pixel_size: the middle %.0f pixels; "
+                "--pixel-size is for files of another microscope",
                 data.pixel_size,
                 data.field_size / data.pixel_size,
             )
         return list(runs)
     for run in runs:
-        if not run.config.data.field_size:
-            raise ValueError(
-                f"--pixel-size is {pixel_size}, but {run.run_dir} was trained without data.field_size and knows no "
-                "scale"
-            )
+        check_knows_scale(run.config.data, pixel_size, str(run.run_dir))
     configs = [dataclasses.replace(run.config, data=dataclasses.replace(run.config.data, pixel_size=pixel_size))
                for run in runs]  # fmt: skip
     return [dataclasses.replace(run, config=config) for run, config in zip(runs, configs, strict=True)]
@@ -128,15 +134,12 @@ def target_of_path(runs: Sequence[Run], path: str, source: str) -> tuple[Target,
         config = dataclasses.replace(run.config.data, root=path, source=source)
         key = elsewhere(config)
         if key not in loaded:
-            loaded[key] = load_elsewhere(config)
+            loaded[key] = load_elsewhere(config, classes)
         parts.append(loaded[key])
     first = parts[0]
     place = {name: i for i, name in enumerate(classes)}
     labels = np.array([place.get(first.classes[label], -1) for label in first.labels], np.int64)
     known = np.flatnonzero(labels >= 0)
-    if not len(known):
-        there = ", ".join(first.classes)
-        raise ValueError(f"{path} has the classes {there}; expected some of the run's: {', '.join(classes)}")
 
     def of(rows: np.ndarray) -> Target:
         return Target(tuple((data, rows) for data in parts), labels[rows], tuple(first.ids[i] for i in rows))
@@ -146,8 +149,7 @@ def target_of_path(runs: Sequence[Run], path: str, source: str) -> tuple[Target,
 
 def elsewhere(config: DataConfig) -> DataConfig:
     """What of a data configuration decides how a file is read; configurations that read alike are equal in it."""
-    names = ("image_size", "stain", "stain_reference", "pixel_size", "field_size")
-    return DataConfig(**{name: getattr(config, name) for name in names})
+    return DataConfig(**{name: getattr(config, name) for name in READING})
 
 
 class Judge:
@@ -207,17 +209,20 @@ class Judge:
         return found
 
     def validation(self) -> Predictions:
-        """What the runs say of validation in these views, calibrated.
+        """What the runs say of validation in these views, calibrated. Raises a ValueError as `saved`."""
+        return self.saved("val")
+
+    def saved(self, split: SplitName) -> Predictions:
+        """What the runs said of a split in these views, calibrated.
 
         Raises:
-          ValueError: validation was not evaluated by these checkpoints and views, or differs between runs.
+          ValueError: it was not evaluated by these checkpoints and views, or differs between runs.
         """
-        name = f"val{setting(self.views)}"
-        found = [_saved(run, name, self.views) for run in self.runs]
+        found = [_saved(run, split, self.views) for run in self.runs]
         for run, one in zip(self.runs, found, strict=True):
             if one.ids.tolist() != found[0].ids.tolist():
                 raise ValueError(
-                    f"{run.run_dir} has another validation split than {self.runs[0].run_dir}; expected one for all"
+                    f"{run.run_dir} has another {split} split than {self.runs[0].run_dir}; expected one for all"
                 )
         priors, self._priors = self._priors, None
         mean = self._mean([one.probs for one in found])
@@ -257,9 +262,7 @@ class Judge:
         if found is None or not found.has_features:
             run_dir = self.runs[0].run_dir
             if not split_size(run_dir, "val"):
-                raise ValueError(
-                    f"{run_dir} keeps no features to hold others against, and has no validation split: {NO_VALIDATION}"
-                )
+                raise ValueError(f"{run_dir} {NO_VALIDATION}")
             raise ValueError(f"{run_dir} keeps no features of this checkpoint; `bmjax eval {run_dir} --reference` does")
         return found
 
@@ -275,13 +278,14 @@ def spread(n: int, most: int) -> np.ndarray:
     return np.arange(n) if n <= most else np.linspace(0, n - 1, most).round().astype(np.int64)
 
 
-def _saved(run: Run, name: str, views: int) -> Predictions:
-    """A run's predictions of its checkpoint."""
+def _saved(run: Run, split: SplitName, views: int) -> Predictions:
+    """A run's predictions of a split by its checkpoint."""
+    name = f"{split}{setting(views)}"
     found = read_predictions(run.run_dir, name)
     step = saved_results(run.run_dir).get(name, {}).get("step")
     if found is None or step != run.step:
-        if not split_size(run.run_dir, "val"):
-            raise ValueError(f"{run.run_dir} has no validation split: {NO_VALIDATION}")
-        command = f"bmjax eval {run.run_dir} --split val" + (f" --views {views}" if views > 1 else "")
-        raise ValueError(f"{run.run_dir} has no predictions of validation by step {run.step}; `{command}` makes them")
+        if split == "val" and not split_size(run.run_dir, "val"):
+            raise ValueError(f"{run.run_dir} {NO_VALIDATION}")
+        command = f"bmjax eval {run.run_dir} --split {split}" + (f" --views {views}" if views > 1 else "")
+        raise ValueError(f"{run.run_dir} has no predictions of {split} by step {run.step}; `{command}` makes them")
     return found

@@ -12,6 +12,8 @@ from bmjax.data.images.stain import rgb_to_lab
 
 LOOKS = ("lightness", "green to red", "blue to yellow", "contrast", "focus", "scale")
 _BATCH = 64
+_FEWEST = 30
+"""Training cells whose median and deviation are believed."""
 _LEAST_SHIFT, _DEVIATIONS = 0.5, 3.0
 """A look is foreign where its median lies so many deviations of the training cells away, and beyond that farther
 than chance by so many standard errors. The bound is ours."""
@@ -98,8 +100,7 @@ def compare_looks(here: np.ndarray, training: np.ndarray, weights: np.ndarray | 
     # 1.4826 times the median distance from the median is the deviation of a normal distribution.
     deviation = np.maximum(1.4826 * weighted_median(np.abs(training - middle), weights), 1e-3)
     shift = (others - middle) / deviation
-    worth = weights.sum() ** 2 / (weights**2).sum()  # as many rows of equal weights (Kish 1965)
-    chance = 1.2533 * np.sqrt(1 / max(len(here), 1) + 1 / worth)  # standard error of the medians
+    chance = 1.2533 * np.sqrt(1 / max(len(here), 1) + 1 / _worth(weights))  # standard error of the medians
     foreign = np.abs(shift) > _LEAST_SHIFT + _DEVIATIONS * chance
     rows = zip(LOOKS, others.tolist(), middle.tolist(), shift.tolist(), foreign.tolist(), strict=True)
     return [Shift(*row) for row in rows]
@@ -108,6 +109,13 @@ def compare_looks(here: np.ndarray, training: np.ndarray, weights: np.ndarray | 
 def as_frequent(labels: np.ndarray, probs: np.ndarray) -> np.ndarray | None:
     """Weights [m] that give training cells of labels [m] the classes' frequencies among probabilities [n, k]: a smear
     of one kind of cell is not another laboratory's. None where no training cell is of those classes."""
-    counts = np.bincount(labels, minlength=probs.shape[1])
-    weights = (probs.mean(0, dtype=np.float64) / np.maximum(counts, 1))[labels]
-    return weights if weights.sum() > 0 else None
+    counts, shares = np.bincount(labels, minlength=probs.shape[1]), probs.mean(0, dtype=np.float64)
+    weights = (shares / np.maximum(counts, 1))[labels]
+    if shares[counts > 0].sum() < 0.5 or _worth(weights) < _FEWEST:
+        return None
+    return weights
+
+
+def _worth(weights: np.ndarray) -> float:
+    """As many rows of equal weights (Kish 1965)."""
+    return float(weights.sum() ** 2 / (weights**2).sum())

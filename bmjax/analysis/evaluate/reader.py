@@ -13,10 +13,10 @@ import numpy as np
 
 from bmjax.analysis.evaluate.looks import looks
 from bmjax.data.dataset import Dataset
-from bmjax.layers import Dropout
 from bmjax.model.parameters import Tree
 from bmjax.runs.folder import Run
 from bmjax.training.predict import Predictor, softmax, unlabelled
+from bmjax.training.statistics import nothing_dropped
 
 VIEWS = (1, 2, 4, 8)
 """The image; and mirrored; and turned by half; and all that by a quarter: every way to lay a square on itself."""
@@ -96,19 +96,29 @@ def make_update(run: Run) -> Callable[[Tree, Tree, Any], Tree]:
     """update(params, batch_stats, images [b, s, s, 3]) -> the batch_stats after one batch, whose norms are by the batch
     as in training, and which drops nothing."""
 
-    def keep_all(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        return args[0] if isinstance(context.module, (Dropout, nn.Dropout)) else call(*args, **kwargs)
-
     @jax.jit
     def update(params: Tree, stats: Tree, images: jax.Array) -> Tree:
         variables, dropout = {"params": params, "batch_stats": stats}, {"dropout": jax.random.key(0)}
-        with nn.intercept_methods(keep_all):
+        with nn.intercept_methods(nothing_dropped):
             out: Any = run.model.apply(
                 variables, images, train=True, output="features", rngs=dropout, mutable=["batch_stats"]
             )
-        return {**stats, **out[1].get("batch_stats", {})}
+        return {**stats, **out[1]["batch_stats"]}
 
     return update
+
+
+def check_adaptable(run: Run) -> None:
+    """Refuses a network without norms by the batch before the head.
+
+    Raises:
+      ValueError: it is one.
+    """
+    if not set(run.variables.get("batch_stats", {})) - {"head"}:
+        raise ValueError(
+            f"{run.run_dir}: {run.config.model.backbone} has no batch-norm before the head, and --adapt estimates the "
+            "statistics of those; expected a run of another backbone, or no --adapt"
+        )
 
 
 def adapted(
@@ -124,10 +134,11 @@ def adapted(
     Raises:
       ValueError: fewer than two images, or a network without norms by the batch before the head.
     """
+    check_adaptable(run)
     n = len(images)
     if n < 2:
         raise ValueError(f"{n} images to adapt to; expected at least 2")
-    params, old = run.variables["params"], run.variables.get("batch_stats", {})
+    params, old = run.variables["params"], run.variables["batch_stats"]
     step = functools.partial(update or make_update(run), params)
     size, order = min(batch, n), np.random.default_rng(0).permutation(n)
     parts = [images[order[min(i, n - size) : min(i, n - size) + size]] for i in range(0, n, size)]
@@ -135,11 +146,6 @@ def adapted(
     zeros, ones = (jax.tree.map(lambda x, v=value: np.full_like(x, v), old) for value in (0, 1))
     from_zeros = jax.tree.map(np.asarray, step(zeros, parts[0]))
     keeps = jax.tree.map(lambda one, zero: np.asarray(one) - zero, step(ones, parts[0]), from_zeros)
-    if all((keep > 1 - 1e-6).all() for keep in jax.tree.leaves(keeps)):
-        raise ValueError(
-            f"{run.run_dir}: {run.config.model.backbone} has no batch-norm before the head, and --adapt estimates the "
-            "statistics of those; expected a run of another backbone, or no --adapt"
-        )
     sums, squares = jax.tree.map(np.zeros_like, old), jax.tree.map(np.zeros_like, old)
     for part in parts:
         found = jax.tree.map(np.asarray, step(zeros, part))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bmjax.analysis.evaluate.calibration import Calibration
+from bmjax.analysis.evaluate.judge import READING
 from bmjax.attention import sown_maps
 from bmjax.config.data import DataConfig
 from bmjax.environment import version
@@ -24,7 +25,6 @@ from bmjax.training.steps import at_precision
 FORMAT = "bmjax export 1"
 TOLERANCE = 1e-4
 """By how much a probability of an exported model may differ from the run's own."""
-READING = ("image_size", "stain", "stain_reference", "pixel_size", "field_size")
 _TINY = float(np.log(np.finfo(np.float32).tiny))
 
 

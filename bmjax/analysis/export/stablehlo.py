@@ -15,7 +15,8 @@ import jax
 import jax.export
 import numpy as np
 
-from bmjax.analysis.export.program import FORMAT, READING, Facts
+from bmjax.analysis.evaluate.judge import READING
+from bmjax.analysis.export.program import FORMAT, Facts
 from bmjax.files import printable, reading, write_bytes
 
 PROGRAM, FACTS = "model.stablehlo", "model.json"

@@ -1,8 +1,8 @@
 """The page and the API as an ASGI application.
 
 GET / is the page; GET /api/model the facts of the model; POST /api/classify takes images (multipart form, or one image
-as the body) and answers with JSON: `results`, and `foreign`, in what the last images look unlike those of training.
-Nothing that a client sends is kept.
+as the body) and answers with JSON: `results`, and `foreign`, how the last images of all clients differ from those of
+training. No image is kept.
 """
 
 from __future__ import annotations

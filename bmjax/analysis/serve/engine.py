@@ -67,7 +67,7 @@ def engine_of_runs(
     facts, reference = facts_of(runs[0], calibrations[0], undecided, runs[1:]), read_reference(runs[0].run_dir)
     pairs = zip(runs, calibrations, strict=True)
     functions = [make_function(run, one, maps=run is runs[0]) for run, one in pairs]
-    return Engine(facts, mean_of(functions), batch, None if reference is None else Watch(reference))
+    return Engine(facts, mean_of(functions), batch, None if reference is None else Watch(reference, facts.image_size))
 
 
 def engine_of_export(path: Path, batch: int) -> Engine:

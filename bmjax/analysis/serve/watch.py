@@ -16,10 +16,12 @@ LAST = 200
 
 
 class Watch:
-    """Keeps looks and probabilities of the last images, in memory alone. May be used by several threads."""
+    """Keeps looks and probabilities of the last images of side `size`, in memory alone. May be used by several
+    threads."""
 
-    def __init__(self, reference: Reference):
+    def __init__(self, reference: Reference, size: int):
         self._reference, self._lock = reference, threading.Lock()
+        looks(np.zeros((1, size, size, 3), np.uint8))  # compiled now, and not while a client waits
         self._last: collections.deque[tuple[np.ndarray, np.ndarray]] = collections.deque(maxlen=LAST)
 
     def add(self, image: np.ndarray, probs: np.ndarray) -> None:

@@ -1,5 +1,6 @@
 """Calibration finds the temperature that was put in, and is kept with the run."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -84,8 +85,12 @@ def test_it_is_kept_with_the_run_and_believed_only_whole(tmp_path):
     assert read_calibration(tmp_path, 2, 5) == kept
     with pytest.raises(ValueError, match="is of step 5; expected 6"):
         read_calibration(tmp_path, 2, 6)
-    with pytest.raises(ValueError, match=r"is of 1 views an image; expected 8.*--views 8"):
+    with pytest.raises(FileNotFoundError, match=r"calibration-views8.json is not there; .*--views 8"):
         read_calibration(tmp_path, 2, 5, views=8)
+    in_views = dataclasses.replace(kept, views=8, n=41)
+    write_calibration(tmp_path, in_views)
+    assert read_calibration(tmp_path, 2, 5, views=8) == in_views
+    assert read_calibration(tmp_path, 2, 5) == kept, "each number of views has its own"
     whole = json.loads((tmp_path / FILE).read_text())
     for name, value in (("method", "x"), ("scale", [1]), ("shift", [1, None]), ("n", "4"), ("step", None)):
         (tmp_path / FILE).write_text(json.dumps(whole | {name: value}))

@@ -111,8 +111,8 @@ def test_looks_see_colour_focus_and_scale(rendered):
 
 def test_a_folder_of_one_class_is_not_another_laboratorys(rendered):
     """Looks are held against training cells of the classes that are predicted; by all, lymphocytes alone are small."""
-    labels = np.arange(140) % len(CLASSES)
-    more = np.stack([render(CLASSES[labels[i]], 64, 0, i) for i in range(96, 140)])
+    labels = np.arange(280) % len(CLASSES)
+    more = np.stack([render(CLASSES[labels[i]], 64, 0, i) for i in range(96, 280)])
     own, probs = looks(np.concatenate([rendered, more])), np.eye(len(CLASSES), dtype=np.float32)
     new = np.stack([render("LYT", 64, 1, i) for i in range(60)])
 
@@ -124,6 +124,9 @@ def test_a_folder_of_one_class_is_not_another_laboratorys(rendered):
     assert foreign(new, weights) == set()
     assert "lightness" in foreign((new * 0.6).astype(np.uint8), weights)
     assert as_frequent(np.zeros(0, int), probs) is None
+    rare = np.where(np.arange(140) < 10, 0, 1 + np.arange(140) % 6)
+    assert as_frequent(rare, probs[np.zeros(60, int)]) is None, "ten cells of the class predicted are too few"
+    assert as_frequent(rare[10:], np.tile(np.float32([0.9, 0.1, 0, 0, 0, 0, 0]), (60, 1))) is None
     even = as_frequent(labels, np.full((1, len(CLASSES)), 1 / len(CLASSES)))
     assert even.sum() == pytest.approx(1)
 

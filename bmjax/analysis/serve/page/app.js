@@ -50,7 +50,10 @@ function card(result) {
   results.prepend(item);
 }
 
+let warned = "";
 function warn(sentences) {
+  if (sentences.join() === warned) return; // said again, a screen reader would read it again
+  warned = sentences.join();
   foreign.replaceChildren();
   foreign.hidden = !sentences.length;
   if (foreign.hidden) return;
