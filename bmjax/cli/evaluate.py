@@ -47,13 +47,9 @@ def add_parser(verbs: Any) -> None:
 def evaluate(options: argparse.Namespace, rest: Sequence[str]) -> int:
     del rest
     check_reading(options)
-    if options.out:
-        if Path(options.out).suffix != ".json":
-            raise ValueError(f"--out is {options.out!r}; expected a name ending in .json")
-        check_out(Path(options.out))
+    _check_out(options)
     pairs = _pairs(options.tolerate)
     from bmjax.analysis.evaluate.judge import at_pixel_size, setting, target_of_path, target_of_split
-    from bmjax.analysis.report.report import write_report
     from bmjax.runs.folder import load_run
     from bmjax.training import hosts
 
@@ -92,20 +88,39 @@ def evaluate(options: argparse.Namespace, rest: Sequence[str]) -> int:
         print("the runs were trained on these images: the figures say how well they are remembered")
     if options.calibrated and options.split == "val" and not options.on:
         print("the calibration was fitted on these images; `--calibrate` prints what it is worth on others")
-    if len(runs) == 1 and not options.on and hosts.leads():
-        path = runs[0].run_dir / f"evaluation_{options.split}{name}.json"
-        path.write_text(json.dumps(scores.to_json(), indent=1))
+    if hosts.leads():
+        _write_scores(runs, scores, name, options)
         if plain:
-            print(f"report: {write_report(runs[0].run_dir, dataset.images)}")
-    if options.out and hosts.leads():
-        of = {"runs": options.run_dirs, "steps": [run.step for run in runs], "on": options.on or options.split}
-        Path(options.out).write_text(json.dumps(of | {"as": name} | scores.to_json(), indent=1))
+            _write_report(runs[0], dataset)
     if options.error_rate is not None or options.unseen or (unseen is not None and len(unseen)):
         judge = judge or _judge(runs, options)
         if seen is None:
             seen = judge(target_of_rows(runs[0], predictions, options))
         _print_refusal(judge, predictions, seen, unseen, options)
     return 0
+
+
+def _check_out(options: argparse.Namespace) -> None:
+    if options.out:
+        if Path(options.out).suffix != ".json":
+            raise ValueError(f"--out is {options.out!r}; expected a name ending in .json")
+        check_out(Path(options.out))
+
+
+def _write_scores(runs: Sequence[Run], scores: Scores, name: str, options: argparse.Namespace) -> None:
+    """Keeps the scores of one run's split with it, and all scores where `--out` says."""
+    if len(runs) == 1 and not options.on:
+        path = runs[0].run_dir / f"evaluation_{options.split}{name}.json"
+        path.write_text(json.dumps(scores.to_json(), indent=1))
+    if options.out:
+        of = {"runs": options.run_dirs, "steps": [run.step for run in runs], "on": options.on or options.split}
+        Path(options.out).write_text(json.dumps(of | {"as": name} | scores.to_json(), indent=1))
+
+
+def _write_report(run: Run, dataset: Dataset) -> None:
+    from bmjax.analysis.report.report import write_report
+
+    print(f"report: {write_report(run.run_dir, dataset.images)}")
 
 
 def _check(runs: Sequence[Run], options: argparse.Namespace, pairs: Sequence[tuple[str, str]]) -> None:
