@@ -71,6 +71,7 @@ class Answers:
                 self._refusal.n,
             )
         self._reference, self._warned = judge.reference(), False
+        self._known: tuple[Seen, np.ndarray] | None = None
         self._features = self._reference is not None and self._reference.has_features
         self.columns: dict[str, type] = {} if rate is None else {"answer": str, "set": str}
         if rate is not None and self._features:
@@ -79,6 +80,7 @@ class Answers:
     def of(self, probs: np.ndarray, seen: Seen | None, rows: Sequence[int]) -> list[Sequence[Any]]:
         """The columns' values of probs [n, k], NaN where there is an error; `seen` is of the others, `rows`."""
         if self._refusal is None:
+            self._known = None  # the images are not held for longer than they are looked at
             return []
         from bmjax.analysis.evaluate.refusal import UNSURE, answers
 
@@ -87,13 +89,19 @@ class Answers:
             return [named, sets]
         familiar: list[float | None] = [None] * len(probs)
         if seen is not None:
-            assert self._reference is not None
-            found = self._reference.familiarity(self._reference.strangeness(seen))
-            for row, value in zip(rows, found.tolist(), strict=True):
+            for row, value in zip(rows, self._familiarity(seen).tolist(), strict=True):
                 familiar[row] = value
                 if value <= self._unfamiliar:
                     named[row] = UNSURE
+        self._known = None
         return [named, sets, familiar]
+
+    def _familiarity(self, seen: Seen) -> np.ndarray:
+        """Of each image [n], computed once for the images that are looked at now."""
+        if self._known is None or self._known[0] is not seen:
+            assert self._reference is not None
+            self._known = seen, self._reference.familiarity(self._reference.strangeness(seen))
+        return self._known[1]
 
     def warn_of_foreign(self, seen: Seen, start: int) -> None:
         """Says in what images, the first of them number `start`, are unlike those of training; once."""
@@ -101,7 +109,7 @@ class Answers:
             return
         from bmjax.analysis.evaluate.foreign import REMEDY, foreign_words
 
-        if words := foreign_words(self._reference, seen):
+        if words := foreign_words(self._reference, seen, self._familiarity(seen) if self._features else None):
             self._warned = True
             which = "these images" if start == 0 else f"the images from number {start + 1} on"
             log.warning("%s look unlike those of training:\n  %s\n%s", which, "\n  ".join(words), REMEDY)

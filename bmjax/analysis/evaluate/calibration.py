@@ -14,7 +14,6 @@ import numpy as np
 
 from bmjax.files import read_json, write_text
 from bmjax.runs.metrics import expected_calibration_error
-from bmjax.runs.records import Predictions
 
 Method = Literal["temperature", "vector"]
 METHODS: tuple[Method, ...] = ("temperature", "vector")
@@ -163,10 +162,3 @@ def _problem(found: dict[str, Any], classes: int) -> str | None:
             return f"{name} is {str(values)[:60]}; expected {classes} numbers"
     odd = [name for name in ("n", "step") if not isinstance(found.get(name), int)]
     return f"{odd[0]} is {found.get(odd[0])!r}; expected a whole number" if odd else None
-
-
-def calibrate_predictions(predictions: Predictions, calibration: Calibration | None) -> Predictions:
-    """The same with calibrated probabilities."""
-    if calibration is None:
-        return predictions
-    return dataclasses.replace(predictions, probs=calibration(predictions.probs))

@@ -14,15 +14,17 @@ _STRANGE, _MARGIN = 0.05, 0.1
 """Cells stranger than all but so many of validation's, and by how much their share may be larger here."""
 
 
-def foreign_words(reference: Reference, seen: Seen) -> list[str]:
+def foreign_words(reference: Reference, seen: Seen, familiar: np.ndarray | None = None) -> list[str]:
     """Sentences on each look that is foreign, and on strangeness, where the run keeps features; none for images as
-    those of training. Looks are held against training cells of the classes that are predicted here."""
+    those of training. Looks are held against training cells of the classes that are predicted here.
+    `familiar` [n]: the images' familiarity, where it is known already."""
     n = len(seen.probs)
     if n < FEWEST:
         return []
     words = foreign_looks(reference, seen.looks, seen.probs)
     if reference.has_features:
-        share = float((reference.familiarity(reference.strangeness(seen)) <= _STRANGE).mean())
+        familiar = reference.familiarity(reference.strangeness(seen)) if familiar is None else familiar
+        share = float((familiar <= _STRANGE).mean())
         if share > _STRANGE + _MARGIN + 3 * np.sqrt(_STRANGE * (1 - _STRANGE) / n):
             words.append(
                 f"{100 * share:.0f} % of {n} images are stranger to the network than {100 * (1 - _STRANGE):.0f} % of "
