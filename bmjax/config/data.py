@@ -130,6 +130,12 @@ class AugmentConfig:
     """Contrast factor about the image mean, uniform in 1 +- this."""
     hue: float = 0.0
     """Hue rotation, uniform in +- this share of the full circle."""
+    balance: float = 0.0
+    """The lamp's balance: a gain of each channel, uniform in 1 +- this."""
+    gamma: float = 0.0
+    """The camera's gamma: an exponent whose logarithm is uniform in +- this."""
+    saturation: float = 0.0
+    """Saturation factor, uniform in 1 +- this."""
     hed: float = 0.0
     """Stain jitter: the amounts of haematoxylin, eosin and DAB times 1 +- this, plus +- this optical
     density."""
@@ -174,6 +180,9 @@ class AugmentConfig:
             "brightness",
             "contrast",
             "hue",
+            "balance",
+            "gamma",
+            "saturation",
             "hed",
             "blur",
             "erase",
@@ -184,6 +193,7 @@ class AugmentConfig:
         check(self.erase <= 1, "augment.erase", self.erase, "a probability, 0..1")
         check(self.policy_operations >= 1, "augment.policy_operations", self.policy_operations, "at least 1")
         check(0 <= self.policy_magnitude <= 30, "augment.policy_magnitude", self.policy_magnitude, "0..30")
+        check(self.balance < 1, "augment.balance", self.balance, "a number < 1")
         check(self.zoom < 1, "augment.zoom", self.zoom, "a number < 1")
         check(self.blur <= 0.1, "augment.blur", self.blur, "a share of the side, at most 0.1")
         check(0 <= self.jpeg <= 100, "augment.jpeg", self.jpeg, "a quality, 1..100, or 0")

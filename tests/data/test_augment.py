@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image, ImageEnhance
 from scipy import ndimage
 
 from bmjax.config import AugmentConfig
 from bmjax.data.augment.augment import augment as augment_eagerly
-from bmjax.data.augment.augment import brightness, contrast, draw_turn, hue, turn, warp
+from bmjax.data.augment.augment import draw_turn, turn, warp
+from bmjax.data.augment.colour import balance, brightness, contrast, gamma, hue, saturation
 
 augment = jax.jit(augment_eagerly, static_argnums=2)
 
@@ -114,7 +116,23 @@ def test_hue():
     np.testing.assert_allclose(hue(image, jnp.float32(0.5)) + image, 2 * grey_of, atol=1.5)
 
 
-@pytest.mark.parametrize("field", ["rotate", "shift", "zoom", "brightness", "contrast", "hue"])
+def test_saturation_gamma_and_balance_against_pillow_and_numpy():
+    image = pictures(1)[0]
+    for factor in (0.0, 0.6, 1.4):
+        found = np.clip(saturation(jnp.asarray(image), jnp.float32(factor)), 0, 255)
+        expected = ImageEnhance.Color(Image.fromarray(image.astype(np.uint8))).enhance(factor)
+        np.testing.assert_allclose(found, np.asarray(expected), atol=1.5)  # Pillow's grey and result are whole
+    np.testing.assert_allclose(gamma(jnp.asarray(image), jnp.float32(1)), np.maximum(image, 0.255), rtol=1e-5)
+    expected = 255 * np.maximum(image / 255, 1e-3) ** 0.7
+    np.testing.assert_allclose(gamma(jnp.asarray(image), jnp.float32(0.7)), expected, rtol=1e-4)
+    gains = np.array([1.1, 1.0, 0.8], np.float32)
+    np.testing.assert_allclose(balance(jnp.asarray(image), jnp.asarray(gains)), image * gains, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["rotate", "shift", "zoom", "brightness", "contrast", "hue", "balance", "gamma", "saturation"],
+)
 def test_each_setting_alone_changes_images_within_its_width(field):
     images = jnp.asarray(pictures(6) * 0.5 + 60)
     small, large = ({"rotate": 2.0}.get(field, 0.01), {"rotate": 60.0}.get(field, 0.2))

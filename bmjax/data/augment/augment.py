@@ -11,19 +11,15 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from bmjax.config.data import AugmentConfig
+from bmjax.data.augment.colour import balance, brightness, contrast, gamma, hue, saturation
 from bmjax.data.augment.geometry import centred_grid, sample
 from bmjax.data.augment.optics import blur, jpeg
 from bmjax.data.augment.policies import randaugment, trivialaugment
 from bmjax.data.images.stain import hed_jitter
 from bmjax.layers.collectives import all_reversed
 from bmjax.registry import load_own
-
-# RGB -> YIQ (NTSC); hue is the angle in the I-Q plane.
-_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
-_RGB = np.linalg.inv(_YIQ)
 
 
 def draw_turn(key: jax.Array, config: AugmentConfig) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -61,28 +57,6 @@ def warp(
     up, left, quarter = turned
     y, x = jnp.where(quarter, x, y), jnp.where(quarter, -y, x)
     return sample(image, jnp.where(up, -y, y), jnp.where(left, -x, x))
-
-
-def brightness(image: jax.Array, amount: jax.Array) -> jax.Array:
-    """Adds `amount` (share of 255)."""
-    return image + amount * 255
-
-
-def contrast(image: jax.Array, factor: jax.Array) -> jax.Array:
-    """Scales the distance of every value from the image's mean."""
-    mean = image.mean()
-    return (image - mean) * factor + mean
-
-
-def hue(image: jax.Array, amount: jax.Array) -> jax.Array:
-    """Turns the hue by `amount` (share of the full circle) in YIQ; brightness stays."""
-    cos, sin = jnp.cos(2 * math.pi * amount), jnp.sin(2 * math.pi * amount)
-    zero, one = jnp.zeros_like(cos), jnp.ones_like(cos)
-    turned = jnp.array([[one, zero, zero], [zero, cos, -sin], [zero, sin, cos]])
-    matrix = jnp.einsum("ij,jk,kl->il", _RGB.astype(image.dtype), turned, _YIQ.astype(image.dtype), precision="highest")
-    # Sums instead of a matrix product: faster on a CPU, and exact on accelerators that round products to 10 bits.
-    r, g, b = image[..., 0], image[..., 1], image[..., 2]
-    return jnp.stack([row[0] * r + row[1] * g + row[2] * b for row in matrix], axis=-1)
 
 
 def erase(image: jax.Array, key: jax.Array, probability: float) -> jax.Array:
@@ -128,6 +102,8 @@ def augment_one(image: jax.Array, key: jax.Array, config: AugmentConfig) -> jax.
     if config.hed:
         scale, shift = jax.random.uniform(more[1], (2, 3), jnp.float32, -1.0, 1.0).astype(image.dtype) * config.hed
         image = hed_jitter(image, 1 + scale, shift)
+    if config.balance or config.gamma or config.saturation:
+        image = _camera(image, jax.random.fold_in(key, 10), config)
     if config.brightness:
         image = brightness(image, uniform(4, config.brightness))
     if config.contrast:
@@ -145,6 +121,16 @@ def augment_one(image: jax.Array, key: jax.Array, config: AugmentConfig) -> jax.
     if config.blur or config.jpeg:
         image = _optics(image, jax.random.fold_in(key, 9), config)
     return erase(image, more[2], config.erase) if config.erase else image
+
+
+def _camera(image: jax.Array, key: jax.Array, config: AugmentConfig) -> jax.Array:
+    """The lamp's balance, then the camera's gamma and saturation."""
+    draw = jax.random.uniform(key, (5,), jnp.float32, -1.0, 1.0).astype(image.dtype)
+    if config.balance:
+        image = balance(image, 1 + config.balance * draw[:3])
+    if config.gamma:
+        image = gamma(image, jnp.exp(config.gamma * draw[3]))
+    return saturation(image, 1 + config.saturation * draw[4]) if config.saturation else image
 
 
 def _optics(image: jax.Array, key: jax.Array, config: AugmentConfig) -> jax.Array:
