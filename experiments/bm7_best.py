@@ -27,9 +27,9 @@ from bmjax.config import (
 def config() -> Config:
     return Config(
         name="bm7_best",
-        # Micrometres to a pixel of the collection's files: ours, a round number, not measured. Only shares of the
-        # image's side count, until cells of another scale are named with --pixel-size.
-        data=DataConfig(source="folder", image_size=128, pixel_size=0.1, field_size=18.75, stratify=True),
+        # Micrometres to a pixel of the collection's files, which give none: red cells are some 85 pixels wide here,
+        # judged by eye, and about 7.3 um. Cells of another scale are named with --pixel-size.
+        data=DataConfig(source="folder", image_size=128, pixel_size=0.086, field_size=16.125, stratify=True),
         augment=AugmentConfig(preset="other_laboratory"),
         model=ModelConfig(
             backbone="densenet121", weights="imagenet", attention="soft", head=HeadConfig(widths=(256,), dropout=0.5)

@@ -42,7 +42,7 @@ def config() -> Config:
     return Config(
         name="bm7_elsewhere",
         # As experiments/bm7_best.py reads files; smaller, to be short.
-        data=DataConfig(source="folder", image_size=96, pixel_size=0.1, field_size=18.75, stratify=True),
+        data=DataConfig(source="folder", image_size=96, pixel_size=0.086, field_size=16.125, stratify=True),
         augment=AugmentConfig(),
         model=ModelConfig(
             backbone="densenet169", weights="imagenet", attention="soft", head=HeadConfig(widths=(256,), dropout=0.5)

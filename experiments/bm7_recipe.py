@@ -26,13 +26,13 @@ from bmjax.config import (
 )
 
 SEEDS = 3
-# Micrometres to a pixel of the collection's files: ours, a round number, not measured. Only shares of a side count.
-PIXEL_SIZE = 0.1
+# Micrometres to a pixel of the collection's files, estimated as in experiments/bm7_best.py; a side is 250 pixels.
+PIXEL_SIZE = 0.086
 
 # Name: fields. In the order in which they run.
 CHANGES: dict[str, dict[str, Any]] = {
     "as it is": {},
-    "middle 18.75 um": {"data.field_size": 18.75},
+    "middle, three quarters": {"data.field_size": 16.125},
     "other laboratory's colours": {"augment.preset": "other_laboratory"},
     "the same, colours twice as far": {
         "augment.preset": "other_laboratory",
@@ -44,7 +44,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "128 pixels": {"data.image_size": 128},
     "twice the epochs": {"stages.1.epochs": 4},
     "layer-wise rates": {"optim.layer_decay": 0.7},
-    "middle 15 um": {"data.field_size": 15.0},
+    "middle, three fifths": {"data.field_size": 12.9},
     "no attention": {"model.attention": "none"},
     "mixup": {"augment.mixup": 0.2},
     "free rotation, zoom": {"augment.rotate": 180.0, "augment.zoom": 0.15},

@@ -82,7 +82,7 @@ def evaluate(options: argparse.Namespace, rest: Sequence[str]) -> int:
         seen = _seen(judge, target, unseen, options)
         predictions = _as_predictions(options.split, target, seen, judge)
         dataset = target.parts[0][0]
-        _keep(runs, f"{options.split}{name}", predictions, options)
+        _keep(runs, f"{options.split}{name}", predictions, _groups(dataset, predictions), options)
     scores = _print_scores(predictions, pairs, _groups(dataset, predictions))
     if options.split == "train" and not options.on:
         print("the runs were trained on these images: the figures say how well they are remembered")
@@ -229,12 +229,16 @@ def _as_predictions(split: str, target: Target, seen: Seen, judge: Judge) -> Pre
     return Predictions(split, seen.probs, target.labels, rows, np.array(target.ids), judge.classes)
 
 
-def _keep(runs: Sequence[Run], name: str, predictions: Predictions, options: argparse.Namespace) -> None:
+def _keep(
+    runs: Sequence[Run], name: str, predictions: Predictions, groups: Sequence[str], options: argparse.Namespace
+) -> None:
     """Writes the figures of one run's split, read otherwise than plainly, beside the plain ones."""
     from bmjax.runs.folder import save_results
     from bmjax.runs.metrics import classification_metrics
+    from bmjax.runs.resampling import over_groups
 
     m = classification_metrics(predictions.labels, predictions.probs, intervals=True)
+    m = over_groups(m, predictions.labels, predictions.probs.argmax(1), groups)
     where = options.on or options.split
     print(f"{metrics_line(where, m)}, ECE {m['ece']:.3f} ({len(runs)} run{'s' * (len(runs) > 1)}; {name})")
     print_confusion(m["confusion"], predictions.classes)
@@ -252,7 +256,7 @@ def _print_scores(predictions: Predictions, pairs: Sequence[tuple[str, str]], gr
     scores = score(predictions.labels, predictions.probs, predictions.classes, tolerated=pairs, groups=groups)
     print(f"\n{text(scores)}")
     if any("groups" in one.by for one in scores.scores.values()):
-        print("the table's intervals are about images of new groups; those above are not")
+        print("the intervals are about images of new groups")
     return scores
 
 

@@ -19,7 +19,7 @@ def add_parser(verbs: Any) -> None:
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     config, _ = configuration(options, rest)
-    from bmjax.analysis.evaluate.folds import left_out, run_folds, text
+    from bmjax.analysis.evaluate.folds import groups_of, left_out, run_folds, text
     from bmjax.analysis.evaluate.scores import score
     from bmjax.analysis.evaluate.scores import text as scores_text
 
@@ -29,5 +29,5 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     print(text(found))
     every = left_out(found)
     print(f"\nall {len(every.labels)} images of the first repetition, each by the fold that left it out:")
-    print(scores_text(score(every.labels, every.probs, every.classes)))
+    print(scores_text(score(every.labels, every.probs, every.classes, groups=groups_of(found, every))))
     return 0

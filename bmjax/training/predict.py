@@ -33,6 +33,7 @@ from bmjax.runs.folder import (
 )
 from bmjax.runs.metrics import classification_metrics, load_metrics
 from bmjax.runs.records import most_wrong, read_predictions
+from bmjax.runs.resampling import over_groups
 from bmjax.runs.tables import MISTAKES, Finished
 from bmjax.runs.tracking import Tracker
 from bmjax.training import hosts
@@ -193,6 +194,9 @@ def evaluate_run(
         )
     probs, done = predictor(run.variables, dataset, getattr(splits, split))
     metrics = predictor.metrics(dataset.labels[done], probs, intervals=True) | {"step": run.step, "checkpoint": which}
+    if dataset.groups:
+        groups = [dataset.groups[i] for i in done]
+        metrics = over_groups(metrics, dataset.labels[done], probs.argmax(1), groups)
     with hosts.together("the predictions were written"):
         if hosts.leads():
             save_predictions(run.run_dir, split, dataset, probs, done)

@@ -32,15 +32,42 @@ def test_each_shift_by_its_own_means(images):
     np.testing.assert_allclose(shift.shifted(images, "stain", 0.0), images, atol=1)
     for kind, strengths in shift.SHIFTS.items():
         # The farther from nothing the stronger.
-        nothing = {"scale": 1, "brightness": 1, "jpeg": 100}.get(kind, 0)
+        if kind == "laboratory":
+            continue
+        nothing = {"scale": 1, "brightness": 1, "gamma": 1, "saturation": 1, "jpeg": 100}.get(kind, 0)
         order = sorted(strengths, key=lambda s: abs(s - nothing))
         near, far = (
             np.abs(shift.shifted(images, kind, s) - images.astype(float)).mean() for s in (order[0], order[-1])
         )
         assert near < far, kind
         assert set(shift.middle(kind)) < set(strengths)
+    lit = np.clip(images[2] * [1.1, 1, 0.9], 0, 255)
+    np.testing.assert_allclose(shift.shifted(images, "balance", 0.1)[2], lit, atol=0.51)
+    np.testing.assert_allclose(shift.shifted(images, "gamma", 1.4)[2], 255 * (images[2] / 255) ** 1.4, atol=0.51)
+    grey = shift.shifted(images, "saturation", 0.0)
+    assert np.ptp(grey.astype(int), axis=-1).max() == 0
     with pytest.raises(ValueError, match="expected one of stain, scale"):
         shift.shifted(images, "noise", 1)
+
+
+def test_laboratories_are_all_kinds_at_once_to_either_side(images):
+    assert shift.middle("laboratory") == ()
+    one, other = shift.Laboratory.drawn(3), shift.Laboratory.drawn(4)
+    assert one == shift.Laboratory.drawn(3)
+    assert one.scale * other.scale == pytest.approx(1)
+    assert one.gamma * other.gamma == pytest.approx(1)
+    assert one.stain == -other.stain
+    assert one.defocus + other.defocus == pytest.approx(0.012)
+    found = shift.shifted(images, "laboratory", 3)
+    assert found.shape == images.shape
+    assert found.dtype == np.uint8
+    # Nothing by nothing: what is left is a JPEG of the best quality.
+    none = shift.Laboratory(0, 1, (1.0, 1.0, 1.0), 0, 1, 1, 100)
+    assert np.abs(none.images(images).astype(int) - images).mean() < 3
+    drawn = [shift.Laboratory.drawn(number) for number in range(1, 401)]
+    assert 0.66 < min(d.scale for d in drawn) < 0.7
+    assert all(0.6 < gain < 1.45 for d in drawn for gain in d.gains)
+    assert {d.jpeg for d in drawn} <= set(range(40, 96))
 
 
 def test_rows_by_kind_and_strength(images, monkeypatch, tmp_path):

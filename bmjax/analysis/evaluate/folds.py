@@ -13,6 +13,7 @@ import numpy as np
 from bmjax.analysis.compare.statistics import corrected_resampled_interval
 from bmjax.analysis.several import Shared
 from bmjax.config.base import Config
+from bmjax.data.sources.columns import read_columns
 from bmjax.data.splits import cross_validation
 from bmjax.files import write_text
 from bmjax.runs.folder import run_folder
@@ -117,6 +118,14 @@ def left_out(found: Folds, repeat: int = 0) -> Predictions:
     arrays = {name: np.concatenate([getattr(p, name) for p in parts]) for name in ("probs", "labels", "index", "ids")}
     order = np.argsort(arrays["index"], kind="stable")
     return Predictions("folds", **{name: array[order] for name, array in arrays.items()}, classes=parts[0].classes)
+
+
+def groups_of(found: Folds, predictions: Predictions) -> list[str]:
+    """The group (patient, slide) of each image that was left out, as the folds' split.csv has it; empty without any."""
+    columns = read_columns(Path(found.rows[0]["run_dir"]) / "split.csv", ("path", "group"))
+    group = dict(zip(columns["path"], columns["group"], strict=True))
+    groups = [group[str(name)] for name in predictions.ids]
+    return groups if any(groups) else []
 
 
 def text(found: Folds) -> str:

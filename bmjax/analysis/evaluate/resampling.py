@@ -1,37 +1,18 @@
-"""The bootstrap over images of every score at once: weights of resampled images in, scores of each resample out.
+"""Every score of resampled images at once: weights of images in, scores of each resample out.
 
-A resample is how often each image was drawn. All scores are sums over images by these weights, so that a block of
-resamples is a few matrix products, and for the areas under curves a sum along each class's ranking.
+A resample is how often each image was drawn (bmjax.runs.resampling). All scores are sums over images by these
+weights, so that a block of resamples is a few matrix products, and for the areas under curves a sum along each class's
+ranking.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import numpy as np
 
 from bmjax.runs.confusion import balanced_accuracy, macro_f1
 
-_BLOCK = 250
-"""Resamples at a time: 5 MB of weights for 5,000 images."""
 COUNTED = ("macro_precision", "macro_recall", "weighted_precision", "weighted_recall", "weighted_f1", "kappa", "mcc")
 """Scores of the confusion matrix alone whose intervals are the bootstrap's."""
-
-
-def resamples(n: int, r: int, seed: int) -> Iterator[np.ndarray]:
-    """Blocks float32 [n, <= r]: how often each of n images stands in a draw of n with replacement, r draws in all."""
-    rng = np.random.default_rng(seed)
-    for start in range(0, r, _BLOCK):
-        b = min(_BLOCK, r - start)
-        drawn = rng.integers(0, n, (b, n)) + np.arange(b)[:, None] * n
-        yield np.bincount(drawn.ravel(), minlength=b * n).reshape(b, n).T.astype(np.float32)
-
-
-def group_resamples(groups: np.ndarray, r: int, seed: int) -> Iterator[np.ndarray]:
-    """As `resamples`, of whole groups: blocks [n, <= r] by the group 0..g-1 of each image, groups [n]. Images of one
-    patient or slide are alike, and what varies from sample to sample is which groups are in it."""
-    for block in resamples(int(groups.max()) + 1, r, seed):
-        yield block[groups]
 
 
 def counted(counts: np.ndarray) -> dict[str, np.ndarray]:

@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from bmjax.analysis.evaluate.resampling import COUNTED, Ranking, counted, group_resamples, mean_over_classes, resamples
+from bmjax.analysis.evaluate.resampling import COUNTED, Ranking, counted, mean_over_classes
 from bmjax.files import printable
 from bmjax.registry import unknown
 from bmjax.runs.confusion import confusion_matrix
 from bmjax.runs.intervals import class_intervals, macro_intervals, proportion_intervals, wilson_interval
+from bmjax.runs.resampling import DRAWS, Scale, group_numbers, group_resamples, normal_interval, resamples
 
 WILSON, BAYES, BOOTSTRAP = "Wilson", "Bayesian bootstrap", "bootstrap"
-_SIGNED, _UNBOUNDED = ("kappa", "mcc"), ("nll", "brier")
-_LEAST, _Z = 1e-12, 1.959963984540054
+_SCALES: dict[str, Scale] = {"kappa": "signed", "mcc": "signed", "nll": "log", "brier": "log"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ def score(
     *,
     tolerated: Sequence[tuple[str, str]] = (),
     groups: Sequence[str] = (),
-    draws: int = 2000,
+    draws: int = DRAWS,
     seed: int = 0,
 ) -> Scores:
     """Scores of labels int [n] (0..k-1) and probabilities [n, k].
@@ -121,19 +121,12 @@ def score(
     per_class = _of_classes(counts, classes, areas[..., 0], drawn_areas)
     rates = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     found = Scores(n, scores, per_class, counts.tolist(), rates.tolist())
-    of_group = _of_group(groups)
+    of_group = group_numbers(groups)
     if len(np.unique(of_group)) == len(of_group):
         return found
     shares = means | {name: hit.astype(np.float64) for name, hit in hits.items()}
     blocks = [_at(w, (labels, predicted), shares, rankings) for w in group_resamples(of_group, draws, seed)]
     return _over_groups(found, (labels, predicted), of_group, blocks)
-
-
-def _of_group(groups: Sequence[str]) -> np.ndarray:
-    """The group 0..g-1 of each image, [n]; those without a name have one each."""
-    names = [("group", name) if name else ("image", str(i)) for i, name in enumerate(groups)]
-    number = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    return np.array([number[name] for name in names], np.int64)
 
 
 def _over_groups(
@@ -201,36 +194,8 @@ def _at(
 
 
 def _bootstrap(name: str, value: float, drawn: np.ndarray, n: int) -> Score:
-    """The interval that is normal on a scale without bounds, logit or logarithm, with the bootstrap's deviation there.
-
-    Percentiles hold too little near a bound: docs/evaluation.md. Where no resample of n images differs from a perfect
-    score, nothing is known but that errors are rare: Wilson's interval of n in n. And of none in n for a score of 0.
-    """
-    known = drawn[np.isfinite(drawn)]
-    if not np.isfinite(value) or not len(known):
-        return Score(float("nan"), float("nan"), float("nan"), BOOTSTRAP)
-    if value == 1 and name not in _UNBOUNDED and (known == 1).all():
-        return Score(1.0, wilson_interval(n, n)[0], 1.0, BOOTSTRAP)
-    if value == 0 and name not in (*_UNBOUNDED, *_SIGNED) and (known == 0).all():
-        return Score(0.0, 0.0, wilson_interval(0, n)[1], BOOTSTRAP)
-    middle, deviation = float(_scale(name, np.array(value), n)), float(_scale(name, known, n).std())
-    low, high = (_back(name, middle + sign * _Z * deviation) for sign in (-1, 1))
-    return Score(float(value), min(low, float(value)), max(high, float(value)), BOOTSTRAP)
-
-
-def _scale(name: str, x: np.ndarray, n: int) -> np.ndarray:
-    if name in _UNBOUNDED:
-        return np.log(np.maximum(x, _LEAST))
-    least, edge = (-1.0 if name in _SIGNED else 0.0), 0.5 / n**2
-    share = np.clip((x - least) / (1 - least), edge, 1 - edge)
-    return np.log(share / (1 - share))
-
-
-def _back(name: str, z: float) -> float:
-    if name in _UNBOUNDED:
-        return float(np.exp(z))
-    least = -1.0 if name in _SIGNED else 0.0
-    return float(least + (1 - least) / (1 + np.exp(-z)))
+    low, high = normal_interval(value, drawn, n, _SCALES.get(name, "share"))
+    return Score(float(value) if np.isfinite(low) else float("nan"), low, high, BOOTSTRAP)
 
 
 def _of_classes(

@@ -8,9 +8,10 @@ from bmjax.analysis.evaluate.judge import Judge
 from bmjax.analysis.evaluate.reader import Seen
 from bmjax.analysis.evaluate.reference import SCORES
 from bmjax.analysis.evaluate.refusal import FAILURE, Refusal, risk_coverage
-from bmjax.analysis.evaluate.resampling import Ranking, resamples
+from bmjax.analysis.evaluate.resampling import Ranking
 from bmjax.runs.intervals import wilson_interval
 from bmjax.runs.records import Predictions
+from bmjax.runs.resampling import resamples
 
 
 def familiarity_of(judge: Judge, seen: Seen) -> np.ndarray:

@@ -1,7 +1,9 @@
 """Folds share caches, go on where they stopped, and their interval covers."""
 
+import csv
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -63,9 +65,18 @@ def test_one_command_trains_every_fold_once(config, capsys, monkeypatch, tmp_pat
     assert "all 84 images of the first repetition" in out
     every = folds.left_out(folds.Folds(**kept))
     np.testing.assert_array_equal(every.index, np.arange(84))
+    assert folds.groups_of(folds.Folds(**kept), every) == []
     # Again: everything is read, nothing trained.
     monkeypatch.setattr("bmjax.training.run.fit", None)
     assert folds.run_folds(config, 2, 2).rows == kept["rows"]
+    # Of data with groups, split.csv has them; here as if it had.
+    manifest = Path(kept["rows"][0]["run_dir"]) / "split.csv"
+    rows = list(csv.DictReader(manifest.read_text().splitlines()))
+    with manifest.open("w", newline="") as f:
+        writer = csv.DictWriter(f, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(row | {"group": row["path"][-5]} for row in rows)
+    assert folds.groups_of(folds.Folds(**kept), every) == [str(name)[-5] for name in every.ids]
 
 
 def test_wrong_numbers_are_named(config):

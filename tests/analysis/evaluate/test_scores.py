@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from sklearn import metrics as sk
 
-from bmjax.analysis.evaluate.resampling import Ranking, counted, resamples
+from bmjax.analysis.evaluate.resampling import Ranking, counted
 from bmjax.analysis.evaluate.scores import score, text
 from bmjax.runs.confusion import confusion_matrix
+from bmjax.runs.resampling import resamples
 
 
 def draw(n, k, *, strength=1.5, seed=0, rounded=False):

@@ -1,0 +1,117 @@
+"""The bootstrap over images or over groups of them (patients, slides), and intervals by its deviation.
+
+How often the intervals hold what they say: tests/analysis/evaluate/test_scores.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from bmjax.runs.confusion import balanced_accuracy, macro_f1
+from bmjax.runs.intervals import wilson_interval
+
+_BLOCK = 250
+"""Resamples at a time: 5 MB of weights for 5,000 images."""
+DRAWS = 2000
+_LEAST, _Z = 1e-12, 1.959963984540054
+
+Scale = Literal["share", "signed", "log"]
+"""What a figure lies between: 0 and 1, -1 and 1, or 0 and infinity."""
+
+
+def resamples(n: int, r: int, seed: int) -> Iterator[np.ndarray]:
+    """Blocks float32 [n, <= r]: how often each of n images stands in a draw of n with replacement, r draws in all."""
+    rng = np.random.default_rng(seed)
+    for start in range(0, r, _BLOCK):
+        b = min(_BLOCK, r - start)
+        drawn = rng.integers(0, n, (b, n)) + np.arange(b)[:, None] * n
+        yield np.bincount(drawn.ravel(), minlength=b * n).reshape(b, n).T.astype(np.float32)
+
+
+def group_resamples(groups: np.ndarray, r: int, seed: int) -> Iterator[np.ndarray]:
+    """As `resamples`, of whole groups: blocks [n, <= r] by the group 0..g-1 of each image, groups [n]. Images of one
+    patient or slide are alike, and what varies from sample to sample is which groups are in it."""
+    for block in resamples(int(groups.max()) + 1, r, seed):
+        yield block[groups]
+
+
+def group_numbers(groups: Sequence[str]) -> np.ndarray:
+    """The group 0..g-1 of each image, [n]; those without a name have one each."""
+    names = [("group", name) if name else ("image", str(i)) for i, name in enumerate(groups)]
+    number = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    return np.array([number[name] for name in names], np.int64)
+
+
+def normal_interval(value: float, drawn: np.ndarray, n: int, scale: Scale = "share") -> tuple[float, float]:
+    """The 95 % interval of a figure that is normal on a scale without bounds, logit or logarithm, with the deviation of
+    the draws [r] there; NaN where it can't be told.
+
+    Percentiles hold too little near a bound: docs/evaluation.md. Where no resample of n images differs from a perfect
+    score, nothing is known but that errors are rare: Wilson's interval of n in n. And of none in n for a score of 0.
+    """
+    known = drawn[np.isfinite(drawn)]
+    if not np.isfinite(value) or not len(known):
+        return float("nan"), float("nan")
+    if value == 1 and scale != "log" and (known == 1).all():
+        return wilson_interval(n, n)[0], 1.0
+    if value == 0 and scale == "share" and (known == 0).all():
+        return 0.0, wilson_interval(0, n)[1]
+    middle, deviation = float(_free(np.array(value), n, scale)), float(_free(known, n, scale).std())
+    low, high = (_bounded(middle + sign * _Z * deviation, scale) for sign in (-1, 1))
+    return min(low, float(value)), max(high, float(value))
+
+
+def _free(x: np.ndarray, n: int, scale: Scale) -> np.ndarray:
+    if scale == "log":
+        return np.log(np.maximum(x, _LEAST))
+    least, edge = (-1.0 if scale == "signed" else 0.0), 0.5 / n**2
+    share = np.clip((x - least) / (1 - least), edge, 1 - edge)
+    return np.log(share / (1 - share))
+
+
+def _bounded(z: float, scale: Scale) -> float:
+    if scale == "log":
+        return float(np.exp(z))
+    least = -1.0 if scale == "signed" else 0.0
+    return float(least + (1 - least) / (1 + np.exp(-z)))
+
+
+def over_groups(
+    metrics: dict[str, Any], labels: np.ndarray, predicted: np.ndarray, groups: Sequence[str]
+) -> dict[str, Any]:
+    """The figures of `classification_metrics` of labels [n] and predictions [n] with intervals about images of new
+    groups, where some of `groups` [n] hold several images; else as they are. What one group alone tells may be
+    anything: 0 to 1."""
+    of_group = group_numbers(groups)
+    if len(np.unique(of_group)) == len(labels) or not len(of_group):
+        return metrics
+    g, k = int(of_group.max()) + 1, len(metrics["confusion"])
+    cells = np.zeros((g, k * k))
+    np.add.at(cells, (of_group, labels * k + predicted), 1)
+    drawn = np.concatenate([block.T @ cells for block in resamples(g, DRAWS, 0)]).reshape(-1, k, k)
+    hits, true, said = np.diagonal(drawn, axis1=-2, axis2=-1), drawn.sum(-1), drawn.sum(-2)
+    found = dict(metrics)
+    figures = {"accuracy": hits.sum(-1) / true.sum(-1), "macro_f1": macro_f1(drawn)}
+    figures["balanced_accuracy"] = balanced_accuracy(drawn)
+    for name, values in figures.items():
+        found |= _bounds(name, metrics[name], values, g)
+    with np.errstate(invalid="ignore"):
+        shares = {"recall": hits / true, "precision": hits / said, "f1": 2 * hits / (true + said)}
+    per_class = []
+    for c, one in enumerate(metrics["per_class"]):
+        in_class = {"recall": labels == c, "precision": predicted == c, "f1": (labels == c) | (predicted == c)}
+        bounds = {}
+        for name, values in shares.items():
+            bounds |= _bounds(name, one[name], values[:, c], len(np.unique(of_group[in_class[name]])))
+        per_class.append(one | bounds)
+    note = f"intervals are about images of new groups, by a bootstrap over {g} of them"
+    notes = [note, *([metrics["intervals_note"]] if metrics.get("intervals_note") else [])]
+    return found | {"per_class": per_class, "intervals_note": "; ".join(notes)}
+
+
+def _bounds(name: str, value: float, drawn: np.ndarray, groups: int) -> dict[str, float]:
+    low, high = normal_interval(value, drawn, groups) if groups > 1 else (float("nan"), float("nan"))
+    return {f"{name}_low": low, f"{name}_high": high} if np.isfinite(low) else {f"{name}_low": 0.0, f"{name}_high": 1.0}
