@@ -26,7 +26,8 @@ from bmjax.config import (
 
 SEEDS = 2
 
-# Name: fields of `augment`. `files`: of version 0.1's preset `other_laboratory`.
+# Name: fields of `augment`. `files` is without the lamp's and the camera's colours; `camera` is what the preset
+# `other_laboratory` became by this.
 FILES: dict[str, float] = {
     "hed": 0.05, "zoom": 0.35, "blur": 0.008, "brightness": 0.1, "contrast": 0.2, "hue": 0.02, "jpeg": 40,
 }  # fmt: skip

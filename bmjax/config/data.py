@@ -102,7 +102,8 @@ class DataConfig:
 PRESETS: dict[str, dict[str, Any]] = {
     "none": {},
     "other_laboratory": {
-        "hed": 0.05, "zoom": 0.35, "blur": 0.008, "brightness": 0.1, "contrast": 0.2, "hue": 0.02, "jpeg": 40,
+        "hed": 0.05, "balance": 0.15, "gamma": 0.2, "saturation": 0.3, "brightness": 0.1, "contrast": 0.2, "hue": 0.02,
+        "zoom": 0.35, "blur": 0.008, "jpeg": 40,
     },
 }  # fmt: skip
 
@@ -112,8 +113,9 @@ class AugmentConfig:
     """Random changes of the training images, on the device; zero or False switches one off."""
 
     preset: Literal["none", "other_laboratory"] = "none"
-    """`other_laboratory`: stain, scale, focus, brightness and JPEG's loss vary as between laboratories (hed 0.05, zoom
-    0.35, blur 0.008, brightness 0.1, contrast 0.2, hue 0.02, jpeg 40); a field that is set beside it counts instead."""
+    """`other_laboratory`: stain, lamp, camera, scale, focus and JPEG's loss vary as between laboratories (hed 0.05,
+    balance 0.15, gamma 0.2, saturation 0.3, brightness 0.1, contrast 0.2, hue 0.02, zoom 0.35, blur 0.008, jpeg 40); a
+    field that is set beside it counts instead."""
     flip: bool = True
     """Mirror left-right and up-down, each with probability one half."""
     right_angles: bool = True

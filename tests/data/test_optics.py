@@ -1,5 +1,6 @@
 """Defocus against SciPy, JPEG against Pillow, and the recipe that holds both."""
 
+import dataclasses
 import io
 
 import jax
@@ -44,7 +45,8 @@ def test_jpeg_loses_what_libjpeg_loses(cell, quality):
 
 def test_the_recipe_is_its_fields(cell):
     recipe = AugmentConfig(preset="other_laboratory")
-    spelled = AugmentConfig(hed=0.05, zoom=0.35, blur=0.008, brightness=0.1, contrast=0.2, hue=0.02, jpeg=40)
+    colours = AugmentConfig(hed=0.05, balance=0.15, gamma=0.2, saturation=0.3, brightness=0.1, contrast=0.2, hue=0.02)
+    spelled = dataclasses.replace(colours, zoom=0.35, blur=0.008, jpeg=40)
     assert recipe.resolved() == spelled
     assert AugmentConfig(preset="other_laboratory", jpeg=70).resolved().jpeg == 70
     images, keys = jnp.asarray(np.stack([cell] * 6), jnp.float32), jax.random.split(jax.random.key(0), 6)
