@@ -230,8 +230,8 @@ def mapped(path: Path, *, sealed: bool = False) -> Any:
     return np.memmap(path, dtype, "r", start, shape)
 
 
-def read_npz(path: Path, names: Sequence[str]) -> dict[str, Any]:
-    """The arrays named of a .npz file.
+def read_npz(path: Path, names: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Any]:
+    """The arrays named of a .npz file, and of `optional` ones those that are there.
 
     Raises:
       ValueError: damaged, without one of them, or unpacking to far too much for its length; names the file.
@@ -243,6 +243,7 @@ def read_npz(path: Path, names: Sequence[str]) -> dict[str, Any]:
         there = {info.filename: info for info in archive.infolist()}
         if missing := [name for name in names if f"{name}.npy" not in there]:
             raise ValueError(f"no array {missing[0]!r}; it holds {', '.join(sorted(there))[:200] or 'nothing'}")
+        names = [*names, *(name for name in optional if f"{name}.npy" in there)]
         infos = [there[f"{name}.npy"] for name in names]
         limit = max(UNPACKED, RATIO * path.stat().st_size)
         if (total := sum(info.file_size for info in infos)) > limit:

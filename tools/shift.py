@@ -1,6 +1,7 @@
 """Shifted copies of a split, as another laboratory would give them, and what a run makes of them.
 
-    python -m tools.shift RUN [RUN ...] [--split val] [--views 8] [--adapt] [--calibrated] [--out FOLDER]
+    python -m tools.shift RUN [RUN ...] [--split val] [--views 8] [--calibrated] [--out FOLDER]
+    python -m tools.shift RUN [--kinds stain balance] [--match-colours] [--adapt]
     python -m tools.shift RUN --kinds none --unequal 10 [--adapt-prior]
 
 prints accuracy and calibration by kind and strength, of the kinds that `--kinds` names, or of all. `--unequal 10`
@@ -184,6 +185,7 @@ def measure(
     target: Target,
     kinds: Sequence[str] | None = None,
     *,
+    match: bool = False,
     adapt: bool = False,
     adapt_prior: bool = False,
     out: Path | None = None,
@@ -203,7 +205,9 @@ def measure(
         if out is not None:
             _write(out / f"{kind} {strength:g}", images[0], target, judge.classes)
         for reader, variables in zip(judge.readers, own, strict=True):
-            reader.variables = variables
+            reader.variables, reader.colours = variables, None
+        if match:
+            judge.match_colours(images)
         if adapt:
             judge.adapt(images)
         probs = judge.images(images).probs
@@ -257,6 +261,7 @@ def main() -> None:
     parser.add_argument("--views", type=int, choices=(1, 2, 4, 8), default=1)
     parser.add_argument("--kinds", nargs="+", choices=("none", *SHIFTS), default=list(SHIFTS), help="none: no shift")
     parser.add_argument("--unequal", type=float, metavar="R", help="the first class R times as frequent as the last")
+    parser.add_argument("--match-colours", action="store_true", help="colours brought to the training's")
     parser.add_argument("--adapt", action="store_true", help="norms' statistics estimated on each shifted split")
     parser.add_argument("--adapt-prior", action="store_true", help="classes' frequencies estimated on it")
     parser.add_argument("--calibrated", action="store_true", help="by the calibration kept with the runs")
@@ -270,8 +275,8 @@ def main() -> None:
     print(f"{len(target)} images of the {options.split} split\n\n{HEADER}")
     worst, elsewhere = 1.0, []
     kinds = [kind for kind in options.kinds if kind != "none"]
-    ways = {"adapt": options.adapt, "adapt_prior": options.adapt_prior, "out": options.out}
-    for row in measure(judge, target, kinds, **ways):
+    ways = {"match": options.match_colours, "adapt": options.adapt, "adapt_prior": options.adapt_prior}
+    for row in measure(judge, target, kinds, **ways, out=options.out):
         print(line(row), flush=True)
         if row.kind != "none" and row.strength in middle(row.kind):
             worst = min(worst, row.kept)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
+    from bmjax.analysis.evaluate.colours import ColourMap
     from bmjax.analysis.evaluate.judge import Judge
     from bmjax.analysis.evaluate.reader import Seen
 
@@ -30,7 +31,7 @@ def read_as_each(judge: Judge, paths: Sequence[str]) -> list[list[Any]]:
 
 
 def adapt(judge: Judge, paths: Sequence[str], options: argparse.Namespace) -> None:
-    """Adapts the runs' norms, or the classes' frequencies, or both, to the files, or to 2,048 of them.
+    """Adapts colours, the runs' norms and the classes' frequencies, as asked for, to the files, or to 2,048 of them.
 
     Raises:
       ValueError: too few of them can be read.
@@ -45,12 +46,21 @@ def adapt(judge: Judge, paths: Sequence[str], options: argparse.Namespace) -> No
     if len(good) < 2:
         raise ValueError(f"{len(good)} images can be read; expected at least 2 to adapt to")
     images = [np.stack([part[i] for i in good]) for part in read]
+    if options.match_colours:
+        say_colours(judge.match_colours(images))
     if options.adapt:
         judge.adapt(images)
     if options.adapt_prior:
         found = judge.adapt_priors(judge.images(images).probs)
         shares = ", ".join(f"{name} {100 * p:.1f} %" for name, p in zip(judge.classes, found, strict=True))
         print(f"frequencies estimated by {len(good)} images: {shares}")
+
+
+def say_colours(found: Sequence[ColourMap]) -> None:
+    """Prints how the images' colours are changed for each run."""
+    for one in found:
+        red, green, blue = one.tables[:, 128]
+        print(f"colours of all images: a grey of 128 becomes red {red}, green {green}, blue {blue}")
 
 
 class Answers:

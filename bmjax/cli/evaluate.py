@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from bmjax.runs.folder import Run
     from bmjax.runs.records import Predictions
 
+from bmjax.cli.answers import say_colours
 from bmjax.cli.configured import add_hosts
 from bmjax.cli.output import check_out, metrics_line, print_confusion
-from bmjax.cli.reading import add_reading, check_reading
+from bmjax.cli.reading import add_reading, changes, check_reading
 
 
 def add_parser(verbs: Any) -> None:
@@ -54,7 +55,8 @@ def evaluate(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from bmjax.training import hosts
 
     runs = [load_run(run_dir, options.which, trust=options.trust) for run_dir in options.run_dirs]
-    name = setting(options.views, adapt=options.adapt, prior=options.adapt_prior, calibrated=options.calibrated)
+    matched, adapt, prior = changes(options)
+    name = setting(options.views, matched=matched, adapt=adapt, prior=prior, calibrated=options.calibrated)
     if options.pixel_size is not None and not (options.on or options.unseen):
         raise ValueError(f"--pixel-size is {options.pixel_size}; expected it with --on or --unseen, for other images")
     plain = len(runs) == 1 and not name and not options.on
@@ -207,9 +209,13 @@ def _seen(judge: Judge, target: Target, unseen: Target | None, options: argparse
     import numpy as np
 
     both = [one for one in (target, unseen) if one is not None and len(one)]
-    if options.adapt:
+    if options.adapt or options.match_colours:
         each = zip(*(one.parts for one in both), strict=True)
-        judge.adapt([parts[0][0].images[np.concatenate([rows for _, rows in parts])] for parts in each])
+        images = [parts[0][0].images[np.concatenate([rows for _, rows in parts])] for parts in each]
+        if options.match_colours:
+            say_colours(judge.match_colours(images))
+        if options.adapt:
+            judge.adapt(images)
     seen = judge(target)
     if options.adapt_prior:
         others = [judge(one).probs for one in both[1:]]
@@ -306,7 +312,7 @@ def _print_refusal(
         print(refusal_text(refusal, predictions, familiar, options.unfamiliar))
         if options.split == "val" and not options.on:
             print("the threshold was chosen on these images, so the share wrong is too low")
-        if no_guarantee := without_guarantee(options.adapt, options.adapt_prior, elsewhere=bool(options.on)):
+        if no_guarantee := without_guarantee(*changes(options), elsewhere=bool(options.on)):
             print(no_guarantee)
     for name, others in strange:
         print(strangers_text(judge, seen, others, name, refusal, options.unfamiliar))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 from bmjax.cli.answers import Answers, adapt, read_as_each
 from bmjax.cli.output import check_out
-from bmjax.cli.reading import add_reading, check_reading
+from bmjax.cli.reading import add_reading, changes, check_reading
 from bmjax.cli.weights import predict_imagenet
 
 # As many decoded images at once: at 224 pixels 300 MB.
@@ -81,7 +81,7 @@ def predict(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if not paths:
         raise ValueError("predict: expected images, or folders of images, after the runs")
     inputs, listed = inputs_of(paths), []
-    if options.adapt or options.adapt_prior:
+    if options.match_colours or options.adapt or options.adapt_prior:
         inputs = iter(listed := list(inputs))
     blocks = blocks_of(inputs)
     judge = _judge(run_dirs, options)
@@ -92,7 +92,7 @@ def predict(options: argparse.Namespace, rest: Sequence[str]) -> int:
     # No more padding than there are images, for the few that one looks at by hand.
     judge.batch_size = min(options.batch_size or judge.runs[0].config.train.eval_batch_size, len(first))
     answers = Answers(judge, options.error_rate, options.unfamiliar)
-    if options.error_rate is not None and (words := without_guarantee(options.adapt, options.adapt_prior)):
+    if options.error_rate is not None and (words := without_guarantee(*changes(options))):
         log.warning("%s", words)
     if listed:
         adapt(judge, [path for path, error in listed if error is None], options)
@@ -213,7 +213,7 @@ def predictions_of(
                 names[i] = judge.classes[int(probs[i].argmax())]
             answers.warn_of_foreign(seen, start)
             if pictures is not None:
-                pictures.draw(images[0], [(start + i, block[i].path) for i in rows])
+                pictures.draw(seen.images[seen.rows], [(start + i, block[i].path) for i in rows])
         yield Block([path for path, _ in block], names, probs, errors, answers.of(probs, seen, rows))
         start += len(block)
 

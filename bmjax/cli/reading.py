@@ -13,6 +13,7 @@ def add_reading(p: argparse.ArgumentParser) -> None:
         "--views", type=int, choices=(1, 2, 4, 8), default=1, help="means over so many flips and right angles"
     )
     p.add_argument("--calibrated", action="store_true", help="by the calibration that `eval --calibrate` kept")
+    p.add_argument("--match-colours", action="store_true", help="bring these images to the colours of training")
     p.add_argument("--adapt", action="store_true", help="estimate the norms' statistics on these images")
     p.add_argument("--adapt-prior", action="store_true", help="estimate the classes' frequencies on these images")
     add_pixel_size(p)
@@ -41,6 +42,11 @@ def check_reading(options: argparse.Namespace) -> None:
         raise ValueError(f"--unfamiliar is {options.unfamiliar}; expected a share from 0 to below 1, such as 0.02")
     if options.unfamiliar and options.error_rate is None:
         raise ValueError(f"--unfamiliar is {options.unfamiliar}; expected --error-rate beside it")
+
+
+def changes(options: argparse.Namespace) -> tuple[bool, bool, bool]:
+    """Whether colours, norms and frequencies are adapted."""
+    return options.match_colours, options.adapt, options.adapt_prior
 
 
 def add_threshold(p: argparse.ArgumentParser) -> None:

@@ -147,6 +147,30 @@ def test_labelled_images_from_elsewhere(runs, capsys, tmp_path, cells):
     assert [row["EOS"] for row in rows] != [row["EOS"] for row in plain]
 
 
+def test_colours_are_matched_for_all_images_alike(runs, capsys, tmp_path, cells):
+    """A darkened folder is seen as it was before, nearly; a run without colours is told."""
+    dark = tmp_path / "dark"
+    for path in sorted(cells.glob("*/*.png")):
+        (dark / path.parent.name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray((np.asarray(Image.open(path)) * 0.6).astype(np.uint8)).save(dark / path.parent.name / path.name)
+    run = runs[1]
+    (run / "reference.npz").unlink(missing_ok=True)
+    assert main(["predict", str(run), str(dark), "--match-colours"]) == 2
+    assert f"`bmjax eval {run} --reference` does" in capsys.readouterr().err
+    evaluate(capsys, run, "--reference")
+    out = evaluate(capsys, run, "--on", dark, "--match-colours")
+    assert "colours of all images: a grey of 128 becomes red" in out
+
+    def probs(*more):
+        return np.array([[float(row[name]) for name in ("EOS", "LYT")] for row in predict(tmp_path, run, *more)])
+
+    own, plain = probs(cells), probs(dark)
+    assert "lightness is" in capsys.readouterr().err
+    matched = probs(dark, "--match-colours")
+    assert "lightness is" not in capsys.readouterr().err
+    assert np.abs(matched - own).mean() < 0.75 * np.abs(plain - own).mean()
+
+
 def test_one_class_from_elsewhere_is_enough(runs, capsys, tmp_path):
     (tmp_path / "EOS").mkdir()
     for i in range(3):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from bmjax.analysis.evaluate.calibration import Calibration, read_calibration
+from bmjax.analysis.evaluate.colours import ColourMap, colour_shares, match_colours
 from bmjax.analysis.evaluate.reader import Reader, Seen, adapted_priors, at_priors
 from bmjax.analysis.evaluate.reference import Reference, read_reference
 from bmjax.analysis.evaluate.refusal import Refusal, fit_refusal
@@ -28,6 +29,7 @@ NO_VALIDATION = (
 )
 READING = ("image_size", "stain", "stain_reference", "pixel_size", "field_size")
 """Fields of a data configuration that decide how a file is read."""
+_ROUNDS = 2
 TO_ADAPT = 2048
 """Images at most that norms are adapted to."""
 
@@ -195,6 +197,28 @@ class Judge:
         for reader, part in zip(self.readers, images, strict=True):
             reader.adapt(part[spread(len(part), TO_ADAPT)])
 
+    def match_colours(self, images: Sequence[np.ndarray]) -> list[ColourMap]:
+        """From now on, images are seen in the colours of training: by one map for all, which brings images uint8
+        [n, s, s, 3], given for each run, or some of them, to the training cells of the classes predicted here.
+
+        Raises:
+          ValueError: a run keeps no colours of its training cells.
+        """
+        for reader, part in zip(self.readers, images, strict=True):
+            run_dir, some = reader.run.run_dir, part[spread(len(part), TO_ADAPT)]
+            if (reference := read_reference(run_dir)) is None or not len(reference.colours):
+                raise ValueError(
+                    f"{run_dir} keeps no colours of its training cells; `bmjax eval {run_dir} --reference` does"
+                )
+            here = colour_shares(some, np.zeros(len(some), np.int64), 1)[0]
+            reader.colours = None
+            # What is seen in the first map's colours says better which classes there are.
+            for _ in range(_ROUNDS):
+                shares = reader.images(some).probs.mean(0, dtype=np.float64)
+                training = np.tensordot(shares, reference.colours, 1)
+                reader.colours = match_colours(here, training)
+        return [reader.colours for reader in self.readers if reader.colours is not None]
+
     def adapt_priors(self, probs: np.ndarray) -> np.ndarray:
         """From now on, probabilities at the class frequencies [k] estimated from probs [n, k] of the images.
 
@@ -267,9 +291,11 @@ class Judge:
         return found
 
 
-def setting(views: int, *, adapt: bool = False, prior: bool = False, calibrated: bool = False) -> str:
+def setting(
+    views: int, *, matched: bool = False, adapt: bool = False, prior: bool = False, calibrated: bool = False
+) -> str:
     """What files of figures that were read otherwise than plainly have in their names: "" or "-views8-adapted"."""
-    words = {f"views{views}": views > 1, "adapted": adapt, "prior": prior, "calibrated": calibrated}
+    words = {f"views{views}": views > 1, "matched": matched, "adapted": adapt, "prior": prior, "calibrated": calibrated}
     return "".join(f"-{word}" for word, is_so in words.items() if is_so)
 
 

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from bmjax.analysis.evaluate.colours import ColourMap
 from bmjax.analysis.evaluate.looks import looks
 from bmjax.data.dataset import Dataset
 from bmjax.model.parameters import Tree
@@ -52,7 +53,8 @@ class Seen:
 
 
 class Reader:
-    """Compiles once, for one run. `variables` may be replaced by adapted ones."""
+    """Compiles once, for one run. `variables` may be replaced by adapted ones; `colours`, where set, maps every image
+    before the run sees it."""
 
     def __init__(self, run: Run, views: int = 1, batch_size: int | None = None):
         if views not in VIEWS:
@@ -62,10 +64,13 @@ class Reader:
             run = dataclasses.replace(run, config=dataclasses.replace(run.config, train=train))
         self.run, self.views = run, views
         self.variables: dict[str, Tree] = run.variables
+        self.colours: ColourMap | None = None
         self._predictor = Predictor(run.config, run.model, features=True)
 
     def __call__(self, dataset: Dataset, rows: np.ndarray) -> Seen:
-        """What the run says of rows [n] of a dataset, in their order."""
+        """What the run says of rows [n] of a dataset, in their order. Mapped images are held in memory."""
+        if self.colours is not None:
+            dataset, rows = unlabelled(self.colours(dataset.images[rows]), self.run.classes), np.arange(len(rows))
         variables = self._predictor.to_devices(self.variables)
         total, plain = None, None
         for view in range(self.views):
@@ -81,6 +86,7 @@ class Reader:
 
     def adapt(self, images: np.ndarray) -> None:
         """Sees from now on with norms adapted to images uint8 [n, s, s, 3]: see `adapted`."""
+        images = images if self.colours is None else self.colours(images)
         self.variables = adapted(self.run, images, update=self._update)
 
     @functools.cached_property

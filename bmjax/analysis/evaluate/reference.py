@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from bmjax.analysis.evaluate.colours import colour_shares
 from bmjax.analysis.evaluate.looks import LOOKS, looks
 from bmjax.analysis.evaluate.reader import Reader, Seen
 from bmjax.data.dataset import Dataset
@@ -27,8 +28,9 @@ SCORES = ("probability", "energy", "mahalanobis", "neighbours", "looks", "maps",
 class Reference:
     """`looks` float32 [m, 6], `features` float32 [m, c] and `maps` float32 [m, s, 128] of training cells (see
     bmjax.analysis.evaluate.reader.Seen) with their labels [m]; `known` float32 [v, 5 + s]: the `parts` of validation
-    cells, which training did not see, and their rows `rows` [v]; `step` of the checkpoint. Without a network's pass
-    there are looks and labels alone: c, s, v and step are 0."""
+    cells, which training did not see, and their rows `rows` [v]; `step` of the checkpoint. `colours` float32
+    [k, 3, 256]: see bmjax.analysis.evaluate.colours. Without a network's pass there are looks, labels and colours
+    alone: c, s, v and step are 0. A file of before has no colours: k is 0."""
 
     looks: np.ndarray
     features: np.ndarray
@@ -37,6 +39,7 @@ class Reference:
     known: np.ndarray
     rows: np.ndarray
     step: int
+    colours: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 3, 256), np.float32))
 
     @classmethod
     def of_looks(cls, looks: np.ndarray, labels: np.ndarray | None = None) -> Reference:
@@ -126,8 +129,9 @@ def _some(rows: np.ndarray) -> np.ndarray:
 def make_reference(dataset: Dataset, splits: Splits, reader: Reader | None = None) -> Reference:
     """The reference of a run's data; with a reader of the run, its features too, where there is a validation split."""
     rows = _some(splits.train)
-    own = looks(dataset.images[rows])
-    plain = Reference.of_looks(own, dataset.labels[rows].astype(np.int64))
+    labels = dataset.labels[rows].astype(np.int64)
+    colours = colour_shares(dataset.images[rows], labels, len(dataset.classes))
+    plain = dataclasses.replace(Reference.of_looks(looks(dataset.images[rows]), labels), colours=colours)
     if reader is None or not len(splits.val):
         return plain
     seen = reader(dataset, rows)
@@ -162,17 +166,20 @@ def read_reference(run_dir: str | Path) -> Reference | None:
         return None
     remedy = "`bmjax eval RUN --reference` writes it again"
     try:
-        arrays = read_npz(path, ("names", *(f.name for f in dataclasses.fields(Reference))))
+        needed = [f.name for f in dataclasses.fields(Reference) if f.name != "colours"]
+        arrays = read_npz(path, ("names", *needed), ("colours",))
     except ValueError as e:
         raise ValueError(f"{e}; {remedy}") from e
+    arrays.setdefault("colours", np.zeros((0, 3, 256), np.float32))
     m, v = len(arrays["looks"]), len(arrays["rows"])
     c = arrays["features"].shape[-1] if arrays["features"].ndim == 2 else -1
     s, p = arrays["maps"].shape[1:] if arrays["maps"].ndim == 3 else (-1, -1)
     own, labels = m if v else 0, (m,) if v or arrays["labels"].size else (0,)
     shapes = {"looks": (m, len(LOOKS)), "features": (own, c), "maps": (own, s, p), "labels": labels, "rows": (v,)}
     shapes |= {"known": (v, 5 + s) if v else (0, 0), "step": (), "names": (len(LOOKS),)}
+    shapes |= {"colours": (len(arrays["colours"]), 3, 256) if arrays["colours"].ndim else (0, 3, 256)}
     odd = [name for name, shape in shapes.items() if arrays[name].shape != shape]
-    kinds = {"f": ("looks", "features", "maps", "known"), "i": ("labels", "rows", "step"), "U": ("names",)}
+    kinds = {"f": ("looks", "features", "maps", "known", "colours"), "i": ("labels", "rows", "step"), "U": ("names",)}
     numbers = {name: kind for kind, names in kinds.items() for name in names}
     odd += [name for name, kind in numbers.items() if arrays[name].dtype.kind != kind]
     odd += [name for name in kinds["f"] if name not in odd and not np.isfinite(arrays[name]).all()]

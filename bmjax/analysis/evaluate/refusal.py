@@ -110,9 +110,10 @@ def answers(probs: np.ndarray, classes: tuple[str, ...], refusal: Refusal) -> tu
     return named, sets
 
 
-def without_guarantee(adapt: bool, prior: bool, *, elsewhere: bool = False) -> str:
+def without_guarantee(matched: bool, adapt: bool, prior: bool, *, elsewhere: bool = False) -> str:
     """Why a threshold or a set promises nothing here; "" where it does."""
-    changed = [name for name, is_so in (("the norms", adapt), ("the frequencies", prior)) if is_so]
+    parts = (("the colours", matched), ("the norms", adapt), ("the frequencies", prior))
+    changed = [name for name, is_so in parts if is_so]
     why = [f"{' and '.join(changed)} were adapted after the thresholds were set on validation"] if changed else []
     why += ["these images did not come as those of validation did"] if elsewhere else []
     return f"threshold and sets promise nothing here: {'; '.join(why)}" if why else ""

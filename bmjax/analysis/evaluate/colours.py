@@ -1,0 +1,75 @@
+"""Another laboratory's colours, brought to those of training: one map for all of its images.
+
+A lamp and a white balance multiply what a camera sees, and a camera's gamma is a power of it; in the logarithm of a
+value both are a straight line. So each channel has a gain and a power of its own, by which its values get the quantiles
+of the training cells'. An image's own colour stays, unlike with `data.stain`, which brings each image to a reference.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+_LEVELS = np.linspace(0.05, 0.95, 19)
+"""Quantiles that the line is fitted by. Those that are black or white are left out: what was cut off is not there."""
+_FEWEST, _BLACK, _WHITE = 5, 2, 253
+_OFFSET = 2.0  # to values before the logarithm, so that the darkest count little
+_POWERS, _LEAST_SPREAD = (0.5, 2.0), 0.1
+"""No power goes beyond these, and where the logarithms hardly spread, as of nearly empty images, it is 1."""
+
+
+def colour_shares(images: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
+    """How often each value comes in each channel, as a share, in the images of each class: float32 [k, 3, 256], of
+    images uint8 [n, s, s, 3] and labels [n]; 0 for a class without an image."""
+    found = np.zeros((k, 3, 256))
+    for image, label in zip(images, labels, strict=True):
+        for c in range(3):
+            found[label, c] += np.bincount(image[..., c].ravel(), minlength=256)
+    return (found / np.maximum(found.sum(-1, keepdims=True), 1)).astype(np.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class ColourMap:
+    """Each channel's values v become gain (v + 2)^power - 2."""
+
+    gains: tuple[float, ...]
+    powers: tuple[float, ...]
+
+    @property
+    def tables(self) -> np.ndarray:
+        """What each value becomes: uint8 [3, 256]."""
+        values = np.arange(256) + _OFFSET
+        lines = [gain * values**power - _OFFSET for gain, power in zip(self.gains, self.powers, strict=True)]
+        return np.clip(np.round(lines), 0, 255).astype(np.uint8)
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Images uint8 RGB [..., 3] -> the same mapped."""
+        found = np.empty(images.shape, np.uint8)
+        for c, table in enumerate(self.tables):
+            found[..., c] = table[images[..., c]]
+        return found
+
+
+def match_colours(here: np.ndarray, training: np.ndarray) -> ColourMap:
+    """The map that gives values of the shares [3, 256] the quantiles of those of training, [3, 256]."""
+    gains, powers = [], []
+    for own, target in zip(here, training, strict=True):
+        x, y = _quantiles(own), _quantiles(target)
+        inside = (np.minimum(x, y) > _BLACK) & (np.maximum(x, y) < _WHITE)
+        if inside.sum() >= _FEWEST:
+            x, y = x[inside], y[inside]
+        x, y = np.log(x + _OFFSET), np.log(y + _OFFSET)
+        spread = x - x.mean()
+        power = float((spread * y).sum() / (spread**2).sum()) if np.ptp(x) > _LEAST_SPREAD else 1.0
+        powers.append(float(np.clip(power, *_POWERS)))
+        gains.append(float(np.exp(y.mean() - powers[-1] * x.mean())))
+    return ColourMap(tuple(gains), tuple(powers))
+
+
+def _quantiles(shares: np.ndarray) -> np.ndarray:
+    """Those of `_LEVELS`, of values 0..255 that come with shares [256]; a value stands for all within half of it."""
+    upto = np.cumsum(shares, dtype=np.float64)
+    levels = _LEVELS * upto[-1]
+    at = np.searchsorted(upto, levels)
+    return at + 0.5 - (upto[at] - levels) / shares[at]
