@@ -80,12 +80,12 @@ class Laboratory:
 
     @classmethod
     def drawn(cls, number: int) -> Laboratory:
-        """The laboratory of a number, at least 1. All are uniform, factors in their logarithm, up to about the
-        strongest of each kind; ours. An even number's laboratory strays as far as the one before it, to the other
-        side."""
+        """The laboratory of a number, at least 1. All are uniform, factors in their logarithm, up to between the middle
+        and the strongest of each kind; ours. An even number's laboratory strays as far as the one before it, to the
+        other side."""
         draw = np.random.default_rng([(number + 1) // 2, 2091]).uniform(-1, 1, 10) * (1 if number % 2 else -1)
         stain, scale, light, red, green, blue, defocus, gamma, saturation, jpeg = map(float, draw)
-        gains = np.exp(0.2 * light) * (1 + 0.15 * np.array([red, green, blue]))
+        gains = np.exp(0.2 * light + 0.15 * np.array([red, green, blue]))
         return cls(
             stain=0.15 * stain,
             scale=math.exp(0.4 * scale),
@@ -269,6 +269,8 @@ def main() -> None:
     options = parser.parse_args()
     runs = [load_run(run) for run in options.runs]
     judge = Judge(runs, views=options.views, calibrated=options.calibrated)
+    if options.match_colours:
+        judge.training_colours()  # known to be there before the split is opened
     target = target_of_split(runs, options.split)
     if options.unequal is not None:
         target = unequal(target, options.unequal)

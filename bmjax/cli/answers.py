@@ -43,11 +43,12 @@ def adapt(judge: Judge, paths: Sequence[str], options: argparse.Namespace) -> No
     chosen = [str(paths[int(i)]) for i in spread(len(paths), TO_ADAPT)]
     read = read_as_each(judge, chosen)
     good = [i for i in range(len(chosen)) if not isinstance(read[0][i], str)]
-    if len(good) < 2:
-        raise ValueError(f"{len(good)} images can be read; expected at least 2 to adapt to")
+    least = 2 if options.adapt or options.adapt_prior else 1
+    if len(good) < least:
+        raise ValueError(f"{len(good)} images can be read; expected at least {least} to adapt to")
     images = [np.stack([part[i] for i in good]) for part in read]
     if options.match_colours:
-        say_colours(judge.match_colours(images))
+        say_colours(judge, judge.match_colours(images))
     if options.adapt:
         judge.adapt(images)
     if options.adapt_prior:
@@ -56,11 +57,12 @@ def adapt(judge: Judge, paths: Sequence[str], options: argparse.Namespace) -> No
         print(f"frequencies estimated by {len(good)} images: {shares}")
 
 
-def say_colours(found: Sequence[ColourMap]) -> None:
+def say_colours(judge: Judge, found: Sequence[ColourMap]) -> None:
     """Prints how the images' colours are changed for each run."""
-    for one in found:
-        red, green, blue = one.tables[:, 128]
-        print(f"colours of all images: a grey of 128 becomes red {red}, green {green}, blue {blue}")
+    for run, one in zip(judge.runs, found, strict=True):
+        channels = zip(("red", "green", "blue"), one.tables[:, 128].tolist(), one.powers, strict=True)
+        text = ", ".join(f"{name} {value} (power {power:.2f})" for name, value, power in channels)
+        print(f"{run.run_dir}: colours of all images are changed: 128 becomes {text}")
 
 
 class Answers:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 from bmjax.cli.answers import say_colours
 from bmjax.cli.configured import add_hosts
 from bmjax.cli.output import check_out, metrics_line, print_confusion
-from bmjax.cli.reading import add_reading, changes, check_reading
+from bmjax.cli.reading import adaptations, add_reading, check_reading
 
 
 def add_parser(verbs: Any) -> None:
@@ -55,7 +55,7 @@ def evaluate(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from bmjax.training import hosts
 
     runs = [load_run(run_dir, options.which, trust=options.trust) for run_dir in options.run_dirs]
-    matched, adapt, prior = changes(options)
+    matched, adapt, prior = adaptations(options)
     name = setting(options.views, matched=matched, adapt=adapt, prior=prior, calibrated=options.calibrated)
     if options.pixel_size is not None and not (options.on or options.unseen):
         raise ValueError(f"--pixel-size is {options.pixel_size}; expected it with --on or --unseen, for other images")
@@ -151,6 +151,10 @@ def _check_kept(runs: Sequence[Run], options: argparse.Namespace, *, evaluates_v
     """As `_check`, of what earlier commands, or this one so far, have kept with the runs. `evaluates_val`: what
     thresholds and frequencies need will have been written by then."""
     judge = _judge(runs, options)
+    if options.match_colours:
+        others = runs[1:] if options.reference else runs
+        if others:
+            _judge(others, options).training_colours()
     if options.unfamiliar and not options.reference:
         judge.featured_reference()
     if (options.error_rate is not None or options.adapt_prior) and not evaluates_val:
@@ -208,12 +212,17 @@ def _seen(judge: Judge, target: Target, unseen: Target | None, options: argparse
     those out would need labels."""
     import numpy as np
 
+    from bmjax.analysis.evaluate.judge import TO_ADAPT, spread
+
     both = [one for one in (target, unseen) if one is not None and len(one)]
     if options.adapt or options.match_colours:
         each = zip(*(one.parts for one in both), strict=True)
-        images = [parts[0][0].images[np.concatenate([rows for _, rows in parts])] for parts in each]
+        images = []
+        for parts in each:
+            rows = np.concatenate([rows for _, rows in parts])
+            images.append(parts[0][0].images[rows[spread(len(rows), TO_ADAPT)]])
         if options.match_colours:
-            say_colours(judge.match_colours(images))
+            say_colours(judge, judge.match_colours(images))
         if options.adapt:
             judge.adapt(images)
     seen = judge(target)
@@ -262,7 +271,7 @@ def _print_scores(predictions: Predictions, pairs: Sequence[tuple[str, str]], gr
     scores = score(predictions.labels, predictions.probs, predictions.classes, tolerated=pairs, groups=groups)
     print(f"\n{text(scores)}")
     if any("groups" in one.by for one in scores.scores.values()):
-        print("the intervals are about images of new groups")
+        print("the intervals above are about images of new groups")
     return scores
 
 
@@ -312,7 +321,7 @@ def _print_refusal(
         print(refusal_text(refusal, predictions, familiar, options.unfamiliar))
         if options.split == "val" and not options.on:
             print("the threshold was chosen on these images, so the share wrong is too low")
-        if no_guarantee := without_guarantee(*changes(options), elsewhere=bool(options.on)):
+        if no_guarantee := without_guarantee(*adaptations(options), elsewhere=bool(options.on)):
             print(no_guarantee)
     for name, others in strange:
         print(strangers_text(judge, seen, others, name, refusal, options.unfamiliar))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 from bmjax.cli.answers import Answers, adapt, read_as_each
 from bmjax.cli.output import check_out
-from bmjax.cli.reading import add_reading, changes, check_reading
+from bmjax.cli.reading import adaptations, add_reading, check_reading
 from bmjax.cli.weights import predict_imagenet
 
 # As many decoded images at once: at 224 pixels 300 MB.
@@ -85,6 +85,8 @@ def predict(options: argparse.Namespace, rest: Sequence[str]) -> int:
         inputs = iter(listed := list(inputs))
     blocks = blocks_of(inputs)
     judge = _judge(run_dirs, options)
+    if options.match_colours:
+        judge.training_colours()  # known to be there before any image is read
     pictures = _Pictures(Path(options.maps), judge.runs[0]) if options.maps else None
     first = next(blocks, None)
     if first is None:
@@ -92,7 +94,7 @@ def predict(options: argparse.Namespace, rest: Sequence[str]) -> int:
     # No more padding than there are images, for the few that one looks at by hand.
     judge.batch_size = min(options.batch_size or judge.runs[0].config.train.eval_batch_size, len(first))
     answers = Answers(judge, options.error_rate, options.unfamiliar)
-    if options.error_rate is not None and (words := without_guarantee(*changes(options))):
+    if options.error_rate is not None and (words := without_guarantee(*adaptations(options))):
         log.warning("%s", words)
     if listed:
         adapt(judge, [path for path, error in listed if error is None], options)

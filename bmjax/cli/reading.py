@@ -44,7 +44,7 @@ def check_reading(options: argparse.Namespace) -> None:
         raise ValueError(f"--unfamiliar is {options.unfamiliar}; expected --error-rate beside it")
 
 
-def changes(options: argparse.Namespace) -> tuple[bool, bool, bool]:
+def adaptations(options: argparse.Namespace) -> tuple[bool, bool, bool]:
     """Whether colours, norms and frequencies are adapted."""
     return options.match_colours, options.adapt, options.adapt_prior
 

@@ -115,7 +115,7 @@ class AugmentConfig:
     preset: Literal["none", "other_laboratory"] = "none"
     """`other_laboratory`: stain, lamp, camera, scale, focus and JPEG's loss vary as between laboratories (hed 0.05,
     balance 0.15, gamma 0.2, saturation 0.3, brightness 0.1, contrast 0.2, hue 0.02, zoom 0.35, blur 0.008, jpeg 40); a
-    field that is set beside it counts instead."""
+    field that is set beside it, to another number than 0, counts instead."""
     flip: bool = True
     """Mirror left-right and up-down, each with probability one half."""
     right_angles: bool = True
@@ -195,7 +195,9 @@ class AugmentConfig:
         check(self.erase <= 1, "augment.erase", self.erase, "a probability, 0..1")
         check(self.policy_operations >= 1, "augment.policy_operations", self.policy_operations, "at least 1")
         check(0 <= self.policy_magnitude <= 30, "augment.policy_magnitude", self.policy_magnitude, "0..30")
-        check(self.balance < 1, "augment.balance", self.balance, "a number < 1")
+        for name in ("balance", "saturation"):
+            check(getattr(self, name) < 1, f"augment.{name}", getattr(self, name), "a number < 1")
+        check(self.gamma <= 2, "augment.gamma", self.gamma, "at most 2: an exponent of 7.4")
         check(self.zoom < 1, "augment.zoom", self.zoom, "a number < 1")
         check(self.blur <= 0.1, "augment.blur", self.blur, "a share of the side, at most 0.1")
         check(0 <= self.jpeg <= 100, "augment.jpeg", self.jpeg, "a quality, 1..100, or 0")

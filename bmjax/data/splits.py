@@ -291,6 +291,16 @@ def write_split(path: str | Path, dataset: Dataset, splits: Splits) -> None:
     write_text(Path(path), text.getvalue(), errors="surrogateescape")
 
 
+def groups_in(path: str | Path, ids: Sequence[str]) -> list[str]:
+    """The group (patient, slide) of each image by a manifest; empty where it names none, or where there is no file."""
+    if not Path(path).is_file():
+        return []
+    columns = read_columns(path, ("path",), ("group",))
+    group = dict(zip(columns["path"], columns["group"], strict=True))
+    groups = [group.get(str(name), "") for name in ids]
+    return groups if any(groups) else []
+
+
 def _read_sides(path: str | Path, dataset: Dataset) -> np.ndarray:
     """The side that a manifest gives each row, int [n], or _FREE."""
     columns = read_columns(path, ("path", "sha256", "label", "split"))

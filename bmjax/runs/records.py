@@ -134,13 +134,13 @@ def reliability(predictions: Predictions, bins: int = 10) -> list[Bin]:
 
 
 def class_rows(metrics: dict[str, Any], classes: tuple[str, ...]) -> list[dict[str, Any]]:
-    """A row per class: name, n, precision, recall with recall_low and recall_high (Wilson, 95 %), f1, and `confused`:
-    the class it is most often taken for with the count, or None."""
+    """A row per class: name, n, precision, recall with recall_low and recall_high (95 %; Wilson's where the figures
+    have none), f1, and `confused`: the class it is most often taken for with the count, or None."""
     rows = []
     for i, (name, figures) in enumerate(zip(classes, metrics["per_class"], strict=True)):
         others = np.array(metrics["confusion"][i])
         hits, others[i] = int(others[i]), 0
         low, high = wilson_interval(hits, figures["n"]) if figures["n"] else (0.0, 1.0)
         confused = (classes[int(others.argmax())], int(others.max())) if others.any() else None
-        rows.append({"name": name, **figures, "recall_low": low, "recall_high": high, "confused": confused})
+        rows.append({"name": name, "recall_low": low, "recall_high": high, **figures, "confused": confused})
     return rows

@@ -83,8 +83,8 @@ def over_groups(
     metrics: dict[str, Any], labels: np.ndarray, predicted: np.ndarray, groups: Sequence[str]
 ) -> dict[str, Any]:
     """The figures of `classification_metrics` of labels [n] and predictions [n] with intervals about images of new
-    groups, where some of `groups` [n] hold several images; else as they are. What one group alone tells may be
-    anything: 0 to 1."""
+    groups, where some of `groups` [n] hold several images; else as they are. `intervals_groups` is their number. What
+    one group alone tells may be anything: 0 to 1."""
     of_group = group_numbers(groups)
     if len(np.unique(of_group)) == len(labels) or not len(of_group):
         return metrics
@@ -107,9 +107,10 @@ def over_groups(
         for name, values in shares.items():
             bounds |= _bounds(name, one[name], values[:, c], len(np.unique(of_group[in_class[name]])))
         per_class.append(one | bounds)
-    note = f"intervals are about images of new groups, by a bootstrap over {g} of them"
-    notes = [note, *([metrics["intervals_note"]] if metrics.get("intervals_note") else [])]
-    return found | {"per_class": per_class, "intervals_note": "; ".join(notes)}
+    absent = int((np.bincount(labels, minlength=k) == 0).sum())
+    notes = [f"the intervals are about images of new groups, by a bootstrap over {g} of them"]
+    notes += [f"{absent} of {k} classes have no image, and are left out of the means"] if absent else []
+    return found | {"per_class": per_class, "intervals_groups": g, "intervals_note": "; ".join(notes)}
 
 
 def _bounds(name: str, value: float, drawn: np.ndarray, groups: int) -> dict[str, float]:

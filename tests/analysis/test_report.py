@@ -1,5 +1,6 @@
 """The report of a run's folder, whole or not, and what it reads there."""
 
+import csv
 import dataclasses
 import html.parser
 import json
@@ -11,9 +12,11 @@ from PIL import Image
 
 from bmjax.analysis.evaluate.scores import score
 from bmjax.analysis.report import pictures
+from bmjax.analysis.report.facts import read_facts
 from bmjax.analysis.report.report import figure_result, interval_text, write_report
 from bmjax.runs.metrics import classification_metrics
 from bmjax.runs.records import class_rows, most_wrong, read_predictions, read_records, reliability, reported_split
+from bmjax.runs.resampling import over_groups
 from tests.helpers.run_folder import cells, write_run
 
 
@@ -93,6 +96,34 @@ def test_scores_are_those_of_eval(run):
     kept["confusion"][0][0] += 1
     (folder / "evaluation_test.json").write_text(json.dumps(kept))
     assert "0.123" not in Page(write_report(folder).read_text()).text, "scores of other predictions are shown"
+
+
+def test_intervals_are_over_groups_in_the_report_and_the_card(run):
+    """Where the data name groups: in results.json, and what is computed for the page."""
+    folder, images = run
+    saved = read_predictions(folder, "test")
+    assert saved is not None
+    groups = [f"slide {i // 4}" for i in range(len(saved.labels))]
+    with (folder / "split.csv").open("w", newline="") as f:
+        csv.writer(f).writerows([("path", "group"), *zip(saved.ids.tolist(), groups, strict=True)])
+    results = json.loads((folder / "results.json").read_text())
+    metrics = classification_metrics(saved.labels, saved.probs, intervals=True)
+    results["test"] = over_groups(metrics, saved.labels, saved.predicted, groups)
+    (folder / "results.json").write_text(json.dumps(results))
+    facts = read_facts(folder)
+    assert facts.by == "a bootstrap over 10 groups"
+    accuracy = facts.scores["scores"]["accuracy"]
+    assert accuracy["by"] == "bootstrap over 10 groups"
+    assert (accuracy["low"], accuracy["high"]) == pytest.approx(
+        (results["test"]["accuracy_low"], results["test"]["accuracy_high"])
+    )
+    row, own = facts.classes[0], results["test"]["per_class"][0]
+    assert (row["recall_low"], row["recall_high"]) == (own["recall_low"], own["recall_high"])
+    write_report(folder, images)
+    page, card = (folder / "report.html").read_text(), (folder / "model_card.md").read_text()
+    for text in (page, card):
+        assert "a bootstrap over 10 groups" in text
+        assert "Wilson" not in text
 
 
 def test_without_images_mistakes_are_listed_by_name(run):

@@ -155,11 +155,25 @@ def test_colours_are_matched_for_all_images_alike(runs, capsys, tmp_path, cells)
         Image.fromarray((np.asarray(Image.open(path)) * 0.6).astype(np.uint8)).save(dark / path.parent.name / path.name)
     run = runs[1]
     (run / "reference.npz").unlink(missing_ok=True)
+    openings = (run / "openings.jsonl").read_text() if (run / "openings.jsonl").exists() else ""
+    wanted = f"`bmjax eval {run} --reference` writes them"
     assert main(["predict", str(run), str(dark), "--match-colours"]) == 2
-    assert f"`bmjax eval {run} --reference` does" in capsys.readouterr().err
+    assert wanted in capsys.readouterr().err
+    assert main(["eval", *map(str, runs), "--split", "test", "--match-colours"]) == 2
+    assert "keeps no colours of its training cells" in capsys.readouterr().err
+    after = (run / "openings.jsonl").read_text() if (run / "openings.jsonl").exists() else ""
+    assert after == openings, "refused before the split is opened"
     evaluate(capsys, run, "--reference")
+    plain_results = json.loads((run / "results.json").read_text())["val"]
+    evaluate(capsys, run, "--match-colours", "--adapt", "--views", "2")
+    results = json.loads((run / "results.json").read_text())
+    assert results["val"] == plain_results
+    assert "val-views2-matched-adapted" in results
+    assert "the colours and the norms were adapted" in evaluate(
+        capsys, run, "--on", dark, "--match-colours", "--adapt", "--error-rate", "0.4"
+    )
     out = evaluate(capsys, run, "--on", dark, "--match-colours")
-    assert "colours of all images: a grey of 128 becomes red" in out
+    assert "colours of all images are changed: 128 becomes red" in out
 
     def probs(*more):
         return np.array([[float(row[name]) for name in ("EOS", "LYT")] for row in predict(tmp_path, run, *more)])
@@ -185,7 +199,7 @@ def test_intervals_are_over_groups_where_the_data_have_them(runs, capsys, tmp_pa
         csv.writer(f).writerows([("path", "label", "group"), *rows])
     out = evaluate(capsys, runs[0], "--on", table)
     assert "bootstrap over 4 groups" in out
-    assert "the intervals are about images of new groups" in out
+    assert "the intervals above are about images of new groups" in out
     line, row = re.findall(r"^(?:.*, )?accuracy +([\d.]+) +\(([\d.]+ to [\d.]+)", out, re.M)[:2]
     assert line == row
     assert "groups" not in evaluate(capsys, runs[0], "--on", cells)

@@ -122,9 +122,10 @@ def test_saturation_gamma_and_balance_against_pillow_and_numpy():
         found = np.clip(saturation(jnp.asarray(image), jnp.float32(factor)), 0, 255)
         expected = ImageEnhance.Color(Image.fromarray(image.astype(np.uint8))).enhance(factor)
         np.testing.assert_allclose(found, np.asarray(expected), atol=1.5)  # Pillow's grey and result are whole
-    np.testing.assert_allclose(gamma(jnp.asarray(image), jnp.float32(1)), np.maximum(image, 0.255), rtol=1e-5)
-    expected = 255 * np.maximum(image / 255, 1e-3) ** 0.7
+    np.testing.assert_allclose(gamma(jnp.asarray(image), jnp.float32(1)), image, rtol=1e-5)
+    expected = 255 * (image / 255) ** 0.7
     np.testing.assert_allclose(gamma(jnp.asarray(image), jnp.float32(0.7)), expected, rtol=1e-4)
+    assert gamma(jnp.array([-3.0, 0.0, 255.0]), jnp.float32(1.3)).tolist() == pytest.approx([0, 0, 255])
     gains = np.array([1.1, 1.0, 0.8], np.float32)
     np.testing.assert_allclose(balance(jnp.asarray(image), jnp.asarray(gains)), image * gains, rtol=1e-6)
 

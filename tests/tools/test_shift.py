@@ -10,8 +10,10 @@ from scipy.ndimage import gaussian_filter
 
 import bmjax
 from bmjax.analysis.evaluate.judge import Judge, Target
+from bmjax.analysis.evaluate.reference import make_reference, write_reference
 from bmjax.config import Config, DataConfig, ModelConfig, TrainConfig
 from bmjax.data.sources.synthetic import CLASSES, render
+from bmjax.data.splits import Splits
 from bmjax.runs.folder import Run
 from bmjax.training.predict import unlabelled
 from tools import shift
@@ -57,6 +59,9 @@ def test_laboratories_are_all_kinds_at_once_to_either_side(images):
     assert one.scale * other.scale == pytest.approx(1)
     assert one.gamma * other.gamma == pytest.approx(1)
     assert one.stain == -other.stain
+    assert one.saturation * other.saturation == pytest.approx(1)
+    assert np.multiply(one.gains, other.gains).tolist() == pytest.approx([1, 1, 1])
+    assert one.jpeg + other.jpeg == pytest.approx(135, abs=1)
     assert one.defocus + other.defocus == pytest.approx(0.012)
     found = shift.shifted(images, "laboratory", 3)
     assert found.shape == images.shape
@@ -85,7 +90,15 @@ def test_rows_by_kind_and_strength(images, monkeypatch, tmp_path):
     assert len(list((tmp_path / "copies/brightness 0.5").rglob("*.png"))) == 14
     dark = np.asarray(Image.open(tmp_path / f"copies/brightness 0.5/{CLASSES[0]}/000000.png"))
     np.testing.assert_array_equal(dark, shift.shifted(images[:1], "brightness", 0.5)[0])
+    write_reference(tmp_path, make_reference(target.parts[0][0], Splits(np.arange(14), *[np.zeros(0, int)] * 2)))
+    judge = Judge([run])
+    matched = list(shift.measure(judge, target, match=True))
+    assert matched[2].nll == pytest.approx(matched[0].nll, rel=0.05), "another brightness is undone"
+    last = judge.readers[0].colours
+    assert last is not None
+    assert last.tables[0, 128] < 115, "of this shift, not of the first"
     plain = list(shift.measure(Judge([run]), target))
+    assert abs(plain[2].nll - plain[0].nll) > abs(matched[2].nll - plain[0].nll)
     assert plain[0].accuracy == pytest.approx((bmjax.predict_probs(run, images).argmax(1) == labels).mean())
     assert plain[1].nll != rows[1].nll, "adapted norms say otherwise"
 

@@ -15,8 +15,9 @@ _LEVELS = np.linspace(0.05, 0.95, 19)
 """Quantiles that the line is fitted by. Those that are black or white are left out: what was cut off is not there."""
 _FEWEST, _BLACK, _WHITE = 5, 2, 253
 _OFFSET = 2.0  # to values before the logarithm, so that the darkest count little
-_POWERS, _LEAST_SPREAD = (0.5, 2.0), 0.1
-"""No power goes beyond these, and where the logarithms hardly spread, as of nearly empty images, it is 1."""
+_POWERS, _LEAST_SPREAD = (0.5, 2.0), 10
+"""No power goes beyond these, and it is 1 where fewer quantiles are left or they lie within so many grey levels, as of
+nearly empty images."""
 
 
 def colour_shares(images: np.ndarray, labels: np.ndarray, k: int) -> np.ndarray:
@@ -57,13 +58,13 @@ def match_colours(here: np.ndarray, training: np.ndarray) -> ColourMap:
     for own, target in zip(here, training, strict=True):
         x, y = _quantiles(own), _quantiles(target)
         inside = (np.minimum(x, y) > _BLACK) & (np.maximum(x, y) < _WHITE)
-        if inside.sum() >= _FEWEST:
-            x, y = x[inside], y[inside]
-        x, y = np.log(x + _OFFSET), np.log(y + _OFFSET)
-        spread = x - x.mean()
-        power = float((spread * y).sum() / (spread**2).sum()) if np.ptp(x) > _LEAST_SPREAD else 1.0
-        powers.append(float(np.clip(power, *_POWERS)))
-        gains.append(float(np.exp(y.mean() - powers[-1] * x.mean())))
+        x, y = x[inside], y[inside]
+        power = 1.0
+        a, b = np.log(x + _OFFSET), np.log(y + _OFFSET)
+        if len(x) >= _FEWEST and np.ptp(x) > _LEAST_SPREAD:
+            power = float(np.clip(((a - a.mean()) * b).sum() / ((a - a.mean()) ** 2).sum(), *_POWERS))
+        powers.append(power)
+        gains.append(float(np.exp((b - power * a).mean())) if len(x) else 1.0)
     return ColourMap(tuple(gains), tuple(powers))
 
 

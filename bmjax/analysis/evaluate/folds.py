@@ -13,8 +13,7 @@ import numpy as np
 from bmjax.analysis.compare.statistics import corrected_resampled_interval
 from bmjax.analysis.several import Shared
 from bmjax.config.base import Config
-from bmjax.data.sources.columns import read_columns
-from bmjax.data.splits import cross_validation
+from bmjax.data.splits import cross_validation, groups_in
 from bmjax.files import write_text
 from bmjax.runs.folder import run_folder
 from bmjax.runs.records import Predictions, read_predictions
@@ -121,11 +120,8 @@ def left_out(found: Folds, repeat: int = 0) -> Predictions:
 
 
 def groups_of(found: Folds, predictions: Predictions) -> list[str]:
-    """The group (patient, slide) of each image that was left out, as the folds' split.csv has it; empty without any."""
-    columns = read_columns(Path(found.rows[0]["run_dir"]) / "split.csv", ("path", "group"))
-    group = dict(zip(columns["path"], columns["group"], strict=True))
-    groups = [group[str(name)] for name in predictions.ids]
-    return groups if any(groups) else []
+    """The group of each image that was left out, as the folds' split.csv has it; empty where the data name none."""
+    return groups_in(Path(found.rows[0]["run_dir"]) / "split.csv", predictions.ids.tolist())
 
 
 def text(found: Folds) -> str:

@@ -31,7 +31,7 @@ READING = ("image_size", "stain", "stain_reference", "pixel_size", "field_size")
 """Fields of a data configuration that decide how a file is read."""
 _ROUNDS = 2
 TO_ADAPT = 2048
-"""Images at most that norms are adapted to."""
+"""Images at most that norms and colours are adapted to."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,6 +197,28 @@ class Judge:
         for reader, part in zip(self.readers, images, strict=True):
             reader.adapt(part[spread(len(part), TO_ADAPT)])
 
+    def training_colours(self) -> list[Reference]:
+        """What each run keeps of its training cells' colours.
+
+        Raises:
+          ValueError: a run keeps none; names the command that makes it.
+        """
+        found = []
+        for run in self.runs:
+            reference = read_reference(run.run_dir)
+            if reference is None or not len(reference.colours):
+                remedy = f"`bmjax eval {run.run_dir} --reference` writes them"
+                if not split_size(run.run_dir, "val"):
+                    remedy = "runs trained by this version do"
+                raise ValueError(f"{run.run_dir} keeps no colours of its training cells; {remedy}")
+            if len(reference.colours) != len(run.classes):
+                raise ValueError(
+                    f"{run.run_dir}: reference.npz has colours of {len(reference.colours)} classes; expected "
+                    f"{len(run.classes)}, as `bmjax eval {run.run_dir} --reference` writes them"
+                )
+            found.append(reference)
+        return found
+
     def match_colours(self, images: Sequence[np.ndarray]) -> list[ColourMap]:
         """From now on, images are seen in the colours of training: by one map for all, which brings images uint8
         [n, s, s, 3], given for each run, or some of them, to the training cells of the classes predicted here.
@@ -204,19 +226,15 @@ class Judge:
         Raises:
           ValueError: a run keeps no colours of its training cells.
         """
-        for reader, part in zip(self.readers, images, strict=True):
-            run_dir, some = reader.run.run_dir, part[spread(len(part), TO_ADAPT)]
-            if (reference := read_reference(run_dir)) is None or not len(reference.colours):
-                raise ValueError(
-                    f"{run_dir} keeps no colours of its training cells; `bmjax eval {run_dir} --reference` does"
-                )
+        references = self.training_colours()
+        for reader, part, reference in zip(self.readers, images, references, strict=True):
+            some = part[spread(len(part), TO_ADAPT)]
             here = colour_shares(some, np.zeros(len(some), np.int64), 1)[0]
             reader.colours = None
             # What is seen in the first map's colours says better which classes there are.
             for _ in range(_ROUNDS):
-                shares = reader.images(some).probs.mean(0, dtype=np.float64)
-                training = np.tensordot(shares, reference.colours, 1)
-                reader.colours = match_colours(here, training)
+                shares = reader.images(some, views=1).probs.mean(0, dtype=np.float64)
+                reader.colours = match_colours(here, reference.colours_at(shares))
         return [reader.colours for reader in self.readers if reader.colours is not None]
 
     def adapt_priors(self, probs: np.ndarray) -> np.ndarray:

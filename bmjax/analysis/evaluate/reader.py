@@ -42,7 +42,7 @@ class Seen:
     features: np.ndarray
     maps: np.ndarray
     images: np.ndarray
-    """uint8 [m, s, s, 3] as the run reads them, from the disk where they are many; these are the n of `rows`."""
+    """uint8 [m, s, s, 3] as the run saw them, from the disk where they are many; these are the n of `rows`."""
     rows: np.ndarray
 
     @functools.cached_property
@@ -67,13 +67,15 @@ class Reader:
         self.colours: ColourMap | None = None
         self._predictor = Predictor(run.config, run.model, features=True)
 
-    def __call__(self, dataset: Dataset, rows: np.ndarray) -> Seen:
-        """What the run says of rows [n] of a dataset, in their order. Mapped images are held in memory."""
+    def __call__(self, dataset: Dataset, rows: np.ndarray, *, views: int | None = None) -> Seen:
+        """What the run says of rows [n] of a dataset, in their order; in its own number of views, or another. Images
+        in other colours are held in memory."""
+        views = self.views if views is None else views
         if self.colours is not None:
             dataset, rows = unlabelled(self.colours(dataset.images[rows]), self.run.classes), np.arange(len(rows))
         variables = self._predictor.to_devices(self.variables)
         total, plain = None, None
-        for view in range(self.views):
+        for view in range(views):
             turned = dataclasses.replace(dataset, images=laid(dataset.images, view))
             outputs, _ = self._predictor.outputs(variables, turned, rows)
             probs = softmax(outputs["logits"]).astype(np.float64)
@@ -82,7 +84,7 @@ class Reader:
         assert plain is not None
         energy = -np.logaddexp.reduce(np.asarray(plain["logits"], np.float64), axis=-1)
         features, maps = (np.asarray(plain[name], np.float32) for name in ("features", "maps"))
-        return Seen((total / self.views).astype(np.float32), energy, features, maps, dataset.images, rows)
+        return Seen((total / views).astype(np.float32), energy, features, maps, dataset.images, rows)
 
     def adapt(self, images: np.ndarray) -> None:
         """Sees from now on with norms adapted to images uint8 [n, s, s, 3]: see `adapted`."""
@@ -93,9 +95,9 @@ class Reader:
     def _update(self) -> Callable[..., Tree]:
         return make_update(self.run)
 
-    def images(self, images: np.ndarray) -> Seen:
+    def images(self, images: np.ndarray, *, views: int | None = None) -> Seen:
         """As a call, of images uint8 [n, s, s, 3], n >= 1, read as the run reads files."""
-        return self(unlabelled(images, self.run.classes), np.arange(len(images)))
+        return self(unlabelled(images, self.run.classes), np.arange(len(images)), views=views)
 
 
 def make_update(run: Run) -> Callable[[Tree, Tree, Any], Tree]:

@@ -18,9 +18,10 @@ from bmjax.data.splits import Splits
 from bmjax.files import read_npz
 
 FILE = "reference.npz"
-_MOST = 2000
-"""Cells of each split that are kept."""
+_MOST, _OF_A_CLASS = 2000, 300
+"""Cells of each split that are kept, and cells of each class whose colours are."""
 _NEIGHBOURS = 10
+_RARE = 0.01  # share of the images below which classes say nothing of all images' colours
 SCORES = ("probability", "energy", "mahalanobis", "neighbours", "looks", "maps", "together")
 
 
@@ -46,6 +47,13 @@ class Reference:
         """Of looks [m, 6] and, where they are known, labels [m] alone."""
         none, no_row = np.zeros((0, 0), np.float32), np.zeros(0, np.int64)
         return cls(looks, none, none[..., None], no_row if labels is None else labels, none, no_row, 0)
+
+    def colours_at(self, shares: np.ndarray) -> np.ndarray:
+        """The shares of colours [3, 256] of training cells with the classes' shares [k]. Classes without a training
+        cell count as the others."""
+        there = self.colours.sum((1, 2)) > 0
+        mixed = np.tensordot(shares[there], self.colours[there], 1)
+        return mixed if shares[there].sum() > _RARE else self.colours[there].mean(0)
 
     @property
     def has_features(self) -> bool:
@@ -126,11 +134,19 @@ def _some(rows: np.ndarray) -> np.ndarray:
     return np.sort(np.random.default_rng(0).choice(rows, _MOST, replace=False))
 
 
+def _colours(dataset: Dataset, rows: np.ndarray) -> np.ndarray:
+    """The shares of colours of each class, by so many cells of each that a rare one is there, too."""
+    rows = np.random.default_rng(0).permutation(rows)
+    each = [rows[dataset.labels[rows] == c][:_OF_A_CLASS] for c in range(len(dataset.classes))]
+    chosen = np.sort(np.concatenate(each))
+    return colour_shares(dataset.images[chosen], dataset.labels[chosen], len(dataset.classes))
+
+
 def make_reference(dataset: Dataset, splits: Splits, reader: Reader | None = None) -> Reference:
     """The reference of a run's data; with a reader of the run, its features too, where there is a validation split."""
     rows = _some(splits.train)
     labels = dataset.labels[rows].astype(np.int64)
-    colours = colour_shares(dataset.images[rows], labels, len(dataset.classes))
+    colours = _colours(dataset, splits.train)
     plain = dataclasses.replace(Reference.of_looks(looks(dataset.images[rows]), labels), colours=colours)
     if reader is None or not len(splits.val):
         return plain
@@ -183,8 +199,17 @@ def read_reference(run_dir: str | Path) -> Reference | None:
     numbers = {name: kind for kind, names in kinds.items() for name in names}
     odd += [name for name, kind in numbers.items() if arrays[name].dtype.kind != kind]
     odd += [name for name in kinds["f"] if name not in odd and not np.isfinite(arrays[name]).all()]
+    if "colours" not in odd and not _are_shares(arrays["colours"]):
+        odd.append("colours")
     if odd or not m or tuple(arrays["names"].tolist()) != LOOKS:
         raise ValueError(f"{path} is damaged: array {(odd or ['names'])[0]!r} is not as expected; {remedy}")
     arrays.pop("names")
     step = int(arrays.pop("step"))
     return Reference(**arrays, step=step)
+
+
+def _are_shares(colours: np.ndarray) -> bool:
+    """Whether colours [k, 3, 256] are shares of all values, or nothing, of each class."""
+    sums = colours.sum(-1)
+    whole = (np.abs(sums - 1) < 1e-3).all(1)
+    return bool((colours >= 0).all() and (whole | (sums == 0).all(1)).all() and (not len(colours) or whole.any()))

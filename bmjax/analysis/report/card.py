@@ -81,7 +81,7 @@ def _metrics(facts: Facts) -> list[Section]:
     opened = f" The test split was opened {told.times(facts.openings)}." if facts.openings else ""
     text = [
         f"On {where}, n = {m['n']}: accuracy {percent(m['accuracy'])} ({between(m['accuracy_low'], m['accuracy_high'])}"
-        f", Wilson's 95 % interval).{opened}",
+        f", 95 % interval by {facts.by}).{opened}",
         told.calibration_words(facts),
     ]
     rows = []

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from bmjax.analysis.evaluate import scores as evaluation
+from bmjax.data.splits import groups_in
 from bmjax.files import read_json
 from bmjax.runs.records import Predictions, class_rows, read_predictions, read_records, reported_split
 
@@ -52,11 +53,18 @@ class Facts:
         predictions = self.predictions
         assert predictions is not None
         kept = read_json(self.run_dir / f"evaluation_{self.split}.json")
-        if kept.get("confusion") == self.metrics["confusion"] and list(kept.get("classes", ())) == list(
-            predictions.classes
-        ):
+        same = kept.get("confusion") == self.metrics["confusion"]
+        same = same and list(kept.get("classes", ())) == list(predictions.classes)
+        if same and ("groups" in kept["scores"]["accuracy"]["by"]) == bool(self.metrics.get("intervals_groups")):
             return kept
-        return evaluation.score(predictions.labels, predictions.probs, predictions.classes).to_json()
+        groups = groups_in(self.run_dir / "split.csv", predictions.ids.tolist())
+        return evaluation.score(predictions.labels, predictions.probs, predictions.classes, groups=groups).to_json()
+
+    @property
+    def by(self) -> str:
+        """What the interval of the accuracy is by."""
+        groups = self.metrics.get("intervals_groups")
+        return f"a bootstrap over {groups} groups" if groups else "Wilson's"
 
     @functools.cached_property
     def classes(self) -> list[dict[str, Any]]:

@@ -129,6 +129,8 @@ class View:
     def note(self) -> str:
         m, opened = self.facts.metrics, self.facts.openings
         text = "In brackets 95 % intervals: Wilson's for accuracy, a Bayesian bootstrap's for the means over classes. "
+        if m.get("intervals_groups"):
+            text = f"In brackets 95 % intervals, by {self.facts.by}. "
         text += f"The {m.get('checkpoint', 'best')} checkpoint" + (f", of step {m['step']}. " if "step" in m else ". ")
         text += f"The test split was opened {facts.times(opened)}. " if opened else ""
         return text + (f"{m['intervals_note'].capitalize()}." if m.get("intervals_note") else "")

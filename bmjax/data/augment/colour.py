@@ -46,9 +46,8 @@ def saturation(image: jax.Array, factor: jax.Array) -> jax.Array:
 
 
 def gamma(image: jax.Array, exponent: jax.Array) -> jax.Array:
-    """Every value, as a share of 255, to the power `exponent`: above 1 darkens the middle, black and white stay."""
-    # At 0 the power's derivative is infinite, and a camera's darkest value is above 0 in any case.
-    return 255 * jnp.maximum(image / 255, 1e-3) ** exponent
+    """Every value, as a share of 255, to the power `exponent` > 0: above 1 darkens the middle, black and white stay."""
+    return 255 * jnp.maximum(image / 255, 0) ** exponent  # what colour made negative has no power
 
 
 def balance(image: jax.Array, gains: jax.Array) -> jax.Array:

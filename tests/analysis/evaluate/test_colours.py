@@ -65,6 +65,10 @@ def test_empty_images_tell_no_power():
     nearly = np.full((4, 16, 16, 3), 120, np.uint8)
     nearly[:, :8] = 121
     assert match_colours(shares_of(nearly), noise).powers == (1, 1, 1)
+    for level in (0, 5, 255):
+        flat = match_colours(shares_of(np.full((2, 16, 16, 3), level, np.uint8)), noise)
+        assert flat.powers == (1, 1, 1)
+        assert flat.gains == (1, 1, 1) or 2 < level < 253, "what was cut off is not there"
     steep = shares_of((100 + noise_of(20)).astype(np.uint8))
     assert match_colours(steep, noise).powers == (2, 2, 2)
 

@@ -12,9 +12,11 @@ from sklearn.neighbors import NearestNeighbors
 from bmjax.analysis.evaluate.foreign import foreign_words
 from bmjax.analysis.evaluate.looks import LOOKS, as_frequent, compare_looks, looks, weighted_median
 from bmjax.analysis.evaluate.reader import Seen
-from bmjax.analysis.evaluate.reference import FILE, Reference, read_reference, write_reference
+from bmjax.analysis.evaluate.reference import FILE, Reference, make_reference, read_reference, write_reference
 from bmjax.analysis.evaluate.strangers import auroc
 from bmjax.data.sources.synthetic import CLASSES, render
+from bmjax.data.splits import Splits
+from bmjax.training.predict import unlabelled
 
 
 def seen(rng, n, middle=0.0, k=3, c=8):
@@ -85,6 +87,36 @@ def test_it_is_kept_with_the_run_and_believed_only_whole(reference, tmp_path):
     (tmp_path / FILE).write_bytes((tmp_path / FILE).read_bytes()[:200])
     with pytest.raises(ValueError, match=f"{FILE}.*bmjax eval RUN --reference"):
         read_reference(tmp_path)
+
+
+def test_colours_are_kept_for_rare_classes_too_and_believed_only_as_shares(reference, tmp_path):
+    labels = np.array([0] * 2500 + [1] * 3, np.int32)
+    images = np.full((len(labels), 16, 16, 3), 40, np.uint8)
+    images[labels == 1] = 200
+    dataset = dataclasses.replace(unlabelled(images, ("a", "b", "c")), labels=labels)
+    none = np.zeros(0, np.int64)
+    made = make_reference(dataset, Splits(np.arange(len(labels)), none, none))
+    assert made.colours[0, 0, 40] == made.colours[1, 2, 200] == 1
+    assert made.colours[2].sum() == 0
+    np.testing.assert_allclose(made.colours_at(np.array([0.5, 0.5, 0.0]))[0, [40, 200]], 0.5)
+    np.testing.assert_allclose(made.colours_at(np.array([0.0, 0.0, 1.0]))[0, [40, 200]], 0.5)
+    write_reference(tmp_path, made)
+    kept = read_reference(tmp_path)
+    assert kept is not None
+    np.testing.assert_array_equal(kept.colours, made.colours)
+    for wrong in (made.colours[:, :2], 2 * made.colours, -made.colours, made.colours[2:]):
+        write_reference(tmp_path, dataclasses.replace(made, colours=wrong))
+        with pytest.raises(ValueError, match="array 'colours' is not as expected; `bmjax eval RUN --reference`"):
+            read_reference(tmp_path)
+    # A file of before has none.
+    write_reference(tmp_path, reference)
+    arrays = dict(np.load(tmp_path / FILE))
+    del arrays["colours"]
+    np.savez_compressed(tmp_path / FILE, **arrays)
+    kept = read_reference(tmp_path)
+    assert kept is not None
+    assert kept.has_features
+    assert len(kept.colours) == 0
 
 
 @pytest.fixture(scope="module")
