@@ -41,7 +41,7 @@ _malloc_set: list[bool] = []
 
 
 def cache_folder() -> Path:
-    """The folder of everything that can be made again: weights, decoded images, compiled programs."""
+    """The folder of everything that can be rebuilt: weights, decoded images, compiled programs."""
     return Path(os.environ.get("BMJAX_CACHE", Path.home() / ".cache" / "bmjax"))
 
 
@@ -117,7 +117,7 @@ def _keep_freed_memory() -> bool:
     """Tells malloc to keep what is freed; False where that is not ours to say, or not known to help.
 
     XLA's CPU backend allocates a step's temporaries at its start and frees them at its end. By default glibc hands such
-    large pieces back at once, and the kernel zeroes each page of them anew in the next step.
+    large pieces back at once, and the kernel zeroes each of their pages again in the next step.
     """
     given = any(name.startswith("MALLOC_") for name in os.environ) or "malloc" in os.environ.get("GLIBC_TUNABLES", "")
     if given or platform.libc_ver()[0] != "glibc" or not cpu_only():

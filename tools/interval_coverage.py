@@ -1,7 +1,7 @@
 """How often 95 % intervals of macro F1, balanced accuracy and per-class figures hold the truth, by simulation.
 
 Part of tools/simulate_verdicts.py. The truth is the figure of the population over all its classes, also those the
-sample lacks. Each repeat has another population: recalls and where errors go are drawn anew.
+sample lacks. Each repeat has another population: recalls and where errors go are drawn again.
 """
 
 from __future__ import annotations

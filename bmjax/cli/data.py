@@ -140,7 +140,7 @@ def build(options: argparse.Namespace) -> int:
 
         builder = Bloodmnist(data_dir=out, config=options.config or "px28")
     if Path(builder.data_dir).exists():
-        raise FileExistsError(f"{builder.data_dir} is built already; expected none there: delete it to build it anew")
+        raise FileExistsError(f"{builder.data_dir} is built already; expected none there: delete it to build it again")
     builder.download_and_prepare(
         download_dir=options.downloads or out / "downloads",
         download_config=tfds.download.DownloadConfig(manual_dir=options.source),

@@ -207,10 +207,12 @@ def _cache() -> Finding:
 def _compilation_cache() -> Finding:
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     if not folder:
-        advice = "off: each start compiles anew, for minutes; import bmjax before jax, or set JAX_COMPILATION_CACHE_DIR"
+        advice = (
+            "off: each start compiles again, for minutes; import bmjax before jax, or set JAX_COMPILATION_CACHE_DIR"
+        )
         return ("WARN", "compiled programs", advice)
     if "://" not in folder and (why := _writable(Path(folder))):
-        return ("WARN", "compiled programs", f"{folder} can't be written ({why}): each start compiles anew")
+        return ("WARN", "compiled programs", f"{folder} can't be written ({why}): each start compiles again")
     return ("OK", "compiled programs", f"kept in {folder}")
 
 

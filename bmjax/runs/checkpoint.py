@@ -193,7 +193,7 @@ class Checkpoints:
             raise FileNotFoundError(f"{self.folder} holds no finished checkpoint yet")
         raise Damaged(
             f"{damaged[0][1]}; no checkpoint in {self.folder} is whole. Put one back from a copy, or remove the folder "
-            "of the run and train it anew"
+            "of the run and train it again"
         )
 
     def meta(self, step: int) -> dict[str, Any]:

@@ -22,3 +22,15 @@ def balanced_accuracy(counts: np.ndarray) -> np.ndarray:
     true = counts.sum(-1)
     recall = np.diagonal(counts, axis1=-2, axis2=-1) / np.where(true > 0, true, 1)
     return recall.sum(-1) / np.maximum((true > 0).sum(-1), 1)
+
+
+def class_shares(counts: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Numerators and denominators [..., k] of each class's scores, of confusion matrices [..., k, k]."""
+    hits, true, predicted = np.diagonal(counts, axis1=-2, axis2=-1), counts.sum(-1), counts.sum(-2)
+    negatives = counts.sum((-2, -1))[..., None] - true
+    return {
+        "sensitivity": (hits, true),
+        "specificity": (negatives - (predicted - hits), negatives),
+        "precision": (hits, predicted),
+        "f1": (2 * hits, true + predicted),
+    }

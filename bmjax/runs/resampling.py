@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from bmjax.runs.confusion import balanced_accuracy, macro_f1
+from bmjax.runs.confusion import balanced_accuracy, class_shares, macro_f1
 from bmjax.runs.intervals import wilson_interval
 
 _BLOCK = 250
@@ -79,6 +79,17 @@ def _bounded(z: float, scale: Scale) -> float:
     return float(least + (1 - least) / (1 + np.exp(-z)))
 
 
+def share_of(top: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """Numerators over denominators; NaN where there is nothing to be a share of."""
+    return np.where(below > 0, top / np.maximum(below, 1), np.nan)
+
+
+def images_told_by(labels: np.ndarray, predicted: np.ndarray, c: int) -> dict[str, np.ndarray]:
+    """Which images, bool [n], each of class c's scores is a share of: so many groups are independent draws of it."""
+    true, said = labels == c, predicted == c
+    return {"sensitivity": true, "specificity": ~true, "precision": said, "f1": true | said}
+
+
 def over_groups(
     metrics: dict[str, Any], labels: np.ndarray, predicted: np.ndarray, groups: Sequence[str]
 ) -> dict[str, Any]:
@@ -92,20 +103,17 @@ def over_groups(
     cells = np.zeros((g, k * k))
     np.add.at(cells, (of_group, labels * k + predicted), 1)
     drawn = np.concatenate([block.T @ cells for block in resamples(g, DRAWS, 0)]).reshape(-1, k, k)
-    hits, true, said = np.diagonal(drawn, axis1=-2, axis2=-1), drawn.sum(-1), drawn.sum(-2)
     found = dict(metrics)
-    figures = {"accuracy": hits.sum(-1) / true.sum(-1), "macro_f1": macro_f1(drawn)}
+    figures = {"accuracy": np.trace(drawn, axis1=-2, axis2=-1) / drawn.sum((-2, -1)), "macro_f1": macro_f1(drawn)}
     figures["balanced_accuracy"] = balanced_accuracy(drawn)
     for name, values in figures.items():
         found |= _bounds(name, metrics[name], values, g)
-    with np.errstate(invalid="ignore"):
-        shares = {"recall": hits / true, "precision": hits / said, "f1": 2 * hits / (true + said)}
+    shares = {name: share_of(*part) for name, part in class_shares(drawn).items()}
     per_class = []
     for c, one in enumerate(metrics["per_class"]):
-        in_class = {"recall": labels == c, "precision": predicted == c, "f1": (labels == c) | (predicted == c)}
-        bounds = {}
-        for name, values in shares.items():
-            bounds |= _bounds(name, one[name], values[:, c], len(np.unique(of_group[in_class[name]])))
+        there, bounds = images_told_by(labels, predicted, c), {}
+        for name, same in (("recall", "sensitivity"), ("precision", "precision"), ("f1", "f1")):
+            bounds |= _bounds(name, one[name], shares[same][:, c], len(np.unique(of_group[there[same]])))
         per_class.append(one | bounds)
     absent = int((np.bincount(labels, minlength=k) == 0).sum())
     notes = [f"the intervals are about images of new groups, by a bootstrap over {g} of them"]

@@ -37,7 +37,7 @@ from bmjax.runs.folder import image_dtype, new_variables
 from bmjax.training.steps import at_precision
 
 log = logging.getLogger(__name__)
-VERSION = 1  # of how maps are computed and stored; a change makes every file anew
+VERSION = 1  # of how maps are computed and stored; a change rebuilds every file
 
 
 def tree_digest(tree: Tree) -> str:
@@ -181,9 +181,9 @@ def _read(path: Path, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray | N
     except FileNotFoundError:
         return None
     except (ValueError, OSError) as e:
-        log.warning("%s: damaged (%s); made anew", path, e)
+        log.warning("%s: damaged (%s); rebuilt", path, e)
         return None
     if maps.shape != shape or maps.dtype != dtype:
-        log.warning("%s: damaged (%s %s); made anew", path, maps.dtype, maps.shape)
+        log.warning("%s: damaged (%s %s); rebuilt", path, maps.dtype, maps.shape)
         return None
     return maps

@@ -231,7 +231,7 @@ def _rate_state(opt_state: Tree) -> RateState:
 def update_plateau(optimizer: Optimizer, opt_state: Tree, value: float) -> Tree:
     """The state after an epoch whose validation loss was `value`; unchanged unless the schedule is `plateau`.
 
-    After `patience` epochs without a new best the rate is multiplied by `factor`, and the count begins anew.
+    After `patience` epochs without a new best the rate is multiplied by `factor`, and the count starts again.
     """
     if optimizer.schedule.kind != "plateau":
         return opt_state

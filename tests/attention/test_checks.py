@@ -208,7 +208,7 @@ EXPECTED = {
     UnseededDropout: {"deterministic": "evaluation: two calls with one input differ in y"},
     Float32Result: {"dtype": "evaluation: bfloat16 features became float32; expected bfloat16"},
     MovesInEvaluation: {"statistics": "evaluation moved batch_stats by up to"},
-    Retraced: {"retrace": "the second training step was compiled anew: mean float32[64] -> bfloat16[64]"},
+    Retraced: {"retrace": "the second training step was compiled again: mean float32[64] -> bfloat16[64]"},
     OneDevice: {"devices": "four devices under pmap and one differ in "},
     OnlyUnderJit: {"eager_is_jit": "evaluation: with jit differs from without in y by up to"},
     FixedSize: {"sizes": "features of 1x1 places raised ScopeParamShapeError: "},

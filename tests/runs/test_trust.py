@@ -63,7 +63,7 @@ def test_one_flipped_bit_of_the_cache_is_seen(tmp_path, caplog, place):
     images, _ = cache.cached(tmp_path, "k" * 64, 1, 4, [IMAGE], progress=False)
     assert np.array_equal(images, IMAGE[None])
     assert "damaged" in caplog.text
-    assert "made anew" in caplog.text
+    assert "rebuilt" in caplog.text
 
 
 def test_inverted_bytes_of_the_cache_are_seen(tmp_path, caplog):

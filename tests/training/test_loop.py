@@ -111,7 +111,7 @@ def test_a_finished_run_keeps_its_best_checkpoint_alone_where_told_to(name, requ
     monkeypatch.undo()
     assert bmjax.train(config, resume=True).metrics == whole.metrics
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["best"]
-    # Again, it is finished; and one killed before its results were there is trained anew.
+    # Again, it is finished; and one killed before its results were there is trained again.
     assert bmjax.train(config, resume=True).metrics == whole.metrics
     (run / "results.json").unlink()
     assert bmjax.train(config, resume=True).metrics == whole.metrics

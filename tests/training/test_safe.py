@@ -110,5 +110,5 @@ def test_a_damaged_checkpoint_is_said_and_the_run_goes_on_from_the_one_before(co
     for path in (Path(config.run_dir) / "checkpoints/best").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"checkpoints/best/\d+ is damaged: .*train it anew"):
+    with pytest.raises(ValueError, match=r"checkpoints/best/\d+ is damaged: .*train it again"):
         bmjax.load_run(config.run_dir)

@@ -329,7 +329,7 @@ def peak_memory() -> int:
 
 
 def reset_peak_memory() -> None:
-    """Hands back what is freed and begins anew, so that compiling doesn't count; on Linux alone."""
+    """Hands back what is freed and starts again, so that compiling doesn't count; on Linux alone."""
     gc.collect()
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)

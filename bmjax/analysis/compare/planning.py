@@ -145,7 +145,7 @@ def until_shown(
     """Where a comparison stands that goes on until each variant's difference is shown or is less than `wanted`.
 
     `hits` bool [s, n] of the seeds so far, in the order they were trained in; `at`: all planned looks, as `looks`
-    gives them, planned before the first. Looks are made anew from the hits, so nothing else has to be kept.
+    gives them, planned before the first. Looks are computed again from the hits, so nothing else has to be kept.
 
     Raises:
       ValueError: as `compare`; or the number of seeds is none of the looks.

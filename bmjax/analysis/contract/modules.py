@@ -36,7 +36,7 @@ def made(s: Subject) -> str | None:
             "Use tuples as fields, never lists, dicts or arrays.",
         )
     if s.module != s.make():
-        return say("two modules made alike are unequal", "equal ones", "Is a field's default made anew each time?")
+        return say("two modules made alike are unequal", "equal ones", "Is a field's default built again each time?")
     return None
 
 
@@ -178,7 +178,7 @@ def eager_is_jit(s: Subject) -> str | None:
 
 
 def retrace(s: Subject) -> str | None:
-    """A second call, with the statistics that the first returned, is not compiled anew."""
+    """A second call, with the statistics that the first returned, is not compiled again."""
     first = s.usual["training"]["stats"]
     before = s.traces
     s.program(s.variables | ({"batch_stats": first} if first else {}), s.features(seed=3))
@@ -186,7 +186,7 @@ def retrace(s: Subject) -> str | None:
         return None
     types = {p: jax.typeof(v) for p, v in leaves(_stats(s.variables))}
     changed = [f"{p} {types.get(p)} -> {jax.typeof(v)}" for p, v in leaves(first) if jax.typeof(v) != types.get(p)]
-    seen = f"the second training step was compiled anew: {', '.join(changed) or 'nothing it was given had changed'}"
+    seen = f"the second training step was compiled again: {', '.join(changed) or 'nothing it was given had changed'}"
     return say(seen, "one program", "Statistics must come back in the shape and type in which they were given.")
 
 

@@ -11,9 +11,18 @@ import numpy as np
 from bmjax.analysis.evaluate.resampling import COUNTED, Ranking, counted, mean_over_classes
 from bmjax.files import printable
 from bmjax.registry import unknown
-from bmjax.runs.confusion import confusion_matrix
+from bmjax.runs.confusion import class_shares, confusion_matrix
 from bmjax.runs.intervals import class_intervals, macro_intervals, proportion_intervals, wilson_interval
-from bmjax.runs.resampling import DRAWS, Scale, group_numbers, group_resamples, normal_interval, resamples
+from bmjax.runs.resampling import (
+    DRAWS,
+    Scale,
+    group_numbers,
+    group_resamples,
+    images_told_by,
+    normal_interval,
+    resamples,
+    share_of,
+)
 
 WILSON, BAYES, BOOTSTRAP = "Wilson", "Bayesian bootstrap", "bootstrap"
 _SCALES: dict[str, Scale] = {"kappa": "signed", "mcc": "signed", "nll": "log", "brier": "log"}
@@ -146,33 +155,18 @@ def _over_groups(
             return Score(score.value, float("nan"), float("nan"), by)
         return dataclasses.replace(_bootstrap(name, score.value, values, n), by=by)
 
-    parts = _tops_and_belows(counts)
+    shares = {what: share_of(*part) for what, part in class_shares(counts).items()}
     classes = {}
     for c, (name, own) in enumerate(found.classes.items()):
-        true, said = labels == c, predicted == c
-        there = {"specificity": ~true, "precision": said, "f1": true | said}
-        values = {
-            what: np.where(below > 0, top / np.maximum(below, 1), np.nan)[:, c] for what, (top, below) in parts.items()
-        }
+        there = images_told_by(labels, predicted, c)
+        values = {what: drawn_shares[:, c] for what, drawn_shares in shares.items()}
         values |= {"roc_auc": areas[0, c], "pr_auc": areas[1, c]}
         classes[name] = {
-            what: again(what, score, values[what], len(np.unique(of_group[there.get(what, true)])))
+            what: again(what, score, values[what], len(np.unique(of_group[there.get(what, labels == c)])))
             for what, score in own.items()
         }
     scores = {name: again(name, score, drawn[name], g) for name, score in found.scores.items()}
     return dataclasses.replace(found, scores=scores, classes=classes)
-
-
-def _tops_and_belows(counts: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Numerators and denominators [..., k] of each class's scores, of confusion matrices [..., k, k]."""
-    hits, true, predicted = np.diagonal(counts, axis1=-2, axis2=-1), counts.sum(-1), counts.sum(-2)
-    negatives = counts.sum((-2, -1))[..., None] - true
-    return {
-        "sensitivity": (hits, true),
-        "specificity": (negatives - (predicted - hits), negatives),
-        "precision": (hits, predicted),
-        "f1": (2 * hits, true + predicted),
-    }
 
 
 def _at(
@@ -202,7 +196,7 @@ def _of_classes(
     counts: np.ndarray, classes: Sequence[str], areas: np.ndarray, drawn: np.ndarray
 ) -> dict[str, dict[str, Score]]:
     """Sensitivity, specificity, precision, f1 and the areas, one against the rest, of each class."""
-    n, bounds, parts = counts.sum(), class_intervals(counts), _tops_and_belows(counts)
+    n, bounds, parts = counts.sum(), class_intervals(counts), class_shares(counts)
     held = bounds | {"sensitivity": bounds["recall"], "specificity": proportion_intervals(*parts["specificity"])}
     values = {what: (*part, held[what]) for what, part in parts.items()}
     found = {}

@@ -102,7 +102,7 @@ def rank_correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def randomised(
     model: Classifier, variables: Tree, seed: int, image_size: int, what: Literal["head", "whole"]
 ) -> dict[str, Tree]:
-    """The variables with the head's, or all, drawn anew, statistics too."""
+    """The variables with the head's, or all, drawn again, statistics too."""
     fresh = init(model, jax.random.key(seed), image_size)
     fresh = jax.tree.map(lambda old, new: np.asarray(new, old.dtype), dict(variables), fresh)
     if what == "whole":

@@ -27,7 +27,7 @@ from bmjax.environment import check_own_cache, why_foreign
 from bmjax.files import mapped, seal, sealed_json, temporary_folder, unsealed_json
 
 log = logging.getLogger(__name__)
-VERSION = 2  # of decoding, resizing and the cache's layout; a change makes every cache anew
+VERSION = 2  # of decoding, resizing and the cache's layout; a change rebuilds every cache
 Errors = dict[int, str]
 
 
@@ -205,5 +205,5 @@ def _read(folder: Path, n: int, size: int) -> tuple[np.ndarray, Errors] | None:
         return None
     except (ValueError, TypeError, OSError, RecursionError) as e:
         reason = str(e)
-    log.warning("%s: damaged (%s); made anew", folder, reason)
+    log.warning("%s: damaged (%s); rebuilt", folder, reason)
     return None

@@ -22,7 +22,7 @@ from bmjax.data.dataset import Dataset
 from bmjax.data.images.cache import cached
 from bmjax.data.sources.cells import CLASSES, KINDS, Density, Frame, canvas_of, draw_cell, draw_surroundings
 
-VERSION = 1  # of the renderer; a change makes every picture anew
+VERSION = 1  # of the renderer; a change redraws every picture
 
 
 def blur(channels: np.ndarray, sigma: float, pixel: float) -> np.ndarray:

@@ -131,7 +131,7 @@ HEADS = {
     "statistics": (MovingHead, "evaluation moved batch_stats"),
     "leak": (LeakHead, "another first sample changed the others' result"),
     "eager_is_jit": (TracedHead, "evaluation: with jit differs from without in y"),
-    "retrace": (RetracedHead, "the second training step was compiled anew: mean float32[32] -> bfloat16[32]"),
+    "retrace": (RetracedHead, "the second training step was compiled again: mean float32[32] -> bfloat16[32]"),
     "devices": (OneDeviceHead, "four devices under pmap and one differ in"),
 }
 
@@ -280,7 +280,7 @@ NETS = {
     "frozen": (Thaws, "mode 'stats_frozen' moved batch_stats"),
     "finite": (RootAtZero, "evaluation, float32 images of 64x64 pixels, all 0: y is not finite"),
     "bfloat16": (Coarse, "bfloat16 differs by "),
-    "retrace": (Retraced, "the second training step was compiled anew: mean float32[3] -> bfloat16[3]"),
+    "retrace": (Retraced, "the second training step was compiled again: mean float32[3] -> bfloat16[3]"),
     "devices": (OneDevice, "four devices under pmap and one differ in"),
 }
 
