@@ -13,21 +13,28 @@ if TYPE_CHECKING:
     from bmjax.analysis.evaluate.colours import ColourMap
     from bmjax.analysis.evaluate.judge import Judge
     from bmjax.analysis.evaluate.reader import Seen
+    from bmjax.runs.folder import Run
 
 log = logging.getLogger(__name__)
 
 
-def read_as_each(judge: Judge, paths: Sequence[str]) -> list[list[Any]]:
-    """The files as each run reads them: images uint8 [s, s, 3], or the reasons why one can't be read."""
+def read_as_each(runs: Sequence[Run], paths: Sequence[str]) -> list[list[Any]]:
+    """The files as each run reads them: images uint8 [s, s, 3], or the reason why one can't be read by all runs: runs
+    of other sizes or scales may refuse what others read."""
     from bmjax.analysis.evaluate.judge import elsewhere
     from bmjax.data.load import read_files
 
     read: dict[Any, list[Any]] = {}
-    for run in judge.runs:
+    for run in runs:
         key = elsewhere(run.config.data)
         if key not in read:
             read[key] = list(read_files(paths, run.config.data))
-    return [read[elsewhere(run.config.data)] for run in judge.runs]
+    for i in range(len(paths)):
+        reasons = [part[i] for part in read.values() if isinstance(part[i], str)]
+        if reasons:
+            for part in read.values():
+                part[i] = reasons[0]
+    return [read[elsewhere(run.config.data)] for run in runs]
 
 
 def adapt(judge: Judge, paths: Sequence[str], options: argparse.Namespace) -> None:
@@ -41,7 +48,7 @@ def adapt(judge: Judge, paths: Sequence[str], options: argparse.Namespace) -> No
     from bmjax.analysis.evaluate.judge import TO_ADAPT, spread
 
     chosen = [str(paths[int(i)]) for i in spread(len(paths), TO_ADAPT)]
-    read = read_as_each(judge, chosen)
+    read = read_as_each(judge.runs, chosen)
     good = [i for i in range(len(chosen)) if not isinstance(read[0][i], str)]
     least = 2 if options.adapt or options.adapt_prior else 1
     if len(good) < least:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from bmjax.runs.folder import Run
     from bmjax.runs.records import Predictions
 
-from bmjax.cli.answers import say_colours
+from bmjax.cli.answers import read_as_each, say_colours
 from bmjax.cli.configured import add_hosts
 from bmjax.cli.output import check_out, metrics_line, print_confusion
 from bmjax.cli.reading import adaptations, add_reading, check_reading
@@ -332,12 +332,10 @@ def _images(judge: Judge, options: argparse.Namespace) -> list[Any]:
     import numpy as np
 
     from bmjax.analysis.evaluate.judge import at_pixel_size
-    from bmjax.data.load import read_files
     from bmjax.data.sources.folder import image_files
 
-    paths = image_files([options.unseen])
-    runs = at_pixel_size(judge.runs, options.pixel_size)
-    each = [[x for x in read_files(paths, run.config.data) if not isinstance(x, str)] for run in runs]
+    read = read_as_each(at_pixel_size(judge.runs, options.pixel_size), image_files([options.unseen]))
+    each = [[x for x in part if not isinstance(x, str)] for part in read]
     if not each[0]:
         raise ValueError(f"--unseen is {options.unseen!r}, where no image can be read; expected a folder of images")
     return [np.stack(images) for images in each]

@@ -27,6 +27,7 @@ from bmjax.cli.weights import predict_imagenet
 _PREDICT_AT_ONCE = 2048
 _NAMED = 20
 """Files that can't be read and are named on the terminal; the table names all."""
+_NO_NUMBER = "the network's probabilities of it are no numbers"
 _LISTS = (".csv", ".tsv", ".parquet", ".zip", ".tar")
 
 log = logging.getLogger(__name__)
@@ -200,7 +201,7 @@ def predictions_of(
 
     start = 0
     for block in blocks:
-        read = read_as_each(judge, [path for path, error in block if error is None])
+        read = read_as_each(judge.runs, [path for path, error in block if error is None])
         found = iter(read[0])
         first = [next(found) if error is None else error for _, error in block]
         errors = [image if isinstance(image, str) else None for image in first]
@@ -212,7 +213,10 @@ def predictions_of(
             seen = judge.images(images)
             probs[rows] = seen.probs
             for i in rows:
-                names[i] = judge.classes[int(probs[i].argmax())]
+                if np.isfinite(probs[i]).all():
+                    names[i] = judge.classes[int(probs[i].argmax())]
+                else:
+                    probs[i], errors[i] = np.nan, _NO_NUMBER
             answers.warn_of_foreign(seen, start)
             if pictures is not None:
                 pictures.draw(seen.images[seen.rows], [(start + i, block[i].path) for i in rows])

@@ -17,6 +17,12 @@ def macro_f1(counts: np.ndarray) -> np.ndarray:
     return (2 * hits / np.where(total > 0, total, 1)).sum(-1) / (total > 0).sum(-1)
 
 
+def check_labels(labels: np.ndarray, k: int) -> None:
+    """Raises a ValueError unless labels [n], n >= 1, are 0..k-1."""
+    if labels.min() < 0 or labels.max() >= k:
+        raise ValueError(f"labels range from {labels.min()} to {labels.max()}; expected 0 to {k - 1}")
+
+
 def balanced_accuracy(counts: np.ndarray) -> np.ndarray:
     """Mean recall of the classes present, of confusion matrices [..., k, k] (counts or shares)."""
     true = counts.sum(-1)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from bmjax.registry import label_of, load_own
-from bmjax.runs.confusion import balanced_accuracy, confusion_matrix, macro_f1
+from bmjax.runs.confusion import balanced_accuracy, check_labels, confusion_matrix, macro_f1
 from bmjax.runs.intervals import class_intervals, intervals_note, macro_intervals, wilson_interval
 
 
@@ -74,8 +74,7 @@ def classification_metrics(
     if probs.ndim != 2 or len(labels) != len(probs) or len(labels) == 0:
         raise ValueError(f"labels {labels.shape} and probabilities {probs.shape}; expected [n] and [n, k] with n >= 1")
     n, k = probs.shape
-    if labels.min() < 0 or labels.max() >= k:
-        raise ValueError(f"labels range from {labels.min()} to {labels.max()}; expected 0 to {k - 1}")
+    check_labels(labels, k)
     counts = confusion_matrix(labels, probs.argmax(-1), k)
     hits = int(np.trace(counts))
     low, high = wilson_interval(hits, n)

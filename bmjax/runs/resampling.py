@@ -16,7 +16,7 @@ from bmjax.runs.intervals import wilson_interval
 _BLOCK = 250
 """Resamples at a time: 5 MB of weights for 5,000 images."""
 DRAWS = 2000
-_LEAST, _Z = 1e-12, 1.959963984540054
+_LEAST = 1e-12
 
 Scale = Literal["share", "signed", "log"]
 """What a figure lies between: 0 and 1, -1 and 1, or 0 and infinity."""
@@ -46,21 +46,27 @@ def group_numbers(groups: Sequence[str]) -> np.ndarray:
 
 
 def normal_interval(value: float, drawn: np.ndarray, n: int, scale: Scale = "share") -> tuple[float, float]:
-    """The 95 % interval of a figure that is normal on a scale without bounds, logit or logarithm, with the deviation of
-    the draws [r] there; NaN where it can't be told.
+    """The 95 % interval of a figure of n independent draws that is normal on a scale without bounds, logit or
+    logarithm, with the deviation of the resamples [r] there; NaN where it can't be told, as of n < 2.
 
-    Percentiles hold too little near a bound: docs/evaluation.md. Where no resample of n images differs from a perfect
-    score, nothing is known but that errors are rare: Wilson's interval of n in n. And of none in n for a score of 0.
+    Percentiles hold too little near a bound: docs/evaluation.md. A resample of n draws varies by n - 1 of them, so the
+    deviation is that much larger and the interval Student's. Where no resample differs from a perfect score, nothing is
+    known but that errors are rare: Wilson's interval of n in n. And of none in n for a score of 0.
     """
     known = drawn[np.isfinite(drawn)]
-    if not np.isfinite(value) or not len(known):
+    if not np.isfinite(value) or not len(known) or n < 2:
         return float("nan"), float("nan")
+    from scipy.stats import t as student
+
     if value == 1 and scale != "log" and (known == 1).all():
         return wilson_interval(n, n)[0], 1.0
     if value == 0 and scale == "share" and (known == 0).all():
         return 0.0, wilson_interval(0, n)[1]
+    if scale != "share" and (known == known[0]).all():  # that nothing varies is by the few images
+        return float("nan"), float("nan")
     middle, deviation = float(_free(np.array(value), n, scale)), float(_free(known, n, scale).std())
-    low, high = (_bounded(middle + sign * _Z * deviation, scale) for sign in (-1, 1))
+    half = float(student.ppf(0.975, n - 1)) * np.sqrt(n / (n - 1)) * deviation
+    low, high = (_bounded(middle + sign * half, scale) for sign in (-1, 1))
     return min(low, float(value)), max(high, float(value))
 
 
@@ -122,5 +128,5 @@ def over_groups(
 
 
 def _bounds(name: str, value: float, drawn: np.ndarray, groups: int) -> dict[str, float]:
-    low, high = normal_interval(value, drawn, groups) if groups > 1 else (float("nan"), float("nan"))
+    low, high = normal_interval(value, drawn, groups)
     return {f"{name}_low": low, f"{name}_high": high} if np.isfinite(low) else {f"{name}_low": 0.0, f"{name}_high": 1.0}

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 import bmjax
-from bmjax.analysis.evaluate.calibration import FILE, read_calibration
-from bmjax.analysis.evaluate.refusal import UNSURE
+from bmjax.analysis.evaluate.calibration import FILE, cross_fitted, read_calibration
+from bmjax.analysis.evaluate.judge import Judge
+from bmjax.analysis.evaluate.refusal import UNSURE, fit_refusal
 from bmjax.cli.main import main
 from bmjax.config import Config, DataConfig, HeadConfig, ModelConfig, StageConfig, TrainConfig
 from bmjax.data.sources.synthetic import render
@@ -109,6 +110,37 @@ def test_two_runs_are_one_classifier(runs, capsys, tmp_path, cells):
         assert float(row["EOS"]) == pytest.approx(np.mean([float(rows[i]["EOS"]) for rows in each]), abs=1e-5)
 
 
+def test_runs_that_refuse_other_files_are_averaged_over_the_same_images(runs, capsys, tmp_path, cells):
+    """A run with a scale can't read what is smaller than its field; the other run could."""
+    scaled = shutil.copytree(runs[1], tmp_path / "scaled")
+    config = json.loads((scaled / "config.json").read_text())
+    config["data"] |= {"pixel_size": 1.0, "field_size": 30.0}
+    (scaled / "config.json").write_text(json.dumps(config))
+    mixed = shutil.copytree(cells, tmp_path / "mixed")
+    Image.fromarray(render("EOS", 32, 0, 0)).resize((2, 2)).save(mixed / "EOS" / "0.png")
+    for order in ([runs[0], scaled], [scaled, runs[0]]):
+        capsys.readouterr()
+        assert main(["eval", *map(str, order), "--on", str(mixed)]) == 0
+        said = capsys.readouterr()
+        assert "n 11, accuracy" in said.out
+        assert "1 images can't be read by every run and are left out: EOS/0.png" in said.err
+        rows = predict(tmp_path, *order, mixed / "EOS")
+        assert [bool(row["error"]) for row in rows] == [True, False, False, False, False, False]
+        for row, i in zip(rows[1:], range(1, 6), strict=True):
+            each = [predict(tmp_path, run, mixed / "EOS" / f"{i}.png")[0] for run in order]
+            assert float(row["EOS"]) == pytest.approx(np.mean([float(one["EOS"]) for one in each]), abs=1e-5)
+
+
+def test_thresholds_of_calibrated_runs_are_by_fits_on_other_images(runs):
+    evaluate_args = [str(runs[0]), "--calibrate", "vector"]
+    assert main(["eval", *evaluate_args]) == 0
+    judge = Judge([bmjax.load_run(runs[0])], calibrated=True)
+    val = read_predictions(runs[0], "val")
+    expected = fit_refusal(val.labels, cross_fitted(val.labels, val.probs, "vector"), 0.3)
+    assert judge.refusal(0.3) == expected
+    assert judge.refusal(0.3) != fit_refusal(val.labels, judge.validation().probs, 0.3)
+
+
 def test_views_have_files_of_their_own_and_thresholds_by_them(runs, capsys, tmp_path, cells):
     assert main(["predict", str(runs[0]), str(cells), "--views", "8", "--error-rate", "0.3"]) == 2
     assert f"`bmjax eval {runs[0]} --split val --views 8` makes them" in capsys.readouterr().err
@@ -128,7 +160,7 @@ def test_answers_are_refused_and_strangers_told(runs, capsys, tmp_path, cells):
     rows = predict(tmp_path, runs[1], cells, "--error-rate", "0.4", "--unfamiliar", "0.05")
     for row in rows:
         assert row["answer"] in (row["predicted"], UNSURE)
-        assert row["set"].split("|")[0] in ("", row["predicted"])
+        assert row["set"].split("|")[0] == row["predicted"]
         if float(row["familiarity"]) <= 0.05:
             assert row["answer"] == UNSURE
     strange = [float(row["familiarity"]) for row in rows if "/ART/" in row["path"]]

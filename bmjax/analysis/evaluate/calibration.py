@@ -96,7 +96,7 @@ def fit(labels: np.ndarray, probs: np.ndarray, method: Method, step: int = 0, vi
 
 
 def cross_fitted(labels: np.ndarray, probs: np.ndarray, method: Method, seed: int = 0) -> np.ndarray:
-    """Probabilities [n, k], each calibrated by a fit on the other parts of the images: an honest look at the fit.
+    """Probabilities [n, k], each calibrated by a fit on the other four fifths of the images: an honest look at the fit.
 
     Raises:
       ValueError: too few images.

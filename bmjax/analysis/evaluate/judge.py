@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bmjax.analysis.evaluate.calibration import Calibration, read_calibration
+from bmjax.analysis.evaluate.calibration import Calibration, cross_fitted, read_calibration
 from bmjax.analysis.evaluate.colours import ColourMap, colour_shares, match_colours
 from bmjax.analysis.evaluate.reader import Reader, Seen, adapted_priors, at_priors
 from bmjax.analysis.evaluate.reference import Reference, read_reference
@@ -18,6 +18,7 @@ from bmjax.analysis.evaluate.refusal import Refusal, fit_refusal
 from bmjax.config.data import DataConfig
 from bmjax.data.dataset import Dataset
 from bmjax.data.load import load_elsewhere
+from bmjax.files import printable
 from bmjax.runs.folder import Run, record_opening, saved_results, split_size
 from bmjax.runs.records import Predictions, read_predictions
 from bmjax.training.predict import SplitName, data_of
@@ -125,7 +126,8 @@ def at_pixel_size(runs: Sequence[Run], pixel_size: float | None) -> list[Run]:
 
 
 def target_of_path(runs: Sequence[Run], path: str, source: str) -> tuple[Target, Target]:
-    """Labelled images from elsewhere: (those of the runs' classes, those of classes that the runs don't know).
+    """Labelled images from elsewhere: (those of the runs' classes, those of classes that the runs don't know). Images
+    that not every run can read, as of a field too small for one, are left out and said.
 
     Raises:
       FileNotFoundError, ValueError: they are not there or not as expected, or none is of a class that the runs know.
@@ -138,15 +140,30 @@ def target_of_path(runs: Sequence[Run], path: str, source: str) -> tuple[Target,
         if key not in loaded:
             loaded[key] = load_elsewhere(config, classes)
         parts.append(loaded[key])
+    ids, at = _shared(path, parts)
     first = parts[0]
     place = {name: i for i, name in enumerate(classes)}
-    labels = np.array([place.get(first.classes[label], -1) for label in first.labels], np.int64)
+    labels = np.array([place.get(first.classes[label], -1) for label in first.labels[at[0]]], np.int64)
     known = np.flatnonzero(labels >= 0)
 
-    def of(rows: np.ndarray) -> Target:
-        return Target(tuple((data, rows) for data in parts), labels[rows], tuple(first.ids[i] for i in rows))
+    def of(which: np.ndarray) -> Target:
+        pairs = zip(parts, at, strict=True)
+        return Target(tuple((data, rows[which]) for data, rows in pairs), labels[which], tuple(ids[i] for i in which))
 
     return of(known), of(np.flatnonzero(labels < 0))
+
+
+def _shared(path: str, parts: Sequence[Dataset]) -> tuple[list[str], list[np.ndarray]]:
+    """(ids [n] of the images that are in all datasets, the row of each in each dataset)."""
+    places = [{name: i for i, name in enumerate(data.ids)} for data in parts]
+    ids = [name for name in parts[0].ids if all(name in place for place in places)]
+    left = sorted(set().union(*places) - set(ids))
+    if not ids:
+        raise ValueError(f"{path}: no image can be read by every run; expected at least one")
+    if left:
+        log.warning("%s: %d images can't be read by every run and are left out: %s", path, len(left),
+                    ", ".join(map(printable, left[:5])) + ", ..." * (len(left) > 5))  # fmt: skip
+    return ids, [np.array([place[name] for name in ids], np.int64) for place in places]
 
 
 def elsewhere(config: DataConfig) -> DataConfig:
@@ -185,12 +202,12 @@ class Judge:
         return dataclasses.replace(seen[0], probs=self._mean([one.probs for one in seen]))
 
     def _mean(self, probs: Sequence[np.ndarray]) -> np.ndarray:
-        pairs = zip(probs, self.calibrations, strict=True)
-        each = [p if calibration is None else calibration(p) for p, calibration in pairs]
-        mean = each[0]
-        if len(each) > 1:
-            mean = np.asarray(np.mean(np.stack(each), axis=0, dtype=np.float64), np.float32)
+        mean = _average(self._calibrated(probs))
         return mean if self._priors is None else at_priors(mean, *self._priors)
+
+    def _calibrated(self, probs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        pairs = zip(probs, self.calibrations, strict=True)
+        return [p if calibration is None else calibration(p) for p, calibration in pairs]
 
     def adapt(self, images: Sequence[np.ndarray]) -> None:
         """Estimates each run's norms on images uint8 [n, s, s, 3], given for each run; of many, on some of them."""
@@ -266,10 +283,7 @@ class Judge:
                 raise ValueError(
                     f"{run.run_dir} has another {split} split than {self.runs[0].run_dir}; expected one for all"
                 )
-        priors, self._priors = self._priors, None
-        mean = self._mean([one.probs for one in found])
-        self._priors = priors
-        return dataclasses.replace(found[0], probs=mean)
+        return dataclasses.replace(found[0], probs=_average(self._calibrated([one.probs for one in found])))
 
     def reference(self) -> Reference | None:
         """What the first run was trained on; None where that is not kept. Features of another checkpoint are left out:
@@ -280,19 +294,28 @@ class Judge:
         return found
 
     def refusal(self, rate: float, unfamiliar: float = 0.0) -> Refusal:
-        """The threshold for a wanted error rate, by the validation images at least as familiar as a share.
+        """The threshold for a wanted error rate, by the validation images at least as familiar as a share. Where the
+        runs are calibrated, each of these images is so by a fit on others of them: it was the calibration's own, and
+        new images are not.
 
         Raises:
-          ValueError: as `validation`; or no features are kept.
+          ValueError: as `validation`; too few images for that; or no features are kept.
         """
-        val = self.validation()
-        keep = np.ones(len(val.labels), bool)
+        val, keep = self.validation(), None
+        if any(one is not None for one in self.calibrations):
+            val = dataclasses.replace(val, probs=_average(self._cross_fitted()))
         if unfamiliar:
             reference = self.featured_reference()
             at = {row: i for i, row in enumerate(reference.rows.tolist())}
             familiar = reference.familiarity(reference.known_scores)
             keep = np.array([row in at and familiar[at[row]] > unfamiliar for row in val.index.tolist()])
-        return fit_refusal(val.labels[keep], val.probs[keep], rate)
+        return fit_refusal(val.labels, val.probs, rate, keep)
+
+    def _cross_fitted(self) -> list[np.ndarray]:
+        """Each run's probabilities of validation, calibrated as its own by fits on other validation images."""
+        found = [_saved(run, "val", self.views) for run in self.runs]
+        pairs = zip(found, self.calibrations, strict=True)
+        return [one.probs if kept is None else cross_fitted(one.labels, one.probs, kept.method) for one, kept in pairs]
 
     def featured_reference(self) -> Reference:
         """As `reference`, with features.
@@ -315,6 +338,11 @@ def setting(
     """What files of figures that were read otherwise than plainly have in their names: "" or "-views8-adapted"."""
     words = {f"views{views}": views > 1, "matched": matched, "adapted": adapt, "prior": prior, "calibrated": calibrated}
     return "".join(f"-{word}" for word, is_so in words.items() if is_so)
+
+
+def _average(each: Sequence[np.ndarray]) -> np.ndarray:
+    """The mean of each run's probabilities float32 [n, k]."""
+    return each[0] if len(each) == 1 else np.asarray(np.mean(np.stack(each), axis=0, dtype=np.float64), np.float32)
 
 
 def spread(n: int, most: int) -> np.ndarray:

@@ -25,8 +25,8 @@ class Refusal:
 
     `threshold`: images of at least this confidence are answered, and wrong in at most `rate` of cases, with probability
     0.9 over validation sets; infinite where no threshold is known to do so. `set_bound`: classes of at least this
-    probability make a set that holds the true class in at least 1 - rate of cases. `answered` and `wrong`: shares of
-    the validation images answered, and of those answered wrongly.
+    probability, and the likeliest, make a set that holds the true class in at least 1 - rate of cases. `answered` and
+    `wrong`: shares of these n images answered, and of those answered wrongly.
     """
 
     rate: float
@@ -72,13 +72,22 @@ def set_bound(labels: np.ndarray, probs: np.ndarray, rate: float) -> float:
     return float(own[place - 1])
 
 
-def fit_refusal(labels: np.ndarray, probs: np.ndarray, rate: float) -> Refusal:
-    """`Refusal` by labels [n] and probabilities [n, k] of images that the network was not trained on."""
-    confidence, right = probs.max(-1), probs.argmax(-1) == labels
-    threshold = error_threshold(confidence, right, rate)
+def sets_of(probs: np.ndarray, bound: float) -> np.ndarray:
+    """Which classes are in each image's set, bool [n, k], of probabilities [n, k]: those of at least the bound, and the
+    likeliest, so that no set is empty."""
+    return (probs >= bound) | (np.arange(probs.shape[1]) == probs.argmax(1)[:, None])
+
+
+def fit_refusal(labels: np.ndarray, probs: np.ndarray, rate: float, answerable: np.ndarray | None = None) -> Refusal:
+    """`Refusal` by labels [n] and probabilities [n, k] of images that the network was not trained on. Sets are of all;
+    the threshold is of `answerable` ones, bool [n], where others are refused whatever their confidence."""
+    keep = np.ones(len(labels), bool) if answerable is None else answerable
+    confidence, right = probs[keep].max(-1), probs[keep].argmax(-1) == labels[keep]
+    threshold = error_threshold(confidence, right, rate) if keep.any() else math.inf
     answers = confidence >= threshold
     wrong = float((~right)[answers].mean()) if answers.any() else 0.0
-    return Refusal(rate, threshold, set_bound(labels, probs, rate), len(labels), float(answers.mean()), wrong)
+    share = float(answers.mean()) if keep.any() else 0.0
+    return Refusal(rate, threshold, set_bound(labels, probs, rate), int(keep.sum()), share, wrong)
 
 
 def risk_coverage(confidence: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
@@ -99,14 +108,14 @@ def answers(probs: np.ndarray, classes: tuple[str, ...], refusal: Refusal) -> tu
     probabilities [n, k]; None where they are no numbers."""
     named: list[str | None] = []
     sets: list[str | None] = []
-    for row in probs:
+    for row, inside in zip(probs, sets_of(probs, refusal.set_bound), strict=True):
         if not np.isfinite(row).all():
             named.append(None)
             sets.append(None)
             continue
         order = np.argsort(-row, kind="stable")
         named.append(classes[order[0]] if row[order[0]] >= refusal.threshold else UNSURE)
-        sets.append("|".join(classes[c] for c in order if row[c] >= refusal.set_bound))
+        sets.append("|".join(classes[c] for c in order if inside[c]))
     return named, sets
 
 

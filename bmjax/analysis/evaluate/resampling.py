@@ -19,14 +19,15 @@ def counted(counts: np.ndarray) -> dict[str, np.ndarray]:
     """Scores [...] of confusion matrices [..., k, k], rows the true class.
 
     A class neither present nor predicted is left out of macro means, as in scikit-learn; what is divided by zero is 0.
-    kappa: Cohen 1960; mcc: the correlation of Gorodkin 2004.
+    kappa: Cohen 1960; mcc: the correlation of Gorodkin 2004; both are NaN where one class has all images, for then
+    nothing can be right beyond chance.
     """
     hits, true, predicted = np.diagonal(counts, axis1=-2, axis2=-1), counts.sum(-1), counts.sum(-2)
     n, there = true.sum(-1), (true + predicted > 0).sum(-1)
     precision, recall = hits / np.where(predicted > 0, predicted, 1), hits / np.where(true > 0, true, 1)
     f1 = 2 * hits / np.where(true + predicted > 0, true + predicted, 1)
     share, right, chance = true / n[..., None], hits.sum(-1) / n, (true * predicted).sum(-1) / n**2
-    covariance = right - chance
+    covariance, several = right - chance, (true > 0).sum(-1) > 1
     spread = (1 - (predicted**2).sum(-1) / n**2) * (1 - (true**2).sum(-1) / n**2)
     return {
         "accuracy": right,
@@ -37,8 +38,8 @@ def counted(counts: np.ndarray) -> dict[str, np.ndarray]:
         "weighted_precision": (share * precision).sum(-1),
         "weighted_recall": (share * recall).sum(-1),
         "weighted_f1": (share * f1).sum(-1),
-        "kappa": np.where(chance < 1, covariance / np.where(chance < 1, 1 - chance, 1), 0.0),
-        "mcc": np.where(spread > 0, covariance / np.sqrt(np.where(spread > 0, spread, 1)), 0.0),
+        "kappa": np.where(several, covariance / np.where(several, 1 - chance, 1), np.nan),
+        "mcc": np.where(several, covariance / np.sqrt(np.where(spread > 0, spread, 1)), np.nan),
     }
 
 

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from bmjax.analysis.evaluate.areas import FEW, mean_interval, pr_interval, roc_interval
 from bmjax.analysis.evaluate.resampling import COUNTED, Ranking, counted, mean_over_classes
 from bmjax.files import printable
 from bmjax.registry import unknown
-from bmjax.runs.confusion import class_shares, confusion_matrix
-from bmjax.runs.intervals import class_intervals, macro_intervals, proportion_intervals, wilson_interval
+from bmjax.runs.confusion import check_labels, class_shares, confusion_matrix
+from bmjax.runs.intervals import class_intervals, intervals_note, macro_intervals, proportion_intervals, wilson_interval
 from bmjax.runs.resampling import (
     DRAWS,
     Scale,
@@ -25,6 +26,7 @@ from bmjax.runs.resampling import (
 )
 
 WILSON, BAYES, BOOTSTRAP = "Wilson", "Bayesian bootstrap", "bootstrap"
+FORMULA, CLASSES = "formula for few images", "classes' intervals"
 _SCALES: dict[str, Scale] = {"kappa": "signed", "mcc": "signed", "nll": "log", "brier": "log"}
 
 
@@ -89,18 +91,23 @@ def score(
     """Scores of labels int [n] (0..k-1) and probabilities [n, k].
 
     Intervals are by a bootstrap over images (Efron 1979), `draws` resamples, but where one is known that holds its 95 %
-    with fewer images: Wilson's for proportions and a Bayesian bootstrap for balanced accuracy and macro F1
-    (bmjax.runs.intervals). With `groups` [n] (patient, slide; "": the image is its own) of which some hold several
+    with fewer images: Wilson's for proportions, a Bayesian bootstrap for balanced accuracy, macro recall and macro F1
+    (bmjax.runs.intervals), and formulas for areas of classes of few images (`areas`). Macro precision has none where a
+    class is never predicted. With `groups` [n] (patient, slide; "": the image is its own) of which some hold several
     images, all are by a bootstrap over groups, and about images of new groups; with fewer than some 20 groups they are
     too narrow. `tolerated` pairs of classes count as right in `tolerant_accuracy`.
 
     Raises:
-      ValueError: no image, shapes that don't fit, or a pair that names no class.
+      ValueError: no image, shapes that don't fit, a label out of range, a probability that is no number, or a pair that
+        names no class.
     """
     labels, probs = np.asarray(labels), np.asarray(probs)
     if probs.ndim != 2 or probs.shape != (len(labels), len(classes)) or not len(labels):
         expected = f"[n] and [n, {len(classes)}] with n >= 1"
         raise ValueError(f"labels {labels.shape} and probabilities {probs.shape}; expected {expected}")
+    check_labels(labels, len(classes))
+    if odd := int((~np.isfinite(probs).all(1)).sum()):
+        raise ValueError(f"{odd} of {len(probs)} rows of probabilities hold NaN or infinity; expected numbers, 0 to 1")
     if len(groups) not in (0, len(labels)):
         raise ValueError(f"{len(groups)} groups for {len(labels)} labels; expected one an image, or none")
     n, k = probs.shape
@@ -128,6 +135,7 @@ def score(
     for name in (*COUNTED, "roc_auc", "pr_auc", *means):
         scores[name] = _bootstrap(name, value[name][0], drawn[name], n)
     per_class = _of_classes(counts, classes, areas[..., 0], drawn_areas)
+    scores |= _of_few(scores, per_class, counts)
     rates = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     found = Scores(n, scores, per_class, counts.tolist(), rates.tolist())
     of_group = group_numbers(groups)
@@ -189,14 +197,14 @@ def _at(
 
 def _bootstrap(name: str, value: float, drawn: np.ndarray, n: int) -> Score:
     low, high = normal_interval(value, drawn, n, _SCALES.get(name, "share"))
-    return Score(float(value) if np.isfinite(low) else float("nan"), low, high, BOOTSTRAP)
+    return Score(float(value), low, high, BOOTSTRAP)
 
 
 def _of_classes(
     counts: np.ndarray, classes: Sequence[str], areas: np.ndarray, drawn: np.ndarray
 ) -> dict[str, dict[str, Score]]:
     """Sensitivity, specificity, precision, f1 and the areas, one against the rest, of each class."""
-    n, bounds, parts = counts.sum(), class_intervals(counts), class_shares(counts)
+    bounds, parts = class_intervals(counts), class_shares(counts)
     held = bounds | {"sensitivity": bounds["recall"], "specificity": proportion_intervals(*parts["specificity"])}
     values = {what: (*part, held[what]) for what, part in parts.items()}
     found = {}
@@ -205,9 +213,36 @@ def _of_classes(
             what: Score(float(top[c] / below[c]) if below[c] else float("nan"), float(low[c]), float(high[c]), WILSON)
             for what, (top, below, (low, high)) in values.items()
         }
-        own |= {what: _bootstrap(what, areas[i, c], drawn[i, c], n) for i, what in enumerate(("roc_auc", "pr_auc"))}
+        positives = int(counts[c].sum())
+        by = BOOTSTRAP if min(positives, counts.sum() - positives) >= FEW else FORMULA
+        roc, pr = (float(area) for area in areas[:, c])
+        own["roc_auc"] = Score(roc, *roc_interval(roc, drawn[0, c], positives, int(counts.sum()) - positives), by)
+        own["pr_auc"] = Score(pr, *pr_interval(pr, drawn[1, c], positives), by)
         found[name] = own
     return found
+
+
+def _of_few(scores: dict[str, Score], per_class: dict[str, dict[str, Score]], counts: np.ndarray) -> dict[str, Score]:
+    """Means over classes of which some have few images, whose resamples vary too little: by the classes' intervals."""
+    unknown_ = (float("nan"), float("nan"))
+    balanced, recall, precision = (scores[name] for name in ("balanced_accuracy", "macro_recall", "macro_precision"))
+    same = np.isclose(recall.value, balanced.value)  # but where a class without an image is predicted
+    bounds = (balanced.low, balanced.high) if same else unknown_
+    found = {"macro_recall": Score(recall.value, *bounds, BAYES)}
+    if not counts.sum(0).all():  # a class never predicted counts as 0, but not in more images
+        found["macro_precision"] = Score(precision.value, *unknown_, CLASSES)
+    elif counts.sum(0).min() < FEW:
+        found["macro_precision"] = _of_means([own["precision"] for own in per_class.values()])
+    true = counts.sum(1)
+    if np.isfinite(scores["roc_auc"].value) and true[true > 0].min() < FEW:
+        there = [own for own, n in zip(per_class.values(), true, strict=True) if n]
+        found |= {name: _of_means([own[name] for own in there]) for name in ("roc_auc", "pr_auc")}
+    return found
+
+
+def _of_means(each: Sequence[Score]) -> Score:
+    values = np.array([one.value for one in each])
+    return Score(float(values.mean()), *mean_interval(values, [(one.low, one.high) for one in each]), CLASSES)
 
 
 def text(scores: Scores) -> str:
@@ -223,6 +258,8 @@ def text(scores: Scores) -> str:
     lines += ["", "".rjust(width) + "".join(name.rjust(width) for name in names) + "   (shares of the true class, %)"]
     for name, row in zip(names, scores.rates, strict=True):
         lines.append(name.rjust(width) + "".join(f"{100 * v:.1f}".rjust(width) for v in row))
+    if note := intervals_note(np.array(scores.confusion)):
+        lines += ["", note]
     return "\n".join(lines)
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
+from bmjax.analysis.evaluate.areas import auroc
 from bmjax.analysis.evaluate.judge import Judge
 from bmjax.analysis.evaluate.reader import Seen
 from bmjax.analysis.evaluate.reference import SCORES
-from bmjax.analysis.evaluate.refusal import FAILURE, Refusal, risk_coverage
-from bmjax.analysis.evaluate.resampling import Ranking
+from bmjax.analysis.evaluate.refusal import FAILURE, Refusal, risk_coverage, sets_of
 from bmjax.runs.intervals import wilson_interval
 from bmjax.runs.records import Predictions
-from bmjax.runs.resampling import resamples
 
 
 def familiarity_of(judge: Judge, seen: Seen) -> np.ndarray:
@@ -37,7 +36,7 @@ def refusal_text(refusal: Refusal, predictions: Predictions, familiar: np.ndarra
             "nothing is answered"
         )
     low, high = wilson_interval(k, n) if n else (0.0, 1.0)
-    sets = predictions.probs >= refusal.set_bound
+    sets = sets_of(predictions.probs, refusal.set_bound)
     held = float(sets[np.arange(len(right)), predictions.labels].mean())
     area = risk_coverage(predictions.confidence, right)[2]
     return "\n".join(
@@ -50,16 +49,6 @@ def refusal_text(refusal: Refusal, predictions: Predictions, familiar: np.ndarra
             f"(expected {1 - refusal.rate:g} or more)",
         ]
     )
-
-
-def auroc(known: np.ndarray, strange: np.ndarray, draws: int = 1000) -> tuple[float, float, float]:
-    """(area under the ROC curve of scores that should be higher for the strange, its 95 % bootstrap interval)."""
-    labels = np.concatenate([np.zeros(len(known), bool), np.ones(len(strange), bool)])
-    ranking = Ranking(labels, np.concatenate([known, strange]))
-    value = float(ranking.areas(np.ones((len(labels), 1), np.float32))[0][0])
-    drawn = np.concatenate([ranking.areas(w)[0] for w in resamples(len(labels), draws, seed=0)])
-    low, high = np.nanquantile(drawn, [0.025, 0.975])
-    return value, float(low), float(high)
 
 
 def strangers_text(

@@ -244,7 +244,9 @@ def _number(value: float | None) -> str:
 
 
 def _bounds(s: dict[str, Any]) -> str:
-    return "" if s["value"] is None else f"{s['low']:.3f} to {s['high']:.3f}"
+    if s["value"] is None:
+        return ""
+    return "not known" if s["low"] is None else f"{s['low']:.3f} to {s['high']:.3f}"
 
 
 class Together:

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from bmjax.analysis.evaluate.calibration import cross_fitted, fit
 from bmjax.analysis.evaluate.refusal import (
     UNSURE,
     Refusal,
@@ -13,6 +14,7 @@ from bmjax.analysis.evaluate.refusal import (
     fit_refusal,
     risk_coverage,
     set_bound,
+    sets_of,
 )
 
 
@@ -60,6 +62,54 @@ def test_sets_hold_the_true_class():
     # The mean over validation sets lies between 1 - rate and 1 - rate + 1 / (n + 1); its error here is about 0.002.
     assert 0.9 - 0.005 < np.mean(held) < 0.9 + 1 / 61 + 0.005
     assert set_bound(labels[:8], probs[:8], 0.1) == 0, "eight images can't say"
+
+
+@pytest.mark.parametrize(("k", "n", "rate"), [(7, 60, 0.2), (7, 150, 0.2), (21, 200, 0.3)])
+def test_the_promises_hold_of_calibrated_probabilities(k, n, rate):
+    """New images are calibrated by a fit on validation, validation's by fits on others of them. By the same fit, sets
+    would hold less than they promise."""
+    rng = np.random.default_rng(0)
+    labels, probs = draw(rng, 10_000, k, sure=2.0)
+    own, held, by_the_same, too_much, repeats = np.arange(len(labels)), [], [], 0, 60
+    for _ in range(repeats):
+        rows = rng.integers(0, len(labels), n)
+        val, said = labels[rows], probs[rows]
+        calibration = fit(val, said, "vector")
+        there = calibration(probs)
+        found = fit_refusal(val, cross_fitted(val, said, "vector"), rate)
+        held.append((there[own, labels] >= found.set_bound).mean())
+        by_the_same.append((there[own, labels] >= set_bound(val, calibration(said), rate)).mean())
+        answered = there.max(1) >= found.threshold
+        too_much += answered.any() and (there.argmax(1) != labels)[answered].mean() > rate
+    assert np.mean(held) > 1 - rate - 0.01
+    assert np.mean(by_the_same) < np.mean(held) - 0.005
+    assert too_much <= 11, "beyond 10 % of 60 by more than chance"
+
+
+def test_sets_are_about_all_images_and_the_threshold_about_those_that_may_be_answered():
+    """A tenth of images are strange, and hardly better than guesses."""
+    rng = np.random.default_rng(0)
+    labels, probs = draw(rng, 40_000)
+    strange = rng.random(len(labels)) < 0.1
+    probs[strange] = draw(rng, int(strange.sum()), strength=0)[1]
+    held, wrong = [], []
+    for _ in range(60):
+        rows = rng.integers(0, len(labels), 400)
+        found = fit_refusal(labels[rows], probs[rows], 0.1, ~strange[rows])
+        assert found.n == (~strange[rows]).sum()
+        held.append(sets_of(probs, found.set_bound)[np.arange(len(labels)), labels].mean())
+        answered = ~strange & (probs.max(1) >= found.threshold)
+        wrong.append(answered.any() and (probs.argmax(1) != labels)[answered].mean() > 0.1)
+    assert np.mean(held) > 0.895
+    assert sum(wrong) <= 11
+    none = fit_refusal(labels[:50], probs[:50], 0.1, np.zeros(50, bool))
+    assert none.threshold == math.inf
+
+
+def test_no_set_is_empty():
+    probs = np.float32([[0.4, 0.35, 0.25], [0.9, 0.05, 0.05]])
+    assert sets_of(probs, 0.5).tolist() == [[True, False, False], [True, False, False]]
+    assert answers(probs, ("a", "b", "c"), Refusal(0.1, 0.8, 0.5, 100, 0.5, 0.0)) == ([UNSURE, "a"], ["a", "a"])
 
 
 def test_risk_and_coverage_by_hand():

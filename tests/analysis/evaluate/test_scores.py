@@ -95,12 +95,31 @@ def test_classes_without_images_say_nothing():
     assert np.isnan(found.scores["roc_auc"].value)
     assert np.isnan(found.classes["<b>"]["sensitivity"].value)
     assert found.to_json()["scores"]["roc_auc"]["value"] is None
-    assert found.scores["kappa"].value == found.scores["mcc"].value == 0
+    assert np.isnan([found.scores["kappa"].value, found.scores["mcc"].value]).all(), "no class to take it for by chance"
+    always = score(np.arange(8) % 2, np.tile([0.7, 0.2, 0.1], (8, 1)), ["a", "b", "c"], draws=20)
+    assert always.scores["kappa"].value == always.scores["mcc"].value == 0
+    assert np.isnan([always.scores["kappa"].low, always.scores["mcc"].low]).all(), "no resample tells how they vary"
+    one = score(labels[:1], probs[:1], list("abc"), draws=20)
+    assert np.isnan([one.scores[name].low for name in ("nll", "brier", "weighted_f1")]).all()
+    assert "(not known)" in text(one)
     assert "c\\n" in text(found)
     with pytest.raises(ValueError, match="did you mean"):
         score(labels, probs, ["BLA", "MON", "LYT"], tolerated=[("MON", "LYD")])
     with pytest.raises(ValueError, match="expected"):
         score(labels, probs, ["a"])
+    with pytest.raises(ValueError, match="labels range from 0 to 3; expected 0 to 2"):
+        score(np.arange(4), probs[:4], list("abc"))
+    with pytest.raises(ValueError, match="1 of 8 rows of probabilities hold NaN"):
+        score(labels, np.where(np.arange(8)[:, None] == 3, np.nan, probs), list("abc"))
+
+
+def test_few_images_of_a_class_are_said():
+    labels, probs = draw(300, 4)
+    assert "fewer than" not in text(score(labels, probs, list("abcd"), draws=20))
+    few = np.flatnonzero(labels == 0)[:3]
+    rows = np.concatenate([few, np.flatnonzero(labels > 0)])
+    seen = text(score(labels[rows], np.where(np.arange(4) == 0, 1e-6, probs[rows]), list("abcd"), draws=20))
+    assert "1 of 4 classes have fewer than 10 images" in seen
 
 
 def test_perfect_scores_are_not_certain():
