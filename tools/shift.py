@@ -6,8 +6,9 @@
 
 prints accuracy and calibration by kind and strength, of the kinds that `--kinds` names, or of all. `--unequal 10`
 leaves images out until the first class is ten times as frequent as the last, so that `--adapt-prior` has something to
-find. `--out` writes the copies, FOLDER/<kind> <strength>/<class>/*.png, for
-`bmjax eval RUN --on "FOLDER/<kind> <strength>"`. The copies are of images as the run reads them:
+find. `--out` writes the copies, FOLDER/<kind> <strength>/<class>/*.png, and a table of them, with their pixels' size
+where the run knows a scale, for `bmjax eval RUN --on "FOLDER/<kind> <strength>/cells.csv"`. The copies are of images as
+the run reads them:
 
 - stain: the amount of haematoxylin times 1 + s and of eosin times 1 - s (Ruifrok and Johnston's colours);
 - scale: the cell so many times as large; what is beyond the image's border is mirrored;
@@ -26,6 +27,7 @@ order; the mean of their accuracies is printed.
 from __future__ import annotations
 
 import argparse
+import csv
 import dataclasses
 import io
 import math
@@ -40,6 +42,7 @@ from PIL import Image
 from bmjax.analysis.evaluate.calibration import figures
 from bmjax.analysis.evaluate.judge import Judge, Target, target_of_split
 from bmjax.analysis.evaluate.reader import adapted_priors, at_priors
+from bmjax.cli.output import add_checkpoint
 from bmjax.data.augment.colour import saturation
 from bmjax.data.augment.optics import blur
 from bmjax.data.images.decode import resize_images
@@ -162,16 +165,18 @@ class Row:
     nll: float
 
 
-def unequal(target: Target, ratio: float) -> Target:
+def unequal(target: Target, ratio: float, classes: Sequence[str]) -> Target:
     """Some of the images: the first class `ratio` times as frequent as the last, those between in equal steps of the
     logarithm; chosen by seed 0.
 
     Raises:
-      ValueError: the ratio is not above 0.
+      ValueError: the ratio is not above 0, or a class has no image.
     """
     if not ratio > 0:
         raise ValueError(f"--unequal is {ratio:g}; expected a number > 0")
-    counts = np.bincount(target.labels)
+    counts = np.bincount(target.labels, minlength=len(classes))
+    if empty := [name for name, n in zip(classes, counts, strict=True) if not n]:
+        raise ValueError(f"--unequal: no image of {', '.join(empty)} in the split; expected some of each class")
     shares = ratio ** -np.linspace(0, 1, len(counts))
     wanted = np.maximum(np.floor(min(counts / shares) * shares + 1e-9).astype(int), 1)
     order = np.random.default_rng(0).permutation(len(target))
@@ -203,7 +208,7 @@ def measure(
         if kind != "none":
             images = [shifted(part, kind, strength) for part in images]
         if out is not None:
-            _write(out / f"{kind} {strength:g}", images[0], target, judge.classes)
+            _write(out / f"{kind} {strength:g}", images[0], target, judge)
         for reader, variables in zip(judge.readers, own, strict=True):
             reader.variables, reader.colours = variables, None
         if match:
@@ -230,11 +235,19 @@ def measure(
         )
 
 
-def _write(folder: Path, images: np.ndarray, target: Target, classes: Sequence[str]) -> None:
+def _write(folder: Path, images: np.ndarray, target: Target, judge: Judge) -> None:
+    """Writes the copies, and cells.csv, by which the first run reads them as they are."""
+    data, rows = judge.runs[0].config.data, []
+    scale = {"pixel_size": data.field_size / data.image_size} if data.field_size else {}
     for i, (image, label) in enumerate(zip(images, target.labels, strict=True)):
-        path = folder / classes[int(label)] / f"{i:06d}.png"
+        path = folder / judge.classes[int(label)] / f"{i:06d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
+        rows.append({"path": path.relative_to(folder).as_posix(), "label": judge.classes[int(label)]} | scale)
+    with (folder / "cells.csv").open("w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 HEADER = (
@@ -266,14 +279,21 @@ def main() -> None:
     parser.add_argument("--adapt-prior", action="store_true", help="classes' frequencies estimated on it")
     parser.add_argument("--calibrated", action="store_true", help="by the calibration kept with the runs")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write the copies here")
+    parser.add_argument("--data-root", metavar="PLACE", help="where the runs' data are now")
+    add_checkpoint(parser)
     options = parser.parse_args()
-    runs = [load_run(run) for run in options.runs]
+    runs = [load_run(run, options.which, trust=options.trust) for run in options.runs]
+    if options.out is not None and (stain := runs[0].config.data.stain) != "none":
+        raise ValueError(
+            f"--out: {runs[0].run_dir} was trained with data.stain {stain!r}, and copies of its images would be "
+            "normalised twice; expected a run without, or no --out"
+        )
     judge = Judge(runs, views=options.views, calibrated=options.calibrated)
     if options.match_colours:
         judge.training_colours()  # known to be there before the split is opened
-    target = target_of_split(runs, options.split)
+    target = target_of_split(runs, options.split, options.data_root)
     if options.unequal is not None:
-        target = unequal(target, options.unequal)
+        target = unequal(target, options.unequal, judge.classes)
     print(f"{len(target)} images of the {options.split} split\n\n{HEADER}")
     worst, elsewhere = 1.0, []
     kinds = [kind for kind in options.kinds if kind != "none"]

@@ -70,7 +70,8 @@ def evaluate(options: argparse.Namespace, rest: Sequence[str]) -> int:
     own = options.split == "val" and not options.on and len(runs) == 1 and name == setting(options.views)
     _check_kept(runs, options, evaluates_val=own)
     if options.reference:
-        _keep_reference(runs[0], options)
+        for run in runs:
+            _keep_reference(run, options)
     if plain:
         predictions, dataset = _plainly(runs[0], options)
         seen, judge, unseen = None, None, None
@@ -143,18 +144,16 @@ def _check(runs: Sequence[Run], options: argparse.Namespace, pairs: Sequence[tup
             run.config.data.field_pixels()
         if options.adapt:
             check_adaptable(run)
-    if options.reference and not split_size(runs[0].run_dir, "val"):
-        raise ValueError(f"--reference: {runs[0].run_dir} {NO_VALIDATION}")
+        if options.reference and not split_size(run.run_dir, "val"):
+            raise ValueError(f"--reference: {run.run_dir} {NO_VALIDATION}")
 
 
 def _check_kept(runs: Sequence[Run], options: argparse.Namespace, *, evaluates_val: bool) -> None:
     """As `_check`, of what earlier commands, or this one so far, have kept with the runs. `evaluates_val`: what
     thresholds and frequencies need will have been written by then."""
     judge = _judge(runs, options)
-    if options.match_colours:
-        others = runs[1:] if options.reference else runs
-        if others:
-            _judge(others, options).training_colours()
+    if options.match_colours and not options.reference:
+        judge.training_colours()
     if options.unfamiliar and not options.reference:
         judge.featured_reference()
     if (options.error_rate is not None or options.adapt_prior) and not evaluates_val:

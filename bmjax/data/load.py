@@ -22,6 +22,7 @@ from bmjax.data.sources.listing import Listing
 from bmjax.data.sources.synthetic import synthetic_dataset
 from bmjax.data.sources.table import list_table
 from bmjax.data.sources.tfds import list_tfds
+from bmjax.data.splits import NAMES
 from bmjax.environment import cache_folder
 from bmjax.files import printable
 from bmjax.registry import is_own, load_own
@@ -50,6 +51,28 @@ def list_source(config: DataConfig, **options: int) -> Listing:
     if not isinstance(listing, Listing):
         raise ValueError(f"data source {config.source!r} gives {listing!r}; expected a bmjax.Listing")
     return _checked(config.source, listing)
+
+
+def check_sides(config: DataConfig, needed: Sequence[str], by: str) -> None:
+    """Refuses data whose split leaves no image to a side that a verb, `by`, goes by: nothing is read but names. What a
+    manifest gives is not known yet, and passes.
+
+    Raises:
+      ValueError: names the field, its value and the side.
+    """
+    empty = [side for side, share in zip(NAMES, config.split, strict=True) if side in needed and not share]
+    if config.folds:
+        empty = [side for side in empty if side != "test"]
+    if not empty or config.manifest or config.source == "arrays":
+        return
+    if config.source != "synthetic":  # a source may bring a split of its own
+        given = set(list_source(config).sides)
+        empty = [side for side in empty if side not in given]
+    if empty:
+        raise ValueError(
+            f"config field 'data.split' is {config.split!r}, which leaves no image to {' and '.join(empty)}; "
+            f"{by} goes by {' and '.join(needed)}, so expected shares above 0 there, as in 0.7 0.15 0.15"
+        )
 
 
 def _checked(source: str, listing: Listing) -> Listing:

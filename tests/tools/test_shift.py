@@ -1,5 +1,6 @@
 """Shifts do what they say, and a row is what scikit-learn makes of the predictions."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -9,7 +10,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 import bmjax
-from bmjax.analysis.evaluate.judge import Judge, Target
+from bmjax.analysis.evaluate.judge import Judge, Target, target_of_path
 from bmjax.analysis.evaluate.reference import make_reference, write_reference
 from bmjax.config import Config, DataConfig, ModelConfig, TrainConfig
 from bmjax.data.sources.synthetic import CLASSES, render
@@ -103,6 +104,24 @@ def test_rows_by_kind_and_strength(images, monkeypatch, tmp_path):
     assert plain[1].nll != rows[1].nll, "adapted norms say otherwise"
 
 
+@pytest.mark.parametrize("field", [0.0, 40.0])
+def test_copies_are_read_back_as_they_are(images, field, monkeypatch, tmp_path):
+    """By the table beside them, whatever scale the run knows."""
+    monkeypatch.setattr(shift, "SHIFTS", {"brightness": (0.5, 0.85, 1.3)})
+    model = ModelConfig(backbone="densenet_tiny", weights=None)
+    data = DataConfig(image_size=32, field_size=field, pixel_size=0.1 if field else 0.0, cache_dir=str(tmp_path / "c"))
+    config = Config(data=data, model=model, train=TrainConfig(devices=1))
+    network = bmjax.create(config.model, 7)
+    run = Run(tmp_path, config, network, bmjax.init(network, jax.random.key(0), 32), CLASSES, 0)
+    target = Target(((unlabelled(images, CLASSES), np.arange(14)),), np.arange(14) % 7, tuple(map(str, range(14))))
+    list(shift.measure(Judge([run]), target, out=tmp_path / "copies"))
+    back, _ = target_of_path([run], str(tmp_path / "copies/brightness 0.5/cells.csv"), "table")
+    assert len(back) == 14
+    read = back.parts[0][0].images[back.parts[0][1]]
+    order = np.argsort([int(Path(name).stem) for name in back.ids])
+    np.testing.assert_array_equal(read[order], shift.shifted(images, "brightness", 0.5))
+
+
 def test_unequal_classes_and_their_frequencies_found(monkeypatch, tmp_path):
     """Of a run that knows its classes but for doubt between two, frequencies found again help where these differ."""
     labels = np.repeat(np.arange(3), 100)
@@ -115,12 +134,14 @@ def test_unequal_classes_and_their_frequencies_found(monkeypatch, tmp_path):
     images = np.zeros((300, 4, 4, 3), np.uint8)
     images[:, 0, 0, 0], images[:, 0, 0, 1] = np.divmod(np.arange(300), 256)
     target = Target(((unlabelled(images, CLASSES[:3]), np.arange(300)),), labels, tuple(map(str, range(300))))
-    thin = shift.unequal(target, 10.0)
+    thin = shift.unequal(target, 10.0, CLASSES[:3])
     assert np.bincount(thin.labels).tolist() == [100, 31, 10]
     assert [int(i) for i in thin.ids] == thin.parts[0][1].tolist()
-    assert shift.unequal(target, 1.0).ids == target.ids
+    assert shift.unequal(target, 1.0, CLASSES[:3]).ids == target.ids
     with pytest.raises(ValueError, match="--unequal is 0; expected a number > 0"):
-        shift.unequal(target, 0)
+        shift.unequal(target, 0, CLASSES[:3])
+    with pytest.raises(ValueError, match=f"no image of {CLASSES[3]} in the split"):
+        shift.unequal(target, 10.0, CLASSES[:4])
 
     class Known:
         readers, classes = (), CLASSES[:3]

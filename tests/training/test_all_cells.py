@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 import bmjax
-from bmjax.analysis.report.report import write_report
+from bmjax.analysis.compare.compare import compare
+from bmjax.analysis.report.report import figure_result, write_report
+from bmjax.analysis.sweep.cells import cells_of
+from bmjax.analysis.sweep.run import run_sweep
 from bmjax.config import (
     Config,
     DataConfig,
@@ -49,6 +52,13 @@ def test_on_all_cells_the_last_epoch_is_kept_and_nothing_reported(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, best.variables, last.variables)
     assert bmjax.predict_probs(best, np.zeros((1, 32, 32, 3), np.uint8)).shape == (1, 7)
     assert "no results yet" not in write_report(result.run_dir).read_text()
+    bmjax.evaluate(result.run_dir, "train")
+    for page in (write_report(result.run_dir), result.run_dir / "model_card.md"):
+        assert "nothing is reported on the images that were trained on" in page.read_text()
+        assert "95 % interval" not in page.read_text()
+    with pytest.raises(FileNotFoundError, match="a split that it was not trained on"):
+        figure_result(result.run_dir, np.zeros((1, 32, 32, 3), np.uint8), tmp_path / "a.png")
+    (result.run_dir / "results.json").unlink()
     again = bmjax.train(one, resume=True)
     assert (again.steps, again.metrics) == (result.steps, {})
     counts = json.loads((result.run_dir / "dataset.json").read_text())["counts"]
@@ -60,6 +70,18 @@ def test_on_all_cells_the_last_epoch_is_kept_and_nothing_reported(tmp_path):
 def test_with_a_validation_split_alone_it_chooses_as_ever(tmp_path):
     result = bmjax.train(config(tmp_path, (0.8, 0.2, 0.0)))
     assert set(result.metrics) == {"train", "val"}
+
+
+@pytest.mark.parametrize("split", [(1.0, 0.0, 0.0), (0.8, 0.0, 0.2)])
+def test_a_sweep_and_a_comparison_need_validation_before_they_train(tmp_path, split):
+    one = config(tmp_path, split)
+    with pytest.raises(ValueError, match=r"data\.split.* leaves no image to val.*a sweep goes by val"):
+        run_sweep(one, cells_of(one, [{"seed": 0}]))
+    with pytest.raises(ValueError, match=r"leaves no image to val.*a comparison goes by val and test"):
+        compare(one, ["se"], seeds=1)
+    with pytest.raises(ValueError, match=r"leaves no image to test"):
+        compare(config(tmp_path, (0.85, 0.15, 0.0)), ["se"], seeds=1)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

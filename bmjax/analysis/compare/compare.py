@@ -24,6 +24,7 @@ from bmjax.analysis.compare.page import track, write_page
 from bmjax.analysis.compare.table import Comparison, about, markdown
 from bmjax.analysis.several import Crew, Shared, width
 from bmjax.config.base import Config
+from bmjax.data.load import check_sides
 from bmjax.data.progress import saying
 from bmjax.files import write_text
 from bmjax.runs.folder import run_folder
@@ -52,10 +53,11 @@ def compare(
 
     Raises:
       Interrupted: a signal stopped it; called again, it goes on.
-      ValueError: as `configurations`; `at_once` is not positive, or more than one end to end; or a run's folder holds
-        one of another configuration.
+      ValueError: as `configurations`; no image for validation or test; `at_once` is not positive, or more than one end
+        to end; or a run's folder holds one of another configuration.
     """
     design = design or Design()
+    check_sides(config.data, ("val", "test"), "a comparison")
     looks = planning.looks(design.max_seeds) if design.wanted is not None else (seeds,)
     configs = configurations(config, variants, looks[0], baseline, design)
     at_once = width(at_once, config.features.cached)

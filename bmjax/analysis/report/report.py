@@ -84,5 +84,8 @@ def figure_result(run_dir: str | Path, images: np.ndarray, path: str | Path) -> 
     split = reported_split(results)
     predictions = read_predictions(run_dir, split) if split else None
     if split is None or predictions is None:
-        raise FileNotFoundError(f"{run_dir} holds no predictions; expected a run that `bmjax train` finished")
+        raise FileNotFoundError(
+            f"{run_dir} holds no predictions of a split that it was not trained on; expected a run with a validation "
+            "split that `bmjax train` finished"
+        )
     figures.save(figures.result(predictions, results[split], images), path, dpi=120)

@@ -116,13 +116,13 @@ class View:
 
     @property
     def splits(self) -> list[list[str]]:
-        """A row for each split evaluated."""
+        """A row for each split evaluated; of training's only beside another, which says what it is worth."""
         columns = ("accuracy", "macro_f1", "balanced_accuracy", "loss", "ece")
         results = self.facts.results
         return [
             [facts.SPLITS[s], str(results[s]["n"]), *(interval_text(results[s], c) for c in columns)]
             for s in facts.SPLITS
-            if s in results
+            if s in results and self.facts.split
         ]
 
     @property

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bmjax.analysis.sweep.cells import Cell
+from bmjax.config.data import DataConfig
 from bmjax.config.model import ModelConfig
+from bmjax.data.load import check_sides
 from bmjax.model.create import resolve
 from bmjax.runs.folder import check_folder
 from bmjax.training.run import complete
@@ -17,14 +19,15 @@ def checked(cells: Sequence[Cell]) -> list[Cell]:
     """The cells with their configurations complete, after every check that can be made before anything is trained.
 
     Raises:
-      ValueError, FileNotFoundError: a cell would open the test split or can't be made, cells are picked by different
-        figures, or a folder holds a run of another configuration.
+      ValueError, FileNotFoundError: a cell would open the test split, has no validation or can't be made, cells are
+        picked by different figures, or a folder holds a run of another configuration.
     """
     monitors = {cell.config.train.monitor for cell in cells}
     if len(monitors) != 1:
         raise ValueError(f"train.monitor is {', '.join(sorted(monitors))}; expected one figure that picks among cells")
     found = []
     models: dict[str, ModelConfig] = {}
+    data: list[DataConfig] = []
     for cell in cells:
         if cell.config.train.final_test:
             raise ValueError(
@@ -32,6 +35,9 @@ def checked(cells: Sequence[Cell]) -> list[Cell]:
                 "refuses to read the test split, for a choice among tested models is no longer tested. Expected false; "
                 "open it once, for the cell that you choose: bmjax eval FOLDER --split test"
             )
+        if cell.config.data not in data:
+            check_sides(cell.config.data, ("val",), "a sweep")
+            data.append(cell.config.data)
         full = complete(dataclasses.replace(cell.config, model=_resolved(cell.config.model, models)))
         check_folder(Path(full.run_dir), full, resume=True)
         found.append(dataclasses.replace(cell, config=full))
