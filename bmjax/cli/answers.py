@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def read_as_each(runs: Sequence[Run], paths: Sequence[str]) -> list[list[Any]]:
+def read_as_each(runs: Sequence[Run], paths: Sequence[str | Path]) -> list[list[Any]]:
     """The files as each run reads them: images uint8 [s, s, 3], or the reason why one can't be read by all runs: runs
     of other sizes or scales may refuse what others read."""
     from bmjax.analysis.evaluate.judge import elsewhere

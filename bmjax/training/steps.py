@@ -187,26 +187,33 @@ def sketch(x: jax.Array, seed: int) -> jax.Array:
     return jnp.matmul(moments, matrix.astype(moments.dtype), precision="highest")
 
 
+def _head(module: Classifier, x: jax.Array) -> jax.Array:
+    return module.head(x, train=False)
+
+
+def with_features(model: Classifier, variables: Tree, images: jax.Array) -> tuple[Metrics, Tree]:
+    """({"logits" [b, k], "features" [b, c], those before the head, "maps" [b, s, 128], see `sketch`, of the last three
+    stages}, what modules sowed), of images [b, h, w, 3] in evaluation mode."""
+    ways: Any = {"output": "features", "mutable": ["intermediates"]}
+    pooled, kept = cast("Any", model.apply(variables, images, train=False, **ways))
+    logits: Any = model.apply(variables, pooled, method=_head)
+    stages = [stage_name(stage) for stage in stages_of(model.backbone)[-STAGES:]]
+    maps = [sketch(kept["intermediates"][name][0], seed) for seed, name in enumerate(stages)]
+    outputs = {"logits": logits, "features": pooled, "maps": jnp.stack(maps, axis=1)}
+    return {name: x.astype(at_least_float32(logits.dtype)) for name, x in outputs.items()}, dict(kept)
+
+
 def make_eval_step(
     model: Classifier, *, image_dtype: Any = jnp.float32, features: bool = False
 ) -> Callable[[Tree, Batch], Metrics]:
-    """eval_step(variables, batch) -> {"logits" [b, k]}, and with `features` those before the head, "features" [b, c],
-    and "maps" [b, s, 128], see `sketch`, of the last three stages; `batch` holds image uint8 [b, h, w, 3]."""
-    stages = [stage_name(stage) for stage in stages_of(model.backbone)[-STAGES:]]
-
-    def head(module: Classifier, x: jax.Array) -> jax.Array:
-        return module.head(x, train=False)
+    """eval_step(variables, batch) -> {"logits" [b, k]}, and with `features` the outputs of `with_features`; `batch`
+    holds image uint8 [b, h, w, 3]."""
 
     def eval_step(variables: Tree, batch: Batch) -> Metrics:
         images = batch["image"].astype(image_dtype)
         if not features:
             logits: Any = model.apply(variables, images, train=False)
             return {"logits": logits}
-        ways: Any = {"output": "features", "mutable": ["intermediates"]}
-        pooled, kept = cast("Any", model.apply(variables, images, train=False, **ways))
-        logits: Any = model.apply(variables, pooled, method=head)
-        maps = [sketch(kept["intermediates"][name][0], seed) for seed, name in enumerate(stages)]
-        outputs = {"logits": logits, "features": pooled, "maps": jnp.stack(maps, axis=1)}
-        return {name: x.astype(at_least_float32(logits.dtype)) for name, x in outputs.items()}
+        return with_features(model, variables, images)[0]
 
     return eval_step

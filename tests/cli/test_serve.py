@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 
 from bmjax.analysis.evaluate.looks import looks
-from bmjax.analysis.evaluate.reference import Reference
+from bmjax.analysis.evaluate.reader import Reader, Seen
+from bmjax.analysis.evaluate.reference import Reference, make_reference, read_reference, write_reference
 from bmjax.analysis.export.program import facts_of, make_function, portable
 from bmjax.analysis.export.stablehlo import export_stablehlo, write_stablehlo
 from bmjax.analysis.serve.engine import MAX_PIXELS, engine_of_export, engine_of_runs, read_upload
@@ -25,7 +26,9 @@ from bmjax.analysis.serve.watch import Watch
 from bmjax.cli import serve
 from bmjax.cli.main import main
 from bmjax.data.images.decode import quiet
-from bmjax.training.predict import predict_probs
+from bmjax.data.splits import Splits
+from bmjax.runs.folder import Run
+from bmjax.training.predict import predict_probs, unlabelled
 from tests.helpers.browser import chromium
 from tests.helpers.processes import environment, free_port
 from tests.helpers.small_run import SHOWN, SIZE, small_run
@@ -125,7 +128,8 @@ def test_it_says_what_the_run_says(server, run):
 
 def test_several_runs_are_served_as_their_mean(run, tmp_path):
     other = small_run(tmp_path / "other", seed=1)
-    probs, maps = engine_of_runs([run, other], [None, None], 0.5, 2)(np.stack([noise(i) for i in range(2)]))
+    probs, maps, inside = engine_of_runs([run, other], [None, None], 0.5, 2)(np.stack([noise(i) for i in range(2)]))
+    assert inside is None, "neither keeps features"
     each = [predict_probs(one, np.stack([noise(i) for i in range(2)])) for one in (run, other)]
     np.testing.assert_allclose(probs, np.mean(each, axis=0), atol=2e-5)
     assert maps is not None
@@ -146,6 +150,31 @@ def test_images_unlike_those_of_training_are_told(run):
         second = server.post(*((f"{i}.png".encode(), as_png(noise(i))) for i in range(6)))[1]
     assert first["foreign"] == []
     assert any(word.startswith("lightness is") and "median of 12 images" in word for word in second["foreign"])
+
+
+def test_features_are_held_against_those_of_training(run, tmp_path):
+    """As `predict` holds them, where the run keeps some: what looks alike may still be strange to the network."""
+    kept = Run(tmp_path, run.config, run.model, run.variables, run.classes, run.step)
+    data = unlabelled(np.stack([noise(i) for i in range(60)]), run.classes)
+    splits = Splits(np.arange(40), np.arange(40, 60), np.zeros(0, int))
+    write_reference(tmp_path, make_reference(data, splits, Reader(run)))
+    engine, images = engine_of_runs([kept], [None], 0.36, 8), np.stack([noise(i) for i in range(60, 72)])
+    reference, seen = read_reference(tmp_path), Reader(run).images(images)
+    expected = reference.familiarity(reference.strangeness(seen))
+    said = engine(images)
+    found = []
+    for i in range(12):
+        one = said.row(i)
+        inside = {name: x[None] for name, x in one.inside.items()}
+        alone = Seen(one.probs[None], **inside, images=images[i : i + 1], rows=np.arange(1))
+        found.append(reference.familiarity(reference.strangeness(alone))[0])
+        engine.watch.add(images[i], one.probs, one.inside)
+    np.testing.assert_allclose(found, expected, atol=0.05)  # a rank among 20
+    assert engine.watch.words() == []
+    strange = 255 - images // 8
+    for i, one in enumerate(map(engine(strange).row, range(12))):
+        engine.watch.add(strange[i], one.probs, one.inside)
+    assert any("stranger to the network than 95 %" in word for word in engine.watch.words())
 
 
 def test_one_image_may_be_the_body(server):
@@ -296,9 +325,10 @@ def test_an_export_is_served_without_maps(run, tmp_path):
     engine = engine_of_export(tmp_path / "m.zip", 2)
     assert not engine.has_maps
     images = np.stack([noise(i) for i in range(5)])
-    probs, maps = engine(images)
-    np.testing.assert_allclose(probs, predict_probs(run, images), atol=1e-4)
-    assert maps is None
+    said = engine(images)
+    np.testing.assert_allclose(said.probs, predict_probs(run, images), atol=1e-4)
+    assert said.map is None
+    assert engine.watch is None
     # A file as it comes, read by what the export says of reading.
     assert read_upload(as_png(np.zeros((50, 40, 3), np.uint8)), engine.facts).shape == (SIZE, SIZE, 3)
     with pytest.raises(ValueError, match=f"expected at most {MAX_PIXELS}"):

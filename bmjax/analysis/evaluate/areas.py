@@ -36,8 +36,9 @@ def newcombe_interval(area: float, positives: int, negatives: int) -> tuple[floa
     bounds = []
     for end, inside in ((_EDGE, area - _EDGE), (1 - _EDGE, area + _EDGE)):
         between = 0 < inside < 1 and beyond(end) > 0
-        bounds.append(brentq(beyond, *sorted((end, inside))) if between else round(end))
-    return min(float(bounds[0]), area), max(float(bounds[1]), area)  # type: ignore[arg-type]
+        bounds.append(brentq(beyond, end, inside) if between else round(end))
+    low, high = np.array(bounds, np.float64).tolist()
+    return min(low, area), max(high, area)
 
 
 def roc_interval(area: float, drawn: np.ndarray, positives: int, negatives: int) -> tuple[float, float]:

@@ -23,14 +23,19 @@ def foreign_words(reference: Reference, seen: Seen, familiar: np.ndarray | None 
         return []
     words = foreign_looks(reference, seen.looks, seen.probs)
     if reference.has_features:
-        familiar = reference.familiarity(reference.strangeness(seen)) if familiar is None else familiar
-        share = float((familiar <= _STRANGE).mean())
-        if share > _STRANGE + _MARGIN + 3 * np.sqrt(_STRANGE * (1 - _STRANGE) / n):
-            words.append(
-                f"{100 * share:.0f} % of {n} images are stranger to the network than {100 * (1 - _STRANGE):.0f} % of "
-                f"the validation cells, where {100 * _STRANGE:.0f} % are expected"
-            )
+        words += strange_words(reference.familiarity(reference.strangeness(seen)) if familiar is None else familiar)
     return words
+
+
+def strange_words(familiar: np.ndarray) -> list[str]:
+    """A sentence where too many images are strange to the network, by their familiarity [n], n >= 1."""
+    n, share = len(familiar), float((familiar <= _STRANGE).mean())
+    if share <= _STRANGE + _MARGIN + 3 * np.sqrt(_STRANGE * (1 - _STRANGE) / n):
+        return []
+    return [
+        f"{100 * share:.0f} % of {n} images are stranger to the network than {100 * (1 - _STRANGE):.0f} % of the "
+        f"validation cells, where {100 * _STRANGE:.0f} % are expected"
+    ]
 
 
 def foreign_looks(reference: Reference, looks: np.ndarray, probs: np.ndarray) -> list[str]:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from bmjax.environment import version
 from bmjax.files import printable
 from bmjax.layers.dispatch import traced_for, with_forms
 from bmjax.runs.folder import Run, image_dtype
-from bmjax.training.steps import at_precision
+from bmjax.training.steps import at_precision, with_features
 
 FORMAT = "bmjax export 1"
 TOLERANCE = 1e-4
@@ -28,47 +28,64 @@ TOLERANCE = 1e-4
 _TINY = float(np.log(np.finfo(np.float32).tiny))
 
 
-def make_function(
-    run: Run, calibration: Calibration | None = None, *, maps: bool = False
-) -> Callable[[jax.Array], tuple[jax.Array, jax.Array | None]]:
-    """images uint8 [b, s, s, 3], RGB -> (probabilities float32 [b, k], with `maps` the attention's map
-    float32 [b, s, s]).
+class Said(NamedTuple):
+    """Of images [b, s, s, 3]: probabilities float32 [b, k]; the attention's map float32 [b, s, s]; and what strangeness
+    is told by (bmjax.analysis.evaluate.reference): energy [b], features [b, c] and maps [b, stages, 128]. The last two
+    are None where they are not asked for, or no map is over places."""
 
-    Preprocessing and calibration are inside. Of several maps it is the last module's; None where no map is over places.
+    probs: jax.Array
+    map: jax.Array | None = None
+    inside: dict[str, jax.Array] | None = None
+
+
+Classify = Callable[[jax.Array], Said]
+
+
+def make_function(
+    run: Run, calibration: Calibration | None = None, *, maps: bool = False, features: bool = False
+) -> Classify:
+    """images uint8 [b, s, s, 3], RGB -> `Said`, with the attention's map where `maps`, and what is inside where
+    `features`.
+
+    Preprocessing and calibration are inside. Of several maps it is the last module's.
     """
     variables = jax.tree.map(jnp.asarray, run.variables)
     dtype = image_dtype(run.config)
 
     @functools.partial(at_precision, precision=run.config.train.precision)
-    def function(images: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        mutable = ["intermediates"] if maps else False
-        out: Any = run.model.apply(variables, images.astype(dtype), train=False, mutable=mutable)
-        logits, sown = (out[0], sown_maps(dict(out[1]))) if maps else (out, {})
+    def function(images: jax.Array) -> Said:
+        inside, sown = None, {}
+        if features:
+            inside, kept = with_features(run.model, variables, images.astype(dtype))
+            logits = inside.pop("logits")
+            inside["energy"] = -jax.nn.logsumexp(logits, axis=-1)
+            sown = sown_maps(kept) if maps else {}
+        else:
+            mutable = ["intermediates"] if maps else False
+            out: Any = run.model.apply(variables, images.astype(dtype), train=False, mutable=mutable)
+            logits, sown = (out[0], sown_maps(dict(out[1]))) if maps else (out, {})
         logs = jax.nn.log_softmax(logits.astype(jnp.float32))
         if calibration is not None:
             scale, shift = (jnp.asarray([v], jnp.float32) for v in (calibration.scale, calibration.shift))
             logs = jax.nn.log_softmax(jnp.maximum(logs, _TINY) * scale + shift)
         over_places = [m for _, m in sorted(sown.items()) if m.ndim == 3]
         if not over_places:
-            return jnp.exp(logs), None
-        shape = images.shape[:3]
-        return jnp.exp(logs), jax.image.resize(over_places[-1].astype(jnp.float32), shape, "bilinear")
+            return Said(jnp.exp(logs), inside=inside)
+        over = jax.image.resize(over_places[-1].astype(jnp.float32), images.shape[:3], "bilinear")
+        return Said(jnp.exp(logs), over, inside)
 
     return function
 
 
-Classify = Callable[[jax.Array], tuple[jax.Array, jax.Array | None]]
-
-
 def mean_of(functions: Sequence[Classify]) -> Classify:
-    """One function of several of `make_function`: the mean of their probabilities, and the first one's map."""
+    """One function of several of `make_function`: the mean of their probabilities, all else as the first one's."""
 
-    def function(images: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    def function(images: jax.Array) -> Said:
         found = [each(images) for each in functions]
-        total = found[0][0]
-        for probs, _ in found[1:]:
-            total = total + probs
-        return total / len(found), found[0][1]
+        total = found[0].probs
+        for one in found[1:]:
+            total = total + one.probs
+        return found[0]._replace(probs=total / len(found))
 
     return functions[0] if len(functions) == 1 else function
 
@@ -79,7 +96,7 @@ def portable(function: Callable[[jax.Array], Any]) -> Callable[[jax.Array], jax.
 
     def traced(images: jax.Array) -> jax.Array:
         with traced_for("portable"), with_forms():
-            return function(images)[0]
+            return function(images).probs
 
     return traced
 

@@ -32,7 +32,7 @@ from bmjax.analysis.evaluate.refusal import UNSURE
 from bmjax.analysis.export.program import Facts
 from bmjax.analysis.report.pictures import data_url
 from bmjax.analysis.serve.batching import Batcher, Full
-from bmjax.analysis.serve.engine import Engine, read_upload
+from bmjax.analysis.serve.engine import Answer, Engine, read_upload
 from bmjax.analysis.serve.guard import Guard
 from bmjax.analysis.serve.watch import Watch
 
@@ -145,13 +145,15 @@ async def _one(request: Request, name: str, data: bytes | str) -> dict[str, Any]
         if isinstance(data, str):
             raise ValueError(data)
         image = await anyio.to_thread.run_sync(read_upload, data, facts, limiter=state.decoding)
-        probs, over = await state.batcher(image)
+        said: Answer = await state.batcher(image)
         if state.engine.watch is not None:
-            await anyio.to_thread.run_sync(state.engine.watch.add, image, probs, limiter=state.decoding)
-        shown = await anyio.to_thread.run_sync(pictures, image, over, limiter=state.decoding)
+            await anyio.to_thread.run_sync(
+                state.engine.watch.add, image, said.probs, said.inside, limiter=state.decoding
+            )
+        shown = await anyio.to_thread.run_sync(pictures, image, said.map, limiter=state.decoding)
     except (ValueError, RuntimeError) as e:
         return {"name": name, "error": str(e)}
-    return {"name": name, **answer(probs, facts), **shown}
+    return {"name": name, **answer(said.probs, facts), **shown}
 
 
 def answer(probs: np.ndarray, facts: Facts) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-Answer = tuple[np.ndarray, np.ndarray | None]
+from bmjax.analysis.serve.engine import Answer
 
 
 class Full(Exception):
@@ -42,7 +42,7 @@ class Batcher:
             self._on_their_way -= n
 
     async def __call__(self, image: np.ndarray) -> Answer:
-        """(probabilities [k], map [s, s] or None) of an image uint8 [s, s, 3]."""
+        """What the engine says of an image uint8 [s, s, 3]."""
         waiting = asyncio.get_running_loop().create_future()
         self._queue.put_nowait((image, waiting))
         return await waiting
@@ -72,7 +72,7 @@ class Batcher:
         self.batches = [*self.batches[-99:], len(found)]
         try:
             images = np.stack([image for image, _ in found])
-            probs, maps = await asyncio.get_running_loop().run_in_executor(self._pool, self._engine, images)
+            said = await asyncio.get_running_loop().run_in_executor(self._pool, self._engine, images)
         except Exception as e:  # the next batch may do better: the server goes on
             for _, waiting in found:
                 if not waiting.done():
@@ -80,4 +80,4 @@ class Batcher:
             return
         for i, (_, waiting) in enumerate(found):
             if not waiting.done():
-                waiting.set_result((probs[i], None if maps is None else maps[i]))
+                waiting.set_result(said.row(i))

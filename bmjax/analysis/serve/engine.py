@@ -5,15 +5,15 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from PIL import Image
 
 from bmjax.analysis.evaluate.calibration import Calibration
-from bmjax.analysis.evaluate.reference import read_reference
-from bmjax.analysis.export.program import Facts, facts_of, make_function, mean_of
+from bmjax.analysis.evaluate.judge import Judge
+from bmjax.analysis.export.program import Facts, Said, facts_of, make_function, mean_of
 from bmjax.analysis.export.stablehlo import read_stablehlo
 from bmjax.analysis.serve.watch import Watch
 from bmjax.data.images.cache import stained
@@ -23,11 +23,22 @@ from bmjax.runs.folder import Run
 
 MAX_PIXELS = 25_000_000
 """Of an uploaded image, told by its header before anything is decoded."""
-Answer = tuple[np.ndarray, np.ndarray | None]
+
+
+class Answer(NamedTuple):
+    """`Said` of bmjax.analysis.export.program, of n images or of one, as NumPy's arrays."""
+
+    probs: np.ndarray
+    map: np.ndarray | None = None
+    inside: dict[str, np.ndarray] | None = None
+
+    def row(self, i: int) -> Answer:
+        """Of one of the images."""
+        return Answer(*jax.tree.map(lambda x: x[i], tuple(self)))
 
 
 class Engine:
-    """images uint8 [n, s, s, 3] -> (probabilities float32 [n, k], maps float32 [n, s, s] or None).
+    """images uint8 [n, s, s, 3] -> `Answer`.
 
     Compiled for one image and for `batch` of them, when it is made. `watch`: tells images unlike those of training,
     where the run keeps what they look like.
@@ -38,8 +49,8 @@ class Engine:
         self.facts, self.batch, self._function = facts, batch, jax.jit(function)
         size = facts.image_size
         for n in {1, batch}:
-            _, maps = self._function(np.zeros((n, size, size, 3), np.uint8))
-        self.has_maps = maps is not None
+            said = self._function(np.zeros((n, size, size, 3), np.uint8))
+        self.has_maps = said.map is not None
 
     def __call__(self, images: np.ndarray) -> Answer:
         n = len(images)
@@ -48,10 +59,9 @@ class Engine:
         parts, start = [], 0
         for size in sizes:
             rows = np.minimum(np.arange(start, start + size), n - 1)
-            parts.append(jax.tree.map(np.asarray, self._function(images[rows])))
+            parts.append(tuple(self._function(images[rows])))
             start += size
-        probs, maps = zip(*parts, strict=True)
-        return np.concatenate(probs)[:n], np.concatenate(maps)[:n] if self.has_maps else None
+        return Answer(*jax.tree.map(lambda *each: np.concatenate([np.asarray(x) for x in each])[:n], *parts))
 
 
 def engine_of_runs(
@@ -64,20 +74,23 @@ def engine_of_runs(
       ValueError: the runs read files in different ways.
     """
     prepare()
-    facts, reference = facts_of(runs[0], calibrations[0], undecided, runs[1:]), read_reference(runs[0].run_dir)
-    pairs = zip(runs, calibrations, strict=True)
-    functions = [make_function(run, one, maps=run is runs[0]) for run, one in pairs]
+    facts, reference = facts_of(runs[0], calibrations[0], undecided, runs[1:]), Judge(runs).reference()
+    looks_inside = reference is not None and reference.has_features
+    functions = [
+        make_function(run, one, maps=run is runs[0], features=run is runs[0] and looks_inside)
+        for run, one in zip(runs, calibrations, strict=True)
+    ]
     return Engine(facts, mean_of(functions), batch, None if reference is None else Watch(reference, facts.image_size))
 
 
 def engine_of_export(path: Path, batch: int) -> Engine:
-    """Of a file of `bmjax export`.
+    """Of a file of `bmjax export`; what its run was trained on is not in it, so nothing is held against that.
 
     Raises:
       ValueError: it is damaged, or none.
     """
     exported = read_stablehlo(path)
-    return Engine(exported.facts, lambda images: (exported.function(images), None), batch)
+    return Engine(exported.facts, lambda images: Said(exported.function(images)), batch)
 
 
 def read_upload(data: bytes, facts: Facts) -> np.ndarray:

@@ -7,8 +7,9 @@ import threading
 
 import numpy as np
 
-from bmjax.analysis.evaluate.foreign import FEWEST, foreign_looks
+from bmjax.analysis.evaluate.foreign import FEWEST, foreign_looks, strange_words
 from bmjax.analysis.evaluate.looks import looks
+from bmjax.analysis.evaluate.reader import Seen
 from bmjax.analysis.evaluate.reference import Reference
 
 LAST = 200
@@ -16,24 +17,35 @@ LAST = 200
 
 
 class Watch:
-    """Keeps looks and probabilities of the last images of side `size`, in memory alone. May be used by several
-    threads."""
+    """Keeps looks, probabilities and, where the run keeps features, the familiarity of the last images of side `size`,
+    in memory alone. May be used by several threads."""
 
     def __init__(self, reference: Reference, size: int):
         self._reference, self._lock = reference, threading.Lock()
         looks(np.zeros((1, size, size, 3), np.uint8))  # compiled now, and not while a client waits
-        self._last: collections.deque[tuple[np.ndarray, np.ndarray]] = collections.deque(maxlen=LAST)
+        self._last: collections.deque[tuple[np.ndarray, np.ndarray, float]] = collections.deque(maxlen=LAST)
 
-    def add(self, image: np.ndarray, probs: np.ndarray) -> None:
-        """An image uint8 [s, s, 3] as the model reads it, and its probabilities [k]."""
-        look = looks(image[None])[0]
+    def add(self, image: np.ndarray, probs: np.ndarray, inside: dict[str, np.ndarray] | None = None) -> None:
+        """An image uint8 [s, s, 3] as the model reads it, its probabilities [k], and what strangeness is told by, where
+        the engine gives it."""
+        seen, familiar = _seen(image, probs, inside or {}), np.array([np.nan])
+        if inside is not None:
+            familiar = self._reference.familiarity(self._reference.strangeness(seen))
         with self._lock:
-            self._last.append((look, probs))
+            self._last.append((seen.looks[0], probs, float(familiar[0])))
 
     def words(self) -> list[str]:
-        """A sentence on each look that is foreign; none for fewer than `FEWEST` images."""
+        """A sentence on each look that is foreign, and on strangeness; none for fewer than `FEWEST` images."""
         with self._lock:
             last = list(self._last)
         if len(last) < FEWEST:
             return []
-        return foreign_looks(self._reference, *(np.stack(part) for part in zip(*last, strict=True)))
+        seen, probs, familiar = (np.stack(part) for part in zip(*last, strict=True))
+        known = familiar[np.isfinite(familiar)]
+        return foreign_looks(self._reference, seen, probs) + (strange_words(known) if len(known) >= FEWEST else [])
+
+
+def _seen(image: np.ndarray, probs: np.ndarray, inside: dict[str, np.ndarray]) -> Seen:
+    none = np.zeros((1, 0), np.float32)
+    energy, features, maps = (inside[name][None] if inside else none for name in ("energy", "features", "maps"))
+    return Seen(probs[None], energy, features, maps, image[None], np.arange(1))
