@@ -86,7 +86,7 @@ def evaluate(options: argparse.Namespace, rest: Sequence[str]) -> int:
         predictions = _as_predictions(options.split, target, seen, judge)
         dataset = target.parts[0][0]
         _keep(runs, f"{options.split}{name}", predictions, _groups(dataset, predictions), options)
-    scores = _print_scores(predictions, pairs, _groups(dataset, predictions))
+    scores = _print_scores(runs, predictions, pairs, _groups(dataset, predictions))
     if options.split == "train" and not options.on:
         print("the runs were trained on these images: the figures say how well they are remembered")
     if options.calibrated and options.split == "val" and not options.on:
@@ -264,13 +264,16 @@ def _keep(
         save_results(runs[0].run_dir, name, m | {"step": runs[0].step, "checkpoint": options.which})
 
 
-def _print_scores(predictions: Predictions, pairs: Sequence[tuple[str, str]], groups: Sequence[str]) -> Scores:
+def _print_scores(
+    runs: Sequence[Run], predictions: Predictions, pairs: Sequence[tuple[str, str]], groups: Sequence[str]
+) -> Scores:
     from bmjax.analysis.evaluate.scores import score, text
 
-    scores = score(predictions.labels, predictions.probs, predictions.classes, tolerated=pairs, groups=groups)
+    try:
+        scores = score(predictions.labels, predictions.probs, predictions.classes, tolerated=pairs, groups=groups)
+    except ValueError as e:
+        raise ValueError(f"{', '.join(str(run.run_dir) for run in runs)}: {e}") from e
     print(f"\n{text(scores)}")
-    if any("groups" in one.by for one in scores.scores.values()):
-        print("the intervals above are about images of new groups")
     return scores
 
 

@@ -151,8 +151,8 @@ def intervals_note(counts: np.ndarray) -> str:
     notes = []
     if absent:
         notes.append(
-            f"{absent} of {len(counts)} classes have no image: the intervals of the means take them to be like the "
-            "others, the means leave them out; no interval of the means then holds exactly 95 %"
+            f"{absent} of {len(counts)} classes have no image: the intervals of macro F1 and balanced accuracy take "
+            "them to be like the others, all means leave them out; no interval of a mean then holds exactly 95 %"
         )
     if few:
         notes.append(

@@ -13,6 +13,8 @@ from bmjax.files import read_npz
 from bmjax.runs.intervals import wilson_interval
 
 SPLITS = ("test", "val", "train")
+REPORTED = SPLITS[:2]
+"""Splits that a report dwells on, never train: what a network remembers would pass for what it can do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +88,8 @@ def read_predictions(run_dir: str | Path, split: str) -> Predictions | None:
 
 
 def reported_split(results: dict[str, Any]) -> str | None:
-    """The split that a report dwells on: test where it was opened, else validation; None of a run without. Never train:
-    what a network remembers would pass for what it can do."""
-    return next((split for split in SPLITS[:2] if split in results), None)
+    """The split that a report dwells on: test where it was opened, else validation; None of a run without."""
+    return next((split for split in REPORTED if split in results), None)
 
 
 def interval_text(metrics: dict[str, Any], name: str) -> str:

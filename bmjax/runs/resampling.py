@@ -62,7 +62,7 @@ def normal_interval(value: float, drawn: np.ndarray, n: int, scale: Scale = "sha
         return wilson_interval(n, n)[0], 1.0
     if value == 0 and scale == "share" and (known == 0).all():
         return 0.0, wilson_interval(0, n)[1]
-    if scale != "share" and (known == known[0]).all():  # that nothing varies is by the few images
+    if scale != "share" and (known == known[0]).all():  # too few images to vary
         return float("nan"), float("nan")
     middle, deviation = float(_free(np.array(value), n, scale)), float(_free(known, n, scale).std())
     half = float(student.ppf(0.975, n - 1)) * np.sqrt(n / (n - 1)) * deviation
@@ -121,10 +121,16 @@ def over_groups(
         for name, same in (("recall", "sensitivity"), ("precision", "precision"), ("f1", "f1")):
             bounds |= _bounds(name, one[name], shares[same][:, c], len(np.unique(of_group[there[same]])))
         per_class.append(one | bounds)
-    absent = int((np.bincount(labels, minlength=k) == 0).sum())
+    note = groups_note(np.bincount(labels, minlength=k), g)
+    return found | {"per_class": per_class, "intervals_groups": g, "intervals_note": note}
+
+
+def groups_note(true: np.ndarray, g: int) -> str:
+    """What intervals over g groups are about, of so many images of each class, [k]."""
+    absent = int((true == 0).sum())
     notes = [f"the intervals are about images of new groups, by a bootstrap over {g} of them"]
-    notes += [f"{absent} of {k} classes have no image, and are left out of the means"] if absent else []
-    return found | {"per_class": per_class, "intervals_groups": g, "intervals_note": "; ".join(notes)}
+    notes += [f"{absent} of {len(true)} classes have no image, and are left out of the means"] if absent else []
+    return "; ".join(notes)
 
 
 def _bounds(name: str, value: float, drawn: np.ndarray, groups: int) -> dict[str, float]:

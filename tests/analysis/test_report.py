@@ -126,6 +126,19 @@ def test_intervals_are_over_groups_in_the_report_and_the_card(run):
         assert "Wilson" not in text
 
 
+def test_predictions_that_are_no_numbers_are_left_out_and_said(run, caplog):
+    folder, _ = run
+    found = read_predictions(folder, "test")
+    probs = found.probs.copy()
+    probs[3] = np.nan
+    arrays = {name: getattr(found, name) for name in ("labels", "index", "ids")}
+    np.savez(folder / "predictions_test.npz", probs=probs, classes=np.array(found.classes), **arrays)
+    text = Page(write_report(folder).read_text()).text
+    assert f"1 of {len(probs)} rows hold no numbers" in caplog.text
+    assert "Confusion, test" not in text
+    assert "balanced accuracy" in text
+
+
 def test_without_images_mistakes_are_listed_by_name(run):
     folder, images = run
     page = Page(write_report(folder).read_text())

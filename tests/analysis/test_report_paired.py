@@ -46,7 +46,7 @@ def test_other_images_are_not_paired(tmp_path):
     assert "on other images" in found.why_not
     (tmp_path / "a" / "results.json").unlink()
     assert (
-        "not all evaluated on the same split"
+        "not all evaluated on validation, or all on test"
         in paired([read_facts(tmp_path / "a"), read_facts(tmp_path / "b")]).why_not
     )
 

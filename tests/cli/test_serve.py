@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import http.client
 import io
 import json
@@ -171,6 +172,10 @@ def test_features_are_held_against_those_of_training(run, tmp_path):
         engine.watch.add(images[i], one.probs, one.inside)
     np.testing.assert_allclose(found, expected, atol=0.05)  # a rank among 20
     assert engine.watch.words() == []
+    narrow = dataclasses.replace(reference, features=reference.features[:, :-1])
+    write_reference(tmp_path, narrow)
+    with pytest.raises(ValueError, match=r"reference\.npz does not fit the run's features"):
+        engine_of_runs([kept], [None], 0.36, 8)
     strange = 255 - images // 8
     for i, one in enumerate(map(engine(strange).row, range(12))):
         engine.watch.add(strange[i], one.probs, one.inside)

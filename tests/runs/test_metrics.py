@@ -129,7 +129,7 @@ def test_notes_say_where_intervals_rest_on_little():
     assert intervals_note(np.diag([50, 20, 12])) == ""
     note = intervals_note(np.array([[50, 0, 0], [1, 3, 0], [0, 0, 0]]))
     assert "1 of 3 classes have no image" in note
-    assert "no interval of the means then holds exactly 95 %" in note
+    assert "no interval of a mean then holds exactly 95 %" in note
     assert "1 of 3 classes have fewer than 10 images" in note
 
 

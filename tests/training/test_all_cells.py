@@ -9,7 +9,7 @@ import pytest
 
 import bmjax
 from bmjax.analysis.compare.compare import compare
-from bmjax.analysis.report.report import figure_result, write_report
+from bmjax.analysis.report.report import figure_result, write_report, write_reports
 from bmjax.analysis.sweep.cells import cells_of
 from bmjax.analysis.sweep.run import run_sweep
 from bmjax.config import (
@@ -22,6 +22,7 @@ from bmjax.config import (
     StageConfig,
     TrainConfig,
 )
+from bmjax.data.load import check_sides
 from bmjax.runs.records import read_records
 
 
@@ -58,6 +59,11 @@ def test_on_all_cells_the_last_epoch_is_kept_and_nothing_reported(tmp_path):
         assert "95 % interval" not in page.read_text()
     with pytest.raises(FileNotFoundError, match="a split that it was not trained on"):
         figure_result(result.run_dir, np.zeros((1, 32, 32, 3), np.uint8), tmp_path / "a.png")
+    other = bmjax.train(dataclasses.replace(one, run_dir=str(tmp_path / "other"), seed=1)).run_dir
+    bmjax.evaluate(other, "train")
+    write_reports([result.run_dir, other], tmp_path / "both.html")
+    beside = (tmp_path / "both.html").read_text()
+    assert "not all evaluated on validation, or all on test" in beside
     (result.run_dir / "results.json").unlink()
     again = bmjax.train(one, resume=True)
     assert (again.steps, again.metrics) == (result.steps, {})
@@ -81,6 +87,7 @@ def test_a_sweep_and_a_comparison_need_validation_before_they_train(tmp_path, sp
         compare(one, ["se"], seeds=1)
     with pytest.raises(ValueError, match=r"leaves no image to test"):
         compare(config(tmp_path, (0.85, 0.15, 0.0)), ["se"], seeds=1)
+    check_sides(dataclasses.replace(config(tmp_path, (0.85, 0.15, 0.0)).data, folds=5), ("val", "test"), "folds")
     assert not (tmp_path / "run").exists()
 
 

@@ -2,8 +2,8 @@
 
     python tools/bench/bench_heads.py [--variants none se soft] [--seeds 5] [--epochs 15] [--images 1955]
 
-A head goes from new weights to predictions of the test split: batches shuffled again, validation after each epoch, the
-best epoch's weights kept. Keras does it by `compile`, `fit` and `predict`, a new model a head; bmjax by
+A head goes from new weights to predictions of the test split: batches shuffled and validation in each epoch, the best
+epoch's weights kept. Keras does it by `compile`, `fit` and `predict`, a new model a head; bmjax by
 `bmjax.compare`, several heads at a time as it does by default, and once more one at a time; files included. Maps are
 random, the same for all. Each contender has a process of its own, one after another, and trains all variants with
 all seeds; its compiling counts, without a cache. Prints Markdown.

@@ -57,9 +57,9 @@ def compare(
         to end; or a run's folder holds one of another configuration.
     """
     design = design or Design()
-    check_sides(config.data, ("val", "test"), "a comparison")
     looks = planning.looks(design.max_seeds) if design.wanted is not None else (seeds,)
     configs = configurations(config, variants, looks[0], baseline, design)
+    check_sides(configs[baseline][0].data, ("val", "test"), "a comparison")
     at_once = width(at_once, config.features.cached)
     shared, tried = Shared(), trials(configs, design) if design.tune else {}
     log.info("%s", _announced(configs, tried, design, at_once))

@@ -1,7 +1,7 @@
 """Intervals of areas under ROC and precision-recall curves, of few images too, and of their means over classes.
 
-A bootstrap of few images hardly varies: five of a kind that all rank first would be told apart for certain. How often
-the intervals hold what they say: tests/analysis/evaluate/test_areas.py.
+A bootstrap of few images, or of few errors, hardly varies: five images that all rank first would get the interval 1 to
+1. How often the intervals hold what they say: tests/analysis/evaluate/test_areas.py.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from bmjax.analysis.evaluate.resampling import Ranking
 from bmjax.runs.intervals import proportion_intervals
 from bmjax.runs.resampling import normal_interval, resamples
 
-FEW = 20
-"""Images of a kind below which its areas have an interval by a formula."""
+BOOTSTRAP, FORMULA = "bootstrap", "formula for few images"
+FEW, _FEW_ERRORS = 20, 5
+"""Images of a kind, and ranks among them lost in the mean, below which an area has an interval by a formula."""
 _Z2, _EDGE = 1.959963984540054**2, 1e-9
 
 
@@ -41,29 +42,35 @@ def newcombe_interval(area: float, positives: int, negatives: int) -> tuple[floa
     return min(low, area), max(high, area)
 
 
-def roc_interval(area: float, drawn: np.ndarray, positives: int, negatives: int) -> tuple[float, float]:
-    """The 95 % interval of an area under the ROC curve with resamples' areas `drawn` [r]; NaN without both kinds.
+def roc_interval(area: float, drawn: np.ndarray, positives: int, negatives: int) -> tuple[float, float, str]:
+    """The 95 % interval of an area under the ROC curve with resamples' areas `drawn` [r], and what it is by; NaN
+    without both kinds.
 
-    By the resamples' deviation, or Newcombe's where one kind has fewer than `FEW` images.
+    By the resamples' deviation; Newcombe's where one kind has fewer than `FEW` images, or the area is so near 0 or 1
+    that hardly a resample differs.
     """
     fewest = min(positives, negatives)
     if not fewest:
-        return float("nan"), float("nan")
-    return newcombe_interval(area, positives, negatives) if fewest < FEW else normal_interval(area, drawn, fewest)
+        return float("nan"), float("nan"), FORMULA
+    if fewest < FEW or fewest * min(area, 1 - area) < _FEW_ERRORS:
+        return *newcombe_interval(area, positives, negatives), FORMULA
+    return *normal_interval(area, drawn, fewest), BOOTSTRAP
 
 
-def pr_interval(precision: float, drawn: np.ndarray, positives: int) -> tuple[float, float]:
-    """The 95 % interval of an average precision with resamples' `drawn` [r]; NaN without a positive.
+def pr_interval(precision: float, drawn: np.ndarray, positives: int) -> tuple[float, float, str]:
+    """The 95 % interval of an average precision with resamples' `drawn` [r], and what it is by; NaN without a positive.
 
-    By the resamples' deviation, or where fewer than `FEW` images are positive Wilson's of a proportion of them, which
-    holds more than 95 % (after the binomial interval of Boyd et al. 2013, https://doi.org/10.1007/978-3-642-40994-3_29).
+    By the resamples' deviation, or where fewer than `FEW` images are positive Wilson's of a proportion of them (after
+    the binomial interval of Boyd et al. 2013, https://doi.org/10.1007/978-3-642-40994-3_29). That holds 95 % where
+    positives are told well; of scores that hardly tell a rare class it holds less, for the average precision of few
+    positives is too high.
     """
     if not positives:
-        return float("nan"), float("nan")
+        return float("nan"), float("nan"), FORMULA
     if positives >= FEW:
-        return normal_interval(precision, drawn, positives)
+        return *normal_interval(precision, drawn, positives), BOOTSTRAP
     low, high = proportion_intervals(np.array([precision * positives]), np.array([positives]))
-    return min(float(low[0]), precision), max(float(high[0]), precision)
+    return min(float(low[0]), precision), max(float(high[0]), precision), FORMULA
 
 
 def mean_interval(values: np.ndarray, bounds: Sequence[tuple[float, float]]) -> tuple[float, float]:
@@ -85,4 +92,4 @@ def auroc(known: np.ndarray, strange: np.ndarray, draws: int = 1000) -> tuple[fl
     if min(n, m) >= FEW:
         pairs = zip(resamples(n, draws, seed=0), resamples(m, draws, seed=1), strict=True)
         drawn = np.concatenate([ranking.areas(np.concatenate(pair))[0] for pair in pairs])
-    return value, *roc_interval(value, drawn, m, n)
+    return value, *roc_interval(value, drawn, m, n)[:2]

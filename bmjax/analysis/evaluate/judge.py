@@ -145,6 +145,8 @@ def target_of_path(runs: Sequence[Run], path: str, source: str) -> tuple[Target,
     place = {name: i for i, name in enumerate(classes)}
     labels = np.array([place.get(first.classes[label], -1) for label in first.labels[at[0]]], np.int64)
     known = np.flatnonzero(labels >= 0)
+    if not len(known):
+        raise ValueError(f"{path}: no image of the runs' classes can be read by every run; expected at least one")
 
     def of(which: np.ndarray) -> Target:
         pairs = zip(parts, at, strict=True)
@@ -158,8 +160,6 @@ def _shared(path: str, parts: Sequence[Dataset]) -> tuple[list[str], list[np.nda
     places = [{name: i for i, name in enumerate(data.ids)} for data in parts]
     ids = [name for name in parts[0].ids if all(name in place for place in places)]
     left = sorted(set().union(*places) - set(ids))
-    if not ids:
-        raise ValueError(f"{path}: no image can be read by every run; expected at least one")
     if left:
         log.warning("%s: %d images can't be read by every run and are left out: %s", path, len(left),
                     ", ".join(map(printable, left[:5])) + ", ..." * (len(left) > 5))  # fmt: skip

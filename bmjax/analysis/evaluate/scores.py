@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bmjax.analysis.evaluate.areas import FEW, mean_interval, pr_interval, roc_interval
+from bmjax.analysis.evaluate.areas import BOOTSTRAP, FEW, mean_interval, pr_interval, roc_interval
 from bmjax.analysis.evaluate.resampling import COUNTED, Ranking, counted, mean_over_classes
 from bmjax.files import printable
 from bmjax.registry import unknown
@@ -19,14 +19,15 @@ from bmjax.runs.resampling import (
     Scale,
     group_numbers,
     group_resamples,
+    groups_note,
     images_told_by,
     normal_interval,
     resamples,
     share_of,
 )
 
-WILSON, BAYES, BOOTSTRAP = "Wilson", "Bayesian bootstrap", "bootstrap"
-FORMULA, CLASSES = "formula for few images", "classes' intervals"
+WILSON, BAYES, CLASSES = "Wilson", "Bayesian bootstrap", "classes' intervals"
+_NOT_KNOWN = (float("nan"), float("nan"))
 _SCALES: dict[str, Scale] = {"kappa": "signed", "mcc": "signed", "nll": "log", "brier": "log"}
 
 
@@ -43,13 +44,14 @@ class Score:
 @dataclasses.dataclass(frozen=True)
 class Scores:
     """All scores of n predictions. `classes` has those of each class; `confusion` counts and `rates` shares of the true
-    class, [true][predicted]."""
+    class, [true][predicted]. `note`: what the intervals rest on beside the images; "" where on little else."""
 
     n: int
     scores: dict[str, Score]
     classes: dict[str, dict[str, Score]]
     confusion: list[list[int]]
     rates: list[list[float]]
+    note: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """As nested dicts of numbers; what can't be told is None."""
@@ -135,9 +137,13 @@ def score(
     for name in (*COUNTED, "roc_auc", "pr_auc", *means):
         scores[name] = _bootstrap(name, value[name][0], drawn[name], n)
     per_class = _of_classes(counts, classes, areas[..., 0], drawn_areas)
-    scores |= _of_few(scores, per_class, counts)
+    scores |= _of_few(scores, per_class, counts.sum(1), counts.sum(0))
+    recall, balanced = scores["macro_recall"], scores["balanced_accuracy"]
+    # They differ where a class without images is predicted.
+    bounds = (balanced.low, balanced.high) if np.isclose(recall.value, balanced.value) else _NOT_KNOWN
+    scores["macro_recall"] = Score(recall.value, *bounds, BAYES)
     rates = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    found = Scores(n, scores, per_class, counts.tolist(), rates.tolist())
+    found = Scores(n, scores, per_class, counts.tolist(), rates.tolist(), intervals_note(counts))
     of_group = group_numbers(groups)
     if len(np.unique(of_group)) == len(of_group):
         return found
@@ -159,8 +165,6 @@ def _over_groups(
     counts = np.concatenate([block[2] for block in blocks])
 
     def again(name: str, score: Score, values: np.ndarray, n: int) -> Score:
-        if n < 2:  # one group tells nothing of others
-            return Score(score.value, float("nan"), float("nan"), by)
         return dataclasses.replace(_bootstrap(name, score.value, values, n), by=by)
 
     shares = {what: share_of(*part) for what, part in class_shares(counts).items()}
@@ -174,7 +178,13 @@ def _over_groups(
             for what, score in own.items()
         }
     scores = {name: again(name, score, drawn[name], g) for name, score in found.scores.items()}
-    return dataclasses.replace(found, scores=scores, classes=classes)
+    true, said = (
+        np.array([len(np.unique(of_group[which == c])) for c in range(len(classes))]) for which in (labels, predicted)
+    )
+    few = _of_few(scores, classes, true, said)
+    scores |= {name: dataclasses.replace(one, by=f"{one.by}, {by}") for name, one in few.items()}
+    note = groups_note(np.bincount(labels, minlength=len(classes)), g)
+    return dataclasses.replace(found, scores=scores, classes=classes, note=note)
 
 
 def _at(
@@ -214,26 +224,23 @@ def _of_classes(
             for what, (top, below, (low, high)) in values.items()
         }
         positives = int(counts[c].sum())
-        by = BOOTSTRAP if min(positives, counts.sum() - positives) >= FEW else FORMULA
         roc, pr = (float(area) for area in areas[:, c])
-        own["roc_auc"] = Score(roc, *roc_interval(roc, drawn[0, c], positives, int(counts.sum()) - positives), by)
-        own["pr_auc"] = Score(pr, *pr_interval(pr, drawn[1, c], positives), by)
+        own["roc_auc"] = Score(roc, *roc_interval(roc, drawn[0, c], positives, int(counts.sum()) - positives))
+        own["pr_auc"] = Score(pr, *pr_interval(pr, drawn[1, c], positives))
         found[name] = own
     return found
 
 
-def _of_few(scores: dict[str, Score], per_class: dict[str, dict[str, Score]], counts: np.ndarray) -> dict[str, Score]:
-    """Means over classes of which some have few images, whose resamples vary too little: by the classes' intervals."""
-    unknown_ = (float("nan"), float("nan"))
-    balanced, recall, precision = (scores[name] for name in ("balanced_accuracy", "macro_recall", "macro_precision"))
-    same = np.isclose(recall.value, balanced.value)  # but where a class without an image is predicted
-    bounds = (balanced.low, balanced.high) if same else unknown_
-    found = {"macro_recall": Score(recall.value, *bounds, BAYES)}
-    if not counts.sum(0).all():  # a class never predicted counts as 0, but not in more images
-        found["macro_precision"] = Score(precision.value, *unknown_, CLASSES)
-    elif counts.sum(0).min() < FEW:
+def _of_few(
+    scores: dict[str, Score], per_class: dict[str, dict[str, Score]], true: np.ndarray, said: np.ndarray
+) -> dict[str, Score]:
+    """Means over classes of which some have few images, whose resamples vary too little: by the classes' intervals.
+    `true` and `said` [k]: images, or groups, that are of each class and that are taken for it."""
+    found = {}
+    if not said.all():  # a class never predicted counts as 0 here, but its precision may be above 0 in more images
+        found["macro_precision"] = Score(scores["macro_precision"].value, *_NOT_KNOWN, CLASSES)
+    elif said.min() < FEW:
         found["macro_precision"] = _of_means([own["precision"] for own in per_class.values()])
-    true = counts.sum(1)
     if np.isfinite(scores["roc_auc"].value) and true[true > 0].min() < FEW:
         there = [own for own, n in zip(per_class.values(), true, strict=True) if n]
         found |= {name: _of_means([own[name] for own in there]) for name in ("roc_auc", "pr_auc")}
@@ -258,8 +265,8 @@ def text(scores: Scores) -> str:
     lines += ["", "".rjust(width) + "".join(name.rjust(width) for name in names) + "   (shares of the true class, %)"]
     for name, row in zip(names, scores.rates, strict=True):
         lines.append(name.rjust(width) + "".join(f"{100 * v:.1f}".rjust(width) for v in row))
-    if note := intervals_note(np.array(scores.confusion)):
-        lines += ["", note]
+    if scores.note:
+        lines += ["", scores.note]
     return "\n".join(lines)
 
 

@@ -29,9 +29,9 @@ _TINY = float(np.log(np.finfo(np.float32).tiny))
 
 
 class Said(NamedTuple):
-    """Of images [b, s, s, 3]: probabilities float32 [b, k]; the attention's map float32 [b, s, s]; and what strangeness
-    is told by (bmjax.analysis.evaluate.reference): energy [b], features [b, c] and maps [b, stages, 128]. The last two
-    are None where they are not asked for, or no map is over places."""
+    """Of images [b, s, s, 3]: probabilities float32 [b, k]; the attention's map float32 [b, s, s]; and what the
+    scores of strangeness are computed from (bmjax.analysis.evaluate.reference): energy [b], features [b, c] and maps
+    [b, stages, 128]. The last two are None where they are not asked for, or no map is over places."""
 
     probs: jax.Array
     map: jax.Array | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from bmjax.data.splits import groups_in
 from bmjax.files import read_json
 from bmjax.runs.records import Predictions, class_rows, read_predictions, read_records, reported_split
 
+log = logging.getLogger(__name__)
 SPLITS = {"train": "training split", "val": "validation", "test": "test"}
 _PURPOSE = {"train": "to train on", "val": "for validation", "test": "for the test"}
 _OF_DATA = {"name": str, "n": int, "classes": list, "image_size": int, "fingerprint": str}
@@ -100,6 +102,12 @@ def read_facts(run_dir: str | Path) -> Facts:
             f"{run_dir}: predictions_{split}.npz has {len(predictions.labels)} images, results.json "
             f"{results[split]['n']}; `bmjax eval RUN --split {split}` writes both again"  # type: ignore[index]
         )
+    if predictions is not None and (odd := int((~np.isfinite(predictions.probs).all(1)).sum())):
+        log.warning(
+            "%s: %d of %d rows hold no numbers; what is told by them is left out of the report",
+            run_dir / f"predictions_{split}.npz", odd, len(predictions.labels),
+        )  # fmt: skip
+        predictions = None
     return Facts(
         run_dir=run_dir,
         config=config,

@@ -12,7 +12,7 @@ import numpy as np
 
 from bmjax.analysis.compare import statistics
 from bmjax.analysis.report.facts import Facts
-from bmjax.runs.records import SPLITS, Predictions, read_predictions
+from bmjax.runs.records import REPORTED, Predictions, read_predictions
 
 # What says where and how fast a run was trained, not what.
 _ASIDE = ("seed", "name", "run_dir", "tracking", "train.devices", "train.workers", "train.parallel", "data.cache_dir")
@@ -76,13 +76,15 @@ def image_interval(first: np.ndarray, second: np.ndarray) -> tuple[float, float]
 def paired(runs: Sequence[Facts]) -> Paired:
     """The first run is what the others are held to; with the same three seeds or more of each variant, variants are.
 
-    Reads predictions only, of the first split that all runs were evaluated on.
+    Reads predictions only: of test where all runs were evaluated on it, else of validation.
     """
-    split = next((s for s in SPLITS if all(s in facts.results for facts in runs)), None)
+    split = next((s for s in REPORTED if all(s in facts.results for facts in runs)), None)
     read = [read_predictions(facts.run_dir, split) if split else None for facts in runs]
     found = [predictions for predictions in read if predictions is not None]
     if split is None or len(found) < len(runs):
-        return Paired(why_not="The runs were not all evaluated on the same split, so nothing can be paired.")
+        return Paired(
+            why_not="The runs were not all evaluated on validation, or all on test, so nothing can be paired."
+        )
     if any(p.ids.tolist() != found[0].ids.tolist() or p.classes != found[0].classes for p in found[1:]):
         return Paired(split, why_not="The runs were evaluated on other images, so nothing can be paired.")
     variants = _variants(runs, found)

@@ -51,6 +51,9 @@ class Engine:
         for n in {1, batch}:
             said = self._function(np.zeros((n, size, size, 3), np.uint8))
         self.has_maps = said.map is not None
+        if watch is not None and said.inside is not None:
+            one = Answer(*jax.tree.map(np.asarray, tuple(said))).row(0)
+            watch.begin(one.probs, one.inside or {})
 
     def __call__(self, images: np.ndarray) -> Answer:
         n = len(images)

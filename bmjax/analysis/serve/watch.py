@@ -22,17 +22,33 @@ class Watch:
 
     def __init__(self, reference: Reference, size: int):
         self._reference, self._lock = reference, threading.Lock()
-        looks(np.zeros((1, size, size, 3), np.uint8))  # compiled now, and not while a client waits
+        self._image = np.zeros((size, size, 3), np.uint8)
+        looks(self._image[None])  # compiled now, and not while a client waits
         self._last: collections.deque[tuple[np.ndarray, np.ndarray, float]] = collections.deque(maxlen=LAST)
+
+    def begin(self, probs: np.ndarray, inside: dict[str, np.ndarray]) -> None:
+        """Computes what strangeness needs once, before a client waits for it, of an image's probabilities and insides.
+
+        Raises:
+          ValueError: reference.npz is of other features than the network's.
+        """
+        try:
+            self._familiarity(_seen(self._image, probs, inside))
+        except ValueError as e:
+            raise ValueError(
+                f"reference.npz does not fit the run's features ({e}); `bmjax eval RUN --reference` writes it again"
+            ) from e
+
+    def _familiarity(self, seen: Seen) -> float:
+        return float(self._reference.familiarity(self._reference.strangeness(seen))[0])
 
     def add(self, image: np.ndarray, probs: np.ndarray, inside: dict[str, np.ndarray] | None = None) -> None:
         """An image uint8 [s, s, 3] as the model reads it, its probabilities [k], and what strangeness is told by, where
         the engine gives it."""
-        seen, familiar = _seen(image, probs, inside or {}), np.array([np.nan])
-        if inside is not None:
-            familiar = self._reference.familiarity(self._reference.strangeness(seen))
+        seen = _seen(image, probs, inside or {})
+        familiar = float("nan") if inside is None else self._familiarity(seen)
         with self._lock:
-            self._last.append((seen.looks[0], probs, float(familiar[0])))
+            self._last.append((seen.looks[0], probs, familiar))
 
     def words(self) -> list[str]:
         """A sentence on each look that is foreign, and on strangeness; none for fewer than `FEWEST` images."""

@@ -9,16 +9,16 @@ from bmjax.analysis.evaluate.resampling import Ranking
 from bmjax.analysis.evaluate.scores import score
 
 
-@pytest.mark.parametrize("strangers", [1, 2, 3, 5, 10, FEW, 40])
-@pytest.mark.parametrize("apart", [1.0, 2.8])
+@pytest.mark.parametrize("strangers", [1, 2, 3, 5, 10, FEW, 40, 100])
+@pytest.mark.parametrize("apart", [1.0, 2.8, 4.0])
 def test_the_area_of_few_strangers_is_held(strangers, apart):
     """Two normals; of 500 samples 92 % or more of intervals hold the area, which is known."""
     rng, truth = np.random.default_rng(strangers), norm.cdf(apart / np.sqrt(2))
-    held = 0
-    for _ in range(500):
+    held, repeats = 0, 500 if strangers < FEW or apart == 4 else 250
+    for _ in range(repeats):
         _, low, high = auroc(rng.normal(0, 1, 200), rng.normal(apart, 1, strangers), draws=200)
         held += low <= truth <= high
-    assert held >= 460
+    assert held >= 0.92 * repeats
 
 
 def test_one_stranger_is_nearly_nothing_and_none_is_nothing():
@@ -42,13 +42,16 @@ def test_newcombe_is_a_score_interval():
     assert newcombe_interval(1.0, 3, 50)[1] == 1
 
 
-@pytest.mark.parametrize("positives", [1, 2, 5, 15, 30])
-def test_average_precision_of_few_positives_is_held(positives):
+@pytest.mark.parametrize(
+    ("positives", "apart"), [(1, 2.5), (2, 2.5), (5, 2.5), (15, 2.5), (30, 2.5), (2, 1.0), (10, 1.0)]
+)
+def test_average_precision_of_few_positives_is_held(positives, apart):
+    """92 % or more where positives are told well, 80 % where they hardly are: the figure itself is too high then."""
     rng = np.random.default_rng(positives)
 
     def draw(m, n):
         labels = np.repeat([True, False], [m, n])
-        return Ranking(labels, rng.normal(0, 1, m + n) + 2.5 * labels)
+        return Ranking(labels, rng.normal(0, 1, m + n) + apart * labels)
 
     truth = float(draw(3000 * positives, 300_000).areas(np.ones((3000 * positives + 300_000, 1), np.float32))[1][0])
     held = 0
@@ -58,9 +61,9 @@ def test_average_precision_of_few_positives_is_held(positives):
         drawn = np.concatenate(
             [ranking.areas(rng.multinomial(positives + 100, np.full(positives + 100, 1 / (positives + 100)), 200).T)[1]]
         )
-        low, high = pr_interval(value, drawn, positives)
+        low, high, _ = pr_interval(value, drawn, positives)
         held += low <= truth <= high
-    assert held >= 184
+    assert held >= 184 if apart > 2 else held >= 160
 
 
 def test_the_interval_of_a_mean_is_that_of_independent_parts():
@@ -83,7 +86,7 @@ def draw_skewed(rng, n):
 
 
 def test_intervals_of_skewed_classes_hold_or_say_that_none_is_known():
-    """200 images, 2 of the rarest class in the mean: 87 % or more of the intervals that are given hold. Samples without
+    """200 images, 2 of the rarest class in the mean: 83 % or more of the intervals that are given hold. Samples without
     an image of a class, of which the note says that no interval of the means holds, are left out."""
     rng, names = np.random.default_rng(0), list("abcdefg")
     truth = score(*draw_skewed(rng, 200_000), names, draws=2)
@@ -101,10 +104,13 @@ def test_intervals_of_skewed_classes_hold_or_say_that_none_is_known():
             if np.isfinite(s.low):
                 given[name] = given.get(name, 0) + 1
                 held[name] = held.get(name, 0) + (s.low <= expected.value <= s.high)
-    assert given["macro_precision"] < repeats, "in some samples the rarest class is never predicted"
+    assert given["macro_precision"] < given["accuracy"], "in some samples the rarest class is never predicted"
+    assert given["accuracy"] > 100
+    assert given["g roc_auc"] == given["g pr_auc"] == given["accuracy"]
+    assert given["macro_precision"] > 30
+    # Recalls that fall so steeply with the class's frequency are more than balanced accuracy's prior expects, and
+    # Wilson's holds least near 1.
     for name, n in given.items():
-        # Recalls that fall steeply with the class's frequency are more than balanced accuracy's prior expects.
-        least = 0.83 if name in ("balanced_accuracy", "macro_recall", "macro_f1") else 0.87
-        assert n < 30 or held[name] / n >= least, (name, held[name] / n, n)
+        assert held[name] / n >= 0.83, (name, held[name] / n, n)
     for name in ("g roc_auc", "g pr_auc"):
         assert held[name] / given[name] >= 0.91, (name, held[name] / given[name])

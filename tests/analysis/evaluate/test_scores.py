@@ -148,6 +148,8 @@ def test_groups_that_are_few_or_hold_one_class_say_no_more_than_they_know():
     never = score(labels, np.tile(np.float32([1, 0]), (90, 1)), ["a", "b"], groups=names, draws=50)
     assert never.classes["b"]["sensitivity"].value == 0
     assert 0.1 < never.classes["b"]["sensitivity"].high < 0.3, "Wilson's of none in 20 patients"
+    assert np.isnan(never.scores["macro_precision"].low), "b is never predicted"
+    assert "about images of new groups, by a bootstrap over 21 of them" in text(never)
     with pytest.raises(ValueError, match="3 groups for 90 labels"):
         score(labels, said, ["a", "b"], groups=["x"] * 3)
     assert score(labels, said, ["a", "b"], groups=[""] * 90, draws=20) == score(labels, said, ["a", "b"], draws=20)
@@ -189,7 +191,9 @@ def test_groups_of_one_image_are_images():
     alone = score(labels, probs, list("abc"), groups=[str(i) for i in range(80)], draws=50)
     assert alone == score(labels, probs, list("abc"), draws=50)
     pairs = score(labels, probs, list("abc"), groups=[str(i // 2) for i in range(80)], draws=50)
-    assert {s.by for s in pairs.scores.values()} == {"bootstrap over 40 groups"}
+    assert all("bootstrap over 40 groups" in s.by for s in pairs.scores.values())
+    assert pairs.scores["accuracy"].by == "bootstrap over 40 groups"
+    assert pairs.scores["pr_auc"].by.startswith("classes' intervals"), "a class has fewer than 20 groups"
     for own, other in ((pairs.scores, alone.scores), *((pairs.classes[c], alone.classes[c]) for c in "abc")):
         assert {name: s.value for name, s in own.items()} == pytest.approx({name: s.value for name, s in other.items()})
 
