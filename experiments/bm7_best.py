@@ -6,6 +6,11 @@ FOLDER has one sub-folder of images per class. To train on all of its cells, wit
 
     bmjax train experiments/bm7_best.py --data.root FOLDER --data.split 1 0 0
 
+Three seeds are one classifier, which is worth most on cells of another laboratory:
+
+    bmjax sweep experiments/bm7_best.py --grid seed=0:3 --data.root FOLDER
+    bmjax predict runs/bm7_best/seed=0 runs/bm7_best/seed=1 runs/bm7_best/seed=2 OTHER_FOLDER --adapt
+
 As experiments/bm7_densenet.py, but for: the middle of the image alone, since neighbouring cells distract; the
 augmentation between laboratories; a moving average of the parameters; a longer training, with lower rates in earlier
 layers. All choices are ours; docs/recipe.md shows what is measured of them.
