@@ -219,7 +219,7 @@ def predictions_of(
                     probs[i], errors[i] = np.nan, _NO_NUMBER
             answers.warn_of_foreign(seen, start)
             if pictures is not None:
-                pictures.draw(seen.images[seen.rows], [(start + i, block[i].path) for i in rows])
+                pictures.draw(seen.shown(seen.rows), [(start + i, block[i].path) for i in rows])
         yield Block([path for path, _ in block], names, probs, errors, answers.of(probs, seen, rows))
         start += len(block)
 

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,8 +95,15 @@ class Predictor:
         outputs, done = self.outputs(variables, dataset, rows)
         return softmax(outputs["logits"]), done
 
-    def outputs(self, variables: Tree, dataset: Dataset, rows: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """As `on_devices`, with logits [n, k] in place of probabilities, and features [n, c] if they are asked for."""
+    def outputs(
+        self,
+        variables: Tree,
+        dataset: Dataset,
+        rows: np.ndarray,
+        change: Callable[[np.ndarray], np.ndarray] | None = None,
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """As `on_devices`, with logits [n, k] in place of probabilities, and features [n, c] if they are asked for.
+        `change`: of each batch of images uint8 [b, s, s, 3] before the network sees them."""
         landed, done = [], []
         flying: deque[tuple[Any, dict[str, np.ndarray]]] = deque()
 
@@ -109,7 +116,8 @@ class Predictor:
         for batch in read_ahead(eval_batches(dataset, rows, self.bucket(len(rows)), self._parallel.rows)):
             if self._signals is not None:
                 self._signals.check()
-            flying.append((self._step(variables, self._parallel.put_batch({"image": batch["image"]})), batch))
+            images = batch["image"] if change is None else change(batch["image"])
+            flying.append((self._step(variables, self._parallel.put_batch({"image": images})), batch))
             if len(flying) > IN_FLIGHT:
                 land()
         while flying:

@@ -42,14 +42,19 @@ class Seen:
     features: np.ndarray
     maps: np.ndarray
     images: np.ndarray
-    """uint8 [m, s, s, 3] as the run saw them, from the disk where they are many; these are the n of `rows`."""
+    """uint8 [m, s, s, 3], from the disk where they are many; the n are those of `rows`, in the colours of `colours`."""
     rows: np.ndarray
+    colours: ColourMap | None = None
+
+    def shown(self, rows: np.ndarray) -> np.ndarray:
+        """Some of the m images as the run saw them."""
+        return self.images[rows] if self.colours is None else self.colours(self.images[rows])
 
     @functools.cached_property
     def looks(self) -> np.ndarray:
         """See bmjax.analysis.evaluate.looks."""
         parts = np.array_split(self.rows, -(-len(self.rows) // 1024))
-        return np.concatenate([looks(self.images[part]) for part in parts])
+        return np.concatenate([looks(self.shown(part)) for part in parts])
 
 
 class Reader:
@@ -68,23 +73,20 @@ class Reader:
         self._predictor = Predictor(run.config, run.model, features=True)
 
     def __call__(self, dataset: Dataset, rows: np.ndarray, *, views: int | None = None) -> Seen:
-        """What the run says of rows [n] of a dataset, in their order; in its own number of views, or another. Images
-        in other colours are held in memory."""
+        """What the run says of rows [n] of a dataset, in their order; in its own number of views, or another."""
         views = self.views if views is None else views
-        if self.colours is not None:
-            dataset, rows = unlabelled(self.colours(dataset.images[rows]), self.run.classes), np.arange(len(rows))
         variables = self._predictor.to_devices(self.variables)
         total, plain = None, None
         for view in range(views):
             turned = dataclasses.replace(dataset, images=laid(dataset.images, view))
-            outputs, _ = self._predictor.outputs(variables, turned, rows)
+            outputs, _ = self._predictor.outputs(variables, turned, rows, self.colours)
             probs = softmax(outputs["logits"]).astype(np.float64)
             total, plain = (probs, outputs) if total is None or plain is None else (total + probs, plain)
         assert total is not None
         assert plain is not None
         energy = -np.logaddexp.reduce(np.asarray(plain["logits"], np.float64), axis=-1)
         features, maps = (np.asarray(plain[name], np.float32) for name in ("features", "maps"))
-        return Seen((total / views).astype(np.float32), energy, features, maps, dataset.images, rows)
+        return Seen((total / views).astype(np.float32), energy, features, maps, dataset.images, rows, self.colours)
 
     def adapt(self, images: np.ndarray) -> None:
         """Sees from now on with norms adapted to images uint8 [n, s, s, 3]: see `adapted`."""

@@ -8,6 +8,7 @@ import pytest
 
 import bmjax
 from bmjax.analysis.evaluate.looks import looks
+from bmjax.analysis.evaluate.colours import ColourMap
 from bmjax.analysis.evaluate.reader import Reader, adapted, adapted_priors, at_priors, laid
 from bmjax.config import Config, DataConfig, ModelConfig, TrainConfig
 from bmjax.runs.folder import Run
@@ -51,6 +52,17 @@ def test_views_are_averaged_and_one_view_is_the_run_itself(run):
     assert np.abs(found.probs - plain.probs).max() > 1e-4
     with pytest.raises(ValueError, match="views is 3; expected one of 1, 2, 4, 8"):
         Reader(run, views=3)
+
+
+def test_colours_are_mapped_batch_by_batch_and_nothing_is_copied(run):
+    images, colours, reader = cells(6), ColourMap((1.3, 0.9, 1.1), (0.9, 1.05, 1.0)), Reader(run)
+    expected = Reader(run).images(colours(images), views=2)
+    reader.colours = colours
+    seen = reader.images(images, views=2)
+    np.testing.assert_allclose(seen.probs, expected.probs, atol=1e-6)
+    np.testing.assert_array_equal(seen.shown(seen.rows), colours(images))
+    np.testing.assert_allclose(seen.looks, expected.looks, atol=1e-5)
+    assert np.shares_memory(seen.images, images)
 
 
 def test_stages_are_sketched_by_means_and_deviations_over_places(run):
