@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import bmjax
-from bmjax.analysis.evaluate.looks import looks
 from bmjax.analysis.evaluate.colours import ColourMap
+from bmjax.analysis.evaluate.looks import looks
 from bmjax.analysis.evaluate.reader import Reader, adapted, adapted_priors, at_priors, laid
 from bmjax.config import Config, DataConfig, ModelConfig, TrainConfig
 from bmjax.runs.folder import Run
