@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
-    from bmjax.analysis.evaluate.colours import ColourMap
     from bmjax.analysis.evaluate.judge import Judge
     from bmjax.analysis.evaluate.reader import Seen
+    from bmjax.data.images.colours import ColourMap
     from bmjax.runs.folder import Run
 
 log = logging.getLogger(__name__)

@@ -48,7 +48,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         raise ValueError(f"--out is {options.out!r}; expected a name ending in .csv")
     check_out(out)
     from bmjax.analysis.differential.smear import COLUMNS, REVIEW, differential_of, errors_of, write_table
-    from bmjax.analysis.evaluate.judge import Judge, at_pixel_size
+    from bmjax.analysis.evaluate.judge import Judge, at_pixel_size, say_unmatched
     from bmjax.analysis.evaluate.undecided import kept_calibrations, undecided_below
     from bmjax.cli.predict import runs_first
     from bmjax.runs.folder import load_run
@@ -58,6 +58,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         raise ValueError("differential: expected a folder of cells, or images, after the runs")
     runs = [load_run(run_dir, options.which, trust=options.trust) for run_dir in run_dirs]
     calibrations = kept_calibrations(runs)
+    say_unmatched(runs)
     judge = Judge(at_pixel_size(runs, options.pixel_size), calibrated=calibrations[0] is not None)
     errors = errors_of(judge)  # known to be there before any image is read
     threshold = undecided_below(runs, calibrations, options.error_rate, options.undecided)

@@ -50,7 +50,7 @@ def evaluate(options: argparse.Namespace, rest: Sequence[str]) -> int:
     check_reading(options)
     _check_out(options)
     pairs = _pairs(options.tolerate)
-    from bmjax.analysis.evaluate.judge import at_pixel_size, setting, target_of_path, target_of_split
+    from bmjax.analysis.evaluate.judge import at_pixel_size, say_unmatched, setting, target_of_path, target_of_split
     from bmjax.runs.folder import load_run
     from bmjax.training import hosts
 
@@ -78,6 +78,7 @@ def evaluate(options: argparse.Namespace, rest: Sequence[str]) -> int:
     else:
         judge, unseen = _judge(runs, options), None
         if options.on:
+            say_unmatched(runs, options.match_colours)
             source = "folder" if Path(options.on).is_dir() else "table"
             target, unseen = target_of_path(at_pixel_size(runs, options.pixel_size), options.on, source)
         else:

@@ -184,10 +184,11 @@ def blocks_of(inputs: Iterator[Input]) -> Iterator[list[Input]]:
 
 
 def _judge(run_dirs: Sequence[str], options: argparse.Namespace) -> Judge:
-    from bmjax.analysis.evaluate.judge import Judge, at_pixel_size
+    from bmjax.analysis.evaluate.judge import Judge, at_pixel_size, say_unmatched
     from bmjax.runs.folder import load_run
 
     runs = [load_run(path, options.which, trust=options.trust) for path in run_dirs]
+    say_unmatched(runs, options.match_colours)
     return Judge(at_pixel_size(runs, options.pixel_size), views=options.views, calibrated=options.calibrated)
 
 

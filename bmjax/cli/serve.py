@@ -118,7 +118,7 @@ def _engine(options: argparse.Namespace) -> Engine:
     """The model, compiled; a run's or an export's, by what the path is."""
     import dataclasses
 
-    from bmjax.analysis.evaluate.judge import at_pixel_size, check_knows_scale, same_classes
+    from bmjax.analysis.evaluate.judge import at_pixel_size, check_knows_scale, same_classes, say_unmatched
     from bmjax.analysis.evaluate.undecided import kept_calibrations, undecided_below
     from bmjax.analysis.serve.engine import engine_of_export, engine_of_runs
     from bmjax.runs.folder import load_run
@@ -126,6 +126,7 @@ def _engine(options: argparse.Namespace) -> Engine:
     if Path(options.models[0]).is_dir():
         runs = [load_run(model, options.which, trust=options.trust) for model in options.models]
         same_classes(runs)
+        say_unmatched(runs)
         calibrations = kept_calibrations(runs)
         threshold = undecided_below(runs, calibrations, options.error_rate, options.undecided)
         return engine_of_runs(at_pixel_size(runs, options.pixel_size), calibrations, threshold, options.batch_size)

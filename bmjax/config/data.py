@@ -57,6 +57,9 @@ class DataConfig:
     stain_reference: tuple[float, ...] = ()
     """What to normalise to, 6 numbers for `reinhard` or 8 for `macenko`, as `bmjax data stain FOLDER` prints them;
     empty: those of the marrow collection."""
+    match_colours: bool = False
+    """Each laboratory's images, by the column `laboratory` of a table, are brought to the colours of all laboratories
+    by one gain and power of each channel, when they are read; images of others later are by `--match-colours`."""
     strict: bool = False
     """An unreadable image is an error instead of a line in the summary, and so is a given split that tears copies
     apart."""
@@ -96,6 +99,8 @@ class DataConfig:
         expected = f"{numbers} numbers for stain {self.stain!r}, or none"
         ok = len(self.stain_reference) in (0, numbers)
         check(ok, "data.stain_reference", self.stain_reference, expected)
+        ok = not self.match_colours or self.source not in ("synthetic", "arrays")
+        check(ok, "data.match_colours", self.match_colours, f"False for the source {self.source!r}")
         check(self.synthetic_per_class >= 2, "data.synthetic_per_class", self.synthetic_per_class, "at least 2")
 
 

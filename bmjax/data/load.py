@@ -82,7 +82,7 @@ def _checked(source: str, listing: Listing) -> Listing:
       ValueError: names the part.
     """
     n, k, labels = len(listing.ids), len(listing.classes), np.asarray(listing.labels)
-    for name in ("labels", "groups", "sides", "pixel_sizes"):
+    for name in ("labels", "groups", "sides", "pixel_sizes", "laboratories"):
         if (found := len(getattr(listing, name))) != n and (found or name == "labels"):
             raise ValueError(f"data source {source!r}: {found} {name} for {n} ids; expected {n}, one an image")
     if len(set(listing.ids)) < n:
@@ -119,12 +119,13 @@ def _cache_dir(config: DataConfig) -> Path:
 
 
 def load_elsewhere(config: DataConfig, classes: Sequence[str]) -> Dataset:
-    """As `load_dataset`, of a folder or a table that is judged and not trained on: one class is enough, of `classes`.
+    """As `load_dataset`, of a folder or a table that is judged and not trained on: one class is enough, of `classes`,
+    and no laboratory is brought to others' colours.
 
     Raises:
       FileNotFoundError, ValueError: it is not there or not as expected, or of none of these classes; names the place.
     """
-    listing = list_source(config, fewest=1)
+    config, listing = dataclasses.replace(config, match_colours=False), list_source(config, fewest=1)
     if not set(listing.classes) & set(classes):
         raise ValueError(
             f"{config.root} has the classes {', '.join(map(printable, listing.classes))}; expected some of the run's: "

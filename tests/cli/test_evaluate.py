@@ -223,6 +223,20 @@ def test_colours_are_matched_for_all_images_alike(runs, capsys, tmp_path, cells)
     assert np.abs(matched - own).mean() < 0.75 * np.abs(plain - own).mean()
 
 
+def test_a_run_of_matched_laboratories_says_so_of_other_images(runs, capsys, tmp_path, cells):
+    other = shutil.copytree(runs[1], tmp_path / "matched")
+    config = json.loads((other / "config.json").read_text())
+    config["data"] |= {"match_colours": True, "source": "table", "root": "cells.csv"}
+    (other / "config.json").write_text(json.dumps(config))
+    said = "was trained on laboratories in the colours of all"
+    for arguments in (["eval", other, "--on", cells], ["predict", other, cells, "--out", tmp_path / "a.csv"]):
+        capsys.readouterr()
+        assert main([*map(str, arguments)]) == 0
+        assert said in capsys.readouterr().err
+        assert main([*map(str, arguments), "--match-colours"]) == 0
+        assert said not in capsys.readouterr().err
+
+
 def test_one_class_from_elsewhere_is_enough(runs, capsys, tmp_path):
     (tmp_path / "EOS").mkdir()
     for i in range(3):

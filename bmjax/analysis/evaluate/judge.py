@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from bmjax.analysis.evaluate.calibration import Calibration, cross_fitted, read_calibration
-from bmjax.analysis.evaluate.colours import ColourMap, colour_shares, match_colours
 from bmjax.analysis.evaluate.reader import Reader, Seen, adapted_priors, at_priors
 from bmjax.analysis.evaluate.reference import Reference, read_reference
 from bmjax.analysis.evaluate.refusal import Refusal, fit_refusal
 from bmjax.config.data import DataConfig
 from bmjax.data.dataset import Dataset
+from bmjax.data.images.colours import ColourMap, colour_shares, match_colours
 from bmjax.data.load import load_elsewhere
 from bmjax.files import printable
 from bmjax.runs.folder import Run, record_opening, saved_results, split_size
@@ -153,6 +153,17 @@ def target_of_path(runs: Sequence[Run], path: str, source: str) -> tuple[Target,
         return Target(tuple((data, rows[which]) for data, rows in pairs), labels[which], tuple(ids[i] for i in which))
 
     return of(known), of(np.flatnonzero(labels < 0))
+
+
+def say_unmatched(runs: Sequence[Run], matched: bool = False) -> None:
+    """Warns of images from elsewhere in colours of their own, for a run that was trained on matched ones."""
+    for run in runs:
+        if run.config.data.match_colours and not matched:
+            log.warning(
+                "%s was trained on laboratories in the colours of all (data.match_colours), and these images are in "
+                "their own; `bmjax predict` and `eval --on` bring them there with --match-colours",
+                run.run_dir,
+            )
 
 
 def _shared(path: str, parts: Sequence[Dataset]) -> tuple[list[str], list[np.ndarray]]:

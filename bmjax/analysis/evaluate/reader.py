@@ -11,9 +11,9 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from bmjax.analysis.evaluate.colours import ColourMap
 from bmjax.analysis.evaluate.looks import looks
 from bmjax.data.dataset import Dataset
+from bmjax.data.images.colours import ColourMap
 from bmjax.model.parameters import Tree
 from bmjax.runs.folder import Run
 from bmjax.training.predict import Predictor, softmax, unlabelled

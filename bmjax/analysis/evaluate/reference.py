@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from bmjax.analysis.evaluate.colours import colour_shares
 from bmjax.analysis.evaluate.looks import LOOKS, looks
 from bmjax.analysis.evaluate.reader import Reader, Seen
 from bmjax.data.dataset import Dataset
+from bmjax.data.images.colours import colour_shares
 from bmjax.data.splits import Splits
 from bmjax.files import read_npz
 
@@ -30,7 +30,7 @@ class Reference:
     """`looks` float32 [m, 6], `features` float32 [m, c] and `maps` float32 [m, s, 128] of training cells (see
     bmjax.analysis.evaluate.reader.Seen) with their labels [m]; `known` float32 [v, 5 + s]: the `parts` of validation
     cells, which training did not see, and their rows `rows` [v]; `step` of the checkpoint. `colours` float32
-    [k, 3, 256]: see bmjax.analysis.evaluate.colours. Without a network's pass there are looks, labels and colours
+    [k, 3, 256]: see bmjax.data.images.colours. Without a network's pass there are looks, labels and colours
     alone: c, s, v and step are 0. A file of before has no colours: k is 0."""
 
     looks: np.ndarray

@@ -119,6 +119,8 @@ class Listing:
     """What was passed over, where the source knows."""
     pixel_sizes: tuple[float, ...] = ()
     """Micrometres to a pixel of each image, 0 where not known; empty where a source has none."""
+    laboratories: tuple[str, ...] = ()
+    """Where each image was stained and photographed, for `data.match_colours`; empty where a source doesn't say."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -180,6 +182,7 @@ def _listing_of_files(
     sides: Sequence[str] = (),
     seen: Seen | None = None,
     pixel_sizes: Sequence[float] = (),
+    laboratories: Sequence[str] = (),
 ) -> Listing:
     def read(i: int) -> bytes:
         return read_file(os.path.join(folder, ids[i]))
@@ -195,4 +198,5 @@ def _listing_of_files(
         tuple(sides),
         seen=seen,
         pixel_sizes=tuple(pixel_sizes),
+        laboratories=tuple(laboratories),
     )

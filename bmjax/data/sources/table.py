@@ -13,8 +13,8 @@ from bmjax.data.sources.listing import SIDES, Listing, _listing_of_files
 
 
 def list_table(path: str | Path, fewest: int = 2) -> Listing:
-    """A CSV or parquet file with the columns path, label and, where known, split (train, val, test or ""), group and
-    pixel_size (micrometres).
+    """A CSV or parquet file with the columns path, label and, where known, split (train, val, test or ""), group,
+    pixel_size (micrometres) and laboratory.
 
     Paths count from the table's folder unless they are absolute; those of Windows are read too. The classes are the
     labels there are, sorted as numbers where all are numbers (2.0 is the class 2), else as text.
@@ -23,9 +23,9 @@ def list_table(path: str | Path, fewest: int = 2) -> Listing:
       FileNotFoundError: the table, or an image that it names, is not there.
       ValueError: a column, a path, a label or a split is missing or wrong, or two rows name one file; names them.
     """
-    columns = read_columns(path, ("path", "label"), ("split", "group", "pixel_size"))
+    columns = read_columns(path, ("path", "label"), ("split", "group", "pixel_size", "laboratory"))
     columns = {name: [value.strip() for value in values] for name, values in columns.items()}  # "a.png, BLA"
-    groups, splits = ([known(value) for value in columns[name]] for name in ("group", "split"))
+    groups, splits, laboratories = ([known(value) for value in columns[n]] for n in ("group", "split", "laboratory"))
     _check_rows(path, columns["path"], columns["label"], splits)
     pixel_sizes = _pixel_sizes(path, columns["pixel_size"])
     folder = Path(path).parent
@@ -43,9 +43,8 @@ def list_table(path: str | Path, fewest: int = 2) -> Listing:
     number = {name: i for i, name in enumerate(classes)}
     labels = [number[name] for name in names]
     sides = [SIDES[split.lower()] for split in splits] if any(splits) else ()
-    return _listing_of_files(
-        folder, classes, ids, labels, groups if any(groups) else (), sides, pixel_sizes=pixel_sizes
-    )
+    more = {"pixel_sizes": pixel_sizes, "laboratories": laboratories if any(laboratories) else ()}
+    return _listing_of_files(folder, classes, ids, labels, groups if any(groups) else (), sides, **more)
 
 
 def _check_rows(path: str | Path, ids: Sequence[str], names: Sequence[str], splits: Sequence[str]) -> None:

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 import bmjax
-from bmjax.analysis.evaluate.colours import ColourMap
 from bmjax.analysis.evaluate.looks import looks
 from bmjax.analysis.evaluate.reader import Reader, adapted, adapted_priors, at_priors, laid
 from bmjax.config import Config, DataConfig, ModelConfig, TrainConfig
+from bmjax.data.images.colours import ColourMap
 from bmjax.runs.folder import Run
 
 

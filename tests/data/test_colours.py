@@ -1,9 +1,15 @@
 """Another laboratory's colours are brought to those of training by one map for all images."""
 
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 import pytest
+from PIL import Image
 
-from bmjax.analysis.evaluate.colours import ColourMap, colour_shares, match_colours
+from bmjax.config import DataConfig
+from bmjax.data.images.colours import ColourMap, colour_shares, match_colours
+from bmjax.data.load import load_dataset, load_elsewhere
 from bmjax.data.sources.synthetic import CLASSES, render
 
 LABELS = np.arange(70) % len(CLASSES)
@@ -71,6 +77,61 @@ def test_empty_images_tell_no_power():
         assert flat.gains == (1, 1, 1) or 2 < level < 253, "what was cut off is not there"
     steep = shares_of((100 + noise_of(20)).astype(np.uint8))
     assert match_colours(steep, noise).powers == (2, 2, 2)
+
+
+@pytest.fixture
+def table(tmp_path, rendered):
+    """24 cells of each of two laboratories, the second one's under another lamp and gamma."""
+    rows = ["path,label,laboratory"]
+    for i, image in enumerate(rendered[:48]):
+        laboratory = "ours" if i % 2 else "theirs"
+        if i % 2 == 0:
+            image = (255 * (image / 255 * [0.9, 0.8, 0.85]) ** 1.2).astype(np.uint8)
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+        rows.append(f"{i}.png,{'ab'[i // 2 % 2]},{laboratory}")
+    (tmp_path / "cells.csv").write_text("\n".join(rows))
+    return DataConfig(
+        source="table", root=str(tmp_path / "cells.csv"), image_size=rendered.shape[1], cache_dir=str(tmp_path / "c")
+    )
+
+
+def test_laboratories_are_brought_to_the_colours_of_all(table, caplog):
+    plain = load_dataset(table)
+    with caplog.at_level("INFO"):
+        found = load_dataset(dataclasses.replace(table, match_colours=True))
+    assert "laboratory theirs: colours are changed: 128 becomes" in caplog.text
+    assert found.ids == plain.ids
+    assert found.fingerprint != plain.fingerprint
+    theirs = np.array([int(Path(name).stem) % 2 == 0 for name in plain.ids])
+    medians = [
+        [np.median(data.images[which], axis=(0, 1, 2)) for which in (theirs, ~theirs)] for data in (plain, found)
+    ]
+    before, after = (np.abs(a - b) for a, b in medians)
+    assert (before > 15).all()
+    assert (after < before / 2).all(), "they hold other cells"
+    between = np.sort([medians[0][0], medians[0][1]], axis=0)
+    assert (medians[1][0] > between[0]).all()
+    assert (medians[1][0] < between[1]).all(), "between the two, which count alike"
+    values = {}
+    for a, b in zip(plain.images[theirs].reshape(-1, 3), found.images[theirs].reshape(-1, 3), strict=True):
+        assert values.setdefault(int(a[0]), int(b[0])) == b[0], "one map for all of a laboratory's images"
+    again = load_dataset(dataclasses.replace(table, match_colours=True))
+    np.testing.assert_array_equal(again.images, found.images)
+    elsewhere = load_elsewhere(dataclasses.replace(table, match_colours=True), ("a", "b"))
+    np.testing.assert_array_equal(elsewhere.images, plain.images)
+
+
+def test_without_laboratories_nothing_can_be_matched(table):
+    text = Path(table.root).read_text()
+    matched = dataclasses.replace(table, match_colours=True)
+    Path(table.root).write_text(text.replace("theirs", ""))
+    with pytest.raises(ValueError, match=r"24 of 48 images have no laboratory, the first '0\.png'"):
+        load_dataset(matched)
+    Path(table.root).write_text(text.replace("theirs", "ours"))
+    with pytest.raises(ValueError, match="all images are of the laboratory 'ours'; expected two or more"):
+        load_dataset(matched)
+    with pytest.raises(ValueError, match=r"data\.match_colours.*expected False for the source 'synthetic'"):
+        DataConfig(match_colours=True)
 
 
 def noise_of(levels):

@@ -1,4 +1,4 @@
-"""Another laboratory's colours, brought to those of training: one map for all of its images.
+"""Another laboratory's colours, brought to those of training or of all laboratories: one map for all of its images.
 
 A lamp and a white balance multiply what a camera sees, and a camera's gamma is a power of it; in the logarithm of a
 value both are a straight line. So each channel has a gain and a power of its own, by which its values get the quantiles
