@@ -68,9 +68,7 @@ def adapt(judge: Judge, paths: Sequence[str], options: argparse.Namespace) -> No
 def say_colours(judge: Judge, found: Sequence[ColourMap]) -> None:
     """Prints how the images' colours are changed for each run."""
     for run, one in zip(judge.runs, found, strict=True):
-        channels = zip(("red", "green", "blue"), one.tables[:, 128].tolist(), one.powers, strict=True)
-        text = ", ".join(f"{name} {value} (power {power:.2f})" for name, value, power in channels)
-        print(f"{run.run_dir}: colours of all images are changed: 128 becomes {text}")
+        print(f"{run.run_dir}: colours of all images are changed: {one}")
 
 
 class Answers:

@@ -50,7 +50,7 @@ def evaluate(options: argparse.Namespace, rest: Sequence[str]) -> int:
     check_reading(options)
     _check_out(options)
     pairs = _pairs(options.tolerate)
-    from bmjax.analysis.evaluate.judge import at_pixel_size, say_unmatched, setting, target_of_path, target_of_split
+    from bmjax.analysis.evaluate.judge import at_pixel_size, setting, target_of_path, target_of_split
     from bmjax.runs.folder import load_run
     from bmjax.training import hosts
 
@@ -78,7 +78,6 @@ def evaluate(options: argparse.Namespace, rest: Sequence[str]) -> int:
     else:
         judge, unseen = _judge(runs, options), None
         if options.on:
-            say_unmatched(runs, options.match_colours)
             source = "folder" if Path(options.on).is_dir() else "table"
             target, unseen = target_of_path(at_pixel_size(runs, options.pixel_size), options.on, source)
         else:
@@ -129,13 +128,15 @@ def _write_report(run: Run, dataset: Dataset) -> None:
 
 def _check(runs: Sequence[Run], options: argparse.Namespace, pairs: Sequence[tuple[str, str]]) -> None:
     """What can be known to be wrong before any image is seen, and before an opening of the test split is recorded."""
-    from bmjax.analysis.evaluate.judge import NO_VALIDATION, at_pixel_size, same_classes
+    from bmjax.analysis.evaluate.judge import NO_VALIDATION, at_pixel_size, same_classes, say_unmatched
     from bmjax.analysis.evaluate.reader import check_adaptable
     from bmjax.analysis.evaluate.scores import tolerance
     from bmjax.data.sources.folder import image_files
     from bmjax.runs.folder import split_size
 
     tolerance(pairs, same_classes(runs))
+    if options.on or options.unseen:
+        say_unmatched(runs, options.match_colours)
     if options.pixel_size is not None:
         runs = at_pixel_size(runs, options.pixel_size)
     if options.unseen:

@@ -137,10 +137,12 @@ def _files(found: Run, paths: list[str]) -> tuple[np.ndarray, None, list[str]]:
     """(images, no labels, their paths)."""
     import numpy as np
 
+    from bmjax.analysis.evaluate.judge import say_unmatched
     from bmjax.data.load import read_files
     from bmjax.data.sources.folder import image_files
 
     files = image_files(paths)
+    say_unmatched([found])
     images = list(read_files(files, found.config.data))
     for path, image in zip(files, images, strict=True):
         if isinstance(image, str):

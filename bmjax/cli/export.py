@@ -66,6 +66,9 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     data = runs[0].config.data
     if data.stain != "none":
         log.warning("the run reads files with data.stain %s, which the model expects done", data.stain)
+    if data.match_colours:
+        log.warning("the run was trained on laboratories in the colours of all (data.match_colours), which the model "
+                    "expects of others, too")  # fmt: skip
     if data.field_size and data.pixel_size:
         log.warning(
             "the model expects the middle %.0f pixels of files of %g micrometres to a pixel (data.field_size %g), "

@@ -95,7 +95,8 @@ def predict(options: argparse.Namespace, rest: Sequence[str]) -> int:
     # No more padding than there are images, for the few that one looks at by hand.
     judge.batch_size = min(options.batch_size or judge.runs[0].config.train.eval_batch_size, len(first))
     answers = Answers(judge, options.error_rate, options.unfamiliar)
-    if options.error_rate is not None and (words := without_guarantee(*adaptations(options))):
+    own_colours = not options.match_colours and any(run.config.data.match_colours for run in judge.runs)
+    if options.error_rate is not None and (words := without_guarantee(*adaptations(options), unmatched=own_colours)):
         log.warning("%s", words)
     if listed:
         adapt(judge, [path for path, error in listed if error is None], options)

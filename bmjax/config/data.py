@@ -17,10 +17,10 @@ class DataConfig:
 
     source: str = "synthetic"
     """What `root` is. `folder`: one folder of images per class. `table`: a CSV or parquet file of path, label, and
-    where known split and group. `archive`: a zip or tar of such a folder. `tfds`: what `bmjax data build` made.
-    `huggingface`: what `datasets` saved to disk. `synthetic`: nothing; cells are rendered. `arrays`: images given from
-    Python, `bmjax.train(config, data=...)`. One of yours, `module:name` or `path.py`: a function of `root` that gives a
-    bmjax.Listing."""
+    where known split, group, pixel_size and laboratory. `archive`: a zip or tar of such a folder. `tfds`: what
+    `bmjax data build` made. `huggingface`: what `datasets` saved to disk. `synthetic`: nothing; cells are rendered.
+    `arrays`: images given from Python, `bmjax.train(config, data=...)`. One of yours, `module:name` or `path.py`: a
+    function of `root` that gives a bmjax.Listing."""
     root: str = ""
     """The folder or file with the images (all sources but `synthetic`)."""
     image_size: int = 224
@@ -58,8 +58,9 @@ class DataConfig:
     """What to normalise to, 6 numbers for `reinhard` or 8 for `macenko`, as `bmjax data stain FOLDER` prints them;
     empty: those of the marrow collection."""
     match_colours: bool = False
-    """Each laboratory's images, by the column `laboratory` of a table, are brought to the colours of all laboratories
-    by one gain and power of each channel, when they are read; images of others later are by `--match-colours`."""
+    """Each laboratory's images (a table's column `laboratory`) are brought to the colours of all laboratories when they
+    are read, by one gain and power of each channel. Images of another laboratory are brought to those of training by
+    `--match-colours` of `bmjax predict` and `bmjax eval --on`. Arrays given from Python are taken as they are."""
     strict: bool = False
     """An unreadable image is an error instead of a line in the summary, and so is a given split that tears copies
     apart."""
@@ -99,8 +100,8 @@ class DataConfig:
         expected = f"{numbers} numbers for stain {self.stain!r}, or none"
         ok = len(self.stain_reference) in (0, numbers)
         check(ok, "data.stain_reference", self.stain_reference, expected)
-        ok = not self.match_colours or self.source not in ("synthetic", "arrays")
-        check(ok, "data.match_colours", self.match_colours, f"False for the source {self.source!r}")
+        ok = not self.match_colours or self.source != "synthetic"
+        check(ok, "data.match_colours", self.match_colours, "False for rendered cells")
         check(self.synthetic_per_class >= 2, "data.synthetic_per_class", self.synthetic_per_class, "at least 2")
 
 

@@ -85,6 +85,8 @@ def _checked(source: str, listing: Listing) -> Listing:
     for name in ("labels", "groups", "sides", "pixel_sizes", "laboratories"):
         if (found := len(getattr(listing, name))) != n and (found or name == "labels"):
             raise ValueError(f"data source {source!r}: {found} {name} for {n} ids; expected {n}, one an image")
+    if odd := [name for name in listing.laboratories if not isinstance(name, str)]:
+        raise ValueError(f"data source {source!r}: a laboratory is {odd[0]!r}; expected text")
     if len(set(listing.ids)) < n:
         raise ValueError(f"data source {source!r}: an id comes twice; expected ids that differ")
     if labels.ndim != 1 or labels.dtype.kind not in "iu" or (n and not (labels.min() >= 0 and labels.max() < k)):

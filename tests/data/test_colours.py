@@ -9,6 +9,7 @@ from PIL import Image
 
 from bmjax.config import DataConfig
 from bmjax.data.images.colours import ColourMap, colour_shares, match_colours
+from bmjax.data.images.laboratories import colours_of_all
 from bmjax.data.load import load_dataset, load_elsewhere
 from bmjax.data.sources.synthetic import CLASSES, render
 
@@ -99,7 +100,7 @@ def test_laboratories_are_brought_to_the_colours_of_all(table, caplog):
     plain = load_dataset(table)
     with caplog.at_level("INFO"):
         found = load_dataset(dataclasses.replace(table, match_colours=True))
-    assert "laboratory theirs: colours are changed: 128 becomes" in caplog.text
+    assert "laboratory theirs: colours are changed: 128 becomes red" in caplog.text
     assert found.ids == plain.ids
     assert found.fingerprint != plain.fingerprint
     theirs = np.array([int(Path(name).stem) % 2 == 0 for name in plain.ids])
@@ -128,10 +129,46 @@ def test_without_laboratories_nothing_can_be_matched(table):
     with pytest.raises(ValueError, match=r"24 of 48 images have no laboratory, the first '0\.png'"):
         load_dataset(matched)
     Path(table.root).write_text(text.replace("theirs", "ours"))
-    with pytest.raises(ValueError, match="all images are of the laboratory 'ours'; expected two or more"):
+    with pytest.raises(
+        ValueError, match="all images that can be read are of the laboratory 'ours'; expected two or mo"
+    ):
         load_dataset(matched)
-    with pytest.raises(ValueError, match=r"data\.match_colours.*expected False for the source 'synthetic'"):
+    Path(table.root).write_text(text)
+    for i in range(0, 48, 2):
+        (Path(table.root).parent / f"{i}.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="all images that can be read are of the laboratory 'ours'"):
+        load_dataset(matched)
+    with pytest.raises(ValueError, match=r"data\.match_colours.*expected False for rendered cells"):
         DataConfig(match_colours=True)
+
+
+def test_laboratories_stay_with_their_images_where_some_cannot_be_read(table):
+    whole = load_dataset(dataclasses.replace(table, match_colours=True))
+    (Path(table.root).parent / "5.png").write_bytes(b"no image")
+    found = load_dataset(dataclasses.replace(table, match_colours=True))
+    assert len(found) == 47
+    left = [i for i, name in enumerate(whole.ids) if name != "5.png"]
+    difference = np.abs(found.images.astype(int) - whole.images[left])
+    assert difference.max() < 12, "nearly the same maps, each on its own laboratory"
+
+
+def test_laboratories_that_differ_by_a_gain_get_gains(rendered, caplog):
+    """However many they are: the colours of all have no more contrast than those of each."""
+    names = [f"lab{i % 4}" for i in range(280)]
+    images = np.concatenate([rendered] * 4)
+    gains = np.array([1, 0.9, 0.8, 0.7])[np.arange(280) % 4]
+    images = (images * gains[:, None, None, None]).round().astype(np.uint8)
+    labels = np.concatenate([LABELS] * 4)
+    maps = colours_of_all(images, labels, names)
+    powers = np.array([maps[f"lab{i}"].powers for i in range(4)])
+    np.testing.assert_allclose(powers, 1, atol=0.06)
+    gained = [one.tables[1, 128] for one in maps.values()]
+    assert gained == sorted(gained)
+    assert "would need another class" not in caplog.text
+    colours_of_all(images, np.arange(280) % 2, ["a" if i % 2 and i % 4 else "b" for i in range(280)])
+    assert "% of its images would need another class" in caplog.text
+    colours_of_all(images[:40], labels[:40], ["a"] * 10 + ["b"] * 30)
+    assert "laboratory a has 10 images; fewer than 30" in caplog.text
 
 
 def noise_of(levels):

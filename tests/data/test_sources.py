@@ -85,6 +85,8 @@ def test_errors_name_the_path_and_what_was_expected(tree, tmp_path):
         ("labels=[0.0, 1.0]", r"labels are float64 \[2\] from 0.0 to 1.0"),
         ("labels=[0, 1], groups=('p',)", "1 groups for 2 ids"),
         ("labels=[0, 1], ids=('a', 'a')", "an id comes twice"),
+        ("labels=[0, 1], laboratories=('p',)", "1 laboratories for 2 ids"),
+        ("labels=[0, 1], laboratories=(3, 4)", "a laboratory is 3; expected text"),
     ],
 )
 def test_a_source_of_ones_own_is_held_to_its_form(tmp_path, change, message):

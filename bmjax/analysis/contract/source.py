@@ -49,9 +49,9 @@ def call(s: Subject) -> str | None:
 
 
 def lengths(s: Subject) -> str | None:
-    """Labels are as many as ids; groups and sides are too, or empty."""
+    """Labels are as many as ids; all else that comes by image is too, or empty."""
     n = len(s.listing.ids)
-    for name in ("labels", "groups", "sides"):
+    for name in ("labels", "groups", "sides", "pixel_sizes", "laboratories"):
         found = len(getattr(s.listing, name))
         if found != n and (name == "labels" or found):
             return say(f"{found} {name} for {n} ids", f"{n}, one an image", "Are files left out in one, not the other?")
@@ -83,10 +83,11 @@ def labels(s: Subject) -> str | None:
 
 
 def groups_and_sides(s: Subject) -> str | None:
-    """Groups are text; sides are train, val, test or empty."""
-    for i, group in enumerate(s.listing.groups):
-        if not isinstance(group, str):
-            return say(f"group {i} is {group!r}", "text", "str(...) of a number.")
+    """Groups and laboratories are text; sides are train, val, test or empty."""
+    for what, names in (("group", s.listing.groups), ("laboratory", s.listing.laboratories)):
+        for i, name in enumerate(names):
+            if not isinstance(name, str):
+                return say(f"{what} {i} is {name!r}", "text", "str(...) of a number.")
     if odd := sorted({repr(side) for side in s.listing.sides if side not in _SIDES}):
         return say(f"a side is {odd[0]}", "'train', 'val', 'test' or ''", "Validation images are of side 'val'.")
     return None
@@ -121,7 +122,7 @@ def threads(s: Subject) -> str | None:
 def deterministic(s: Subject) -> str | None:
     """A second call lists the same images in the same order."""
     again = s.part()
-    for name in ("classes", "ids", "groups", "sides"):
+    for name in ("classes", "ids", "groups", "sides", "pixel_sizes", "laboratories"):
         if tuple(getattr(again, name)) != tuple(getattr(s.listing, name)):
             hint = "Sort: a folder's files and a set have no order of their own, and a resume must find the same."
             return say(f"a second call gave other {name}, or in another order", "the same", hint)

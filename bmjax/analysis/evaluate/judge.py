@@ -161,7 +161,7 @@ def say_unmatched(runs: Sequence[Run], matched: bool = False) -> None:
         if run.config.data.match_colours and not matched:
             log.warning(
                 "%s was trained on laboratories in the colours of all (data.match_colours), and these images are in "
-                "their own; `bmjax predict` and `eval --on` bring them there with --match-colours",
+                "their own; --match-colours of `bmjax predict` and `bmjax eval --on` brings them to those of training",
                 run.run_dir,
             )
 

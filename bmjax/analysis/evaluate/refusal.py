@@ -119,10 +119,14 @@ def answers(probs: np.ndarray, classes: tuple[str, ...], refusal: Refusal) -> tu
     return named, sets
 
 
-def without_guarantee(matched: bool, adapt: bool, prior: bool, *, elsewhere: bool = False) -> str:
-    """Why a threshold or a set promises nothing here; "" where it does."""
+def without_guarantee(
+    matched: bool, adapt: bool, prior: bool, *, elsewhere: bool = False, unmatched: bool = False
+) -> str:
+    """Why a threshold or a set promises nothing here; "" where it does. `unmatched`: the images are in colours of their
+    own, and those of validation were not."""
     parts = (("the colours", matched), ("the norms", adapt), ("the frequencies", prior))
     changed = [name for name, is_so in parts if is_so]
     why = [f"{' and '.join(changed)} were adapted after the thresholds were set on validation"] if changed else []
+    why += ["these images are in colours of their own, and those of validation were matched"] if unmatched else []
     why += ["these images did not come as those of validation did"] if elsewhere else []
     return f"threshold and sets promise nothing here: {'; '.join(why)}" if why else ""

@@ -19,8 +19,9 @@ import numpy as np
 
 from bmjax.config.data import DataConfig
 from bmjax.data.dataset import Dataset
-from bmjax.data.images.colours import colour_shares, match_colours
 from bmjax.data.images.decode import decode_images
+from bmjax.data.images.laboratories import VERSION as MATCHING
+from bmjax.data.images.laboratories import check_laboratories, colours_of_all
 from bmjax.data.images.stain import METHODS, normalised
 from bmjax.data.progress import Meter
 from bmjax.data.sources.listing import Listing, Seen, alike, read_each
@@ -29,7 +30,6 @@ from bmjax.files import mapped, seal, sealed_json, temporary_folder, unsealed_js
 
 log = logging.getLogger(__name__)
 VERSION = 2  # of decoding, resizing and the cache's layout; a change rebuilds every cache
-_TO_MATCH = 2048  # images of a laboratory at most whose colours are measured
 Errors = dict[int, str]
 
 
@@ -60,12 +60,12 @@ def listed_dataset(listing: Listing, config: DataConfig, cache_dir: Path, *, pro
       ValueError: with `config.strict`, for unreadable images and for copies in two classes; always for a class all of
         whose images are unreadable.
     """
+    if config.match_colours:
+        check_laboratories(listing)
     digests = hash_images(listing)
     entries = list(zip(listing.ids, digests, listing.labels.tolist(), strict=True))
     stain = () if config.stain == "none" else (config.stain, config.stain_reference or METHODS[config.stain].reference)
     fields = _fields(listing, config)
-    if config.match_colours:
-        _check_laboratories(listing)
     key = fingerprint(entries, config.image_size, (*stain, *([] if fields is None else [["fields", fields]])))
     source = stained(decode_images(listing.read, len(listing), config.image_size, fields), config)
     images, errors = cached(cache_dir, key, len(entries), config.image_size, source, progress)
@@ -76,13 +76,15 @@ def listed_dataset(listing: Listing, config: DataConfig, cache_dir: Path, *, pro
             raise ValueError(f"{message}\nexpected none, since data.strict is set")
         log.warning("%s\nThey are skipped.", message)
     kept = np.array([i for i in range(len(entries)) if i not in errors], np.int64)
-    if config.match_colours:
-        key, images = _matched(images, [listing.laboratories[i] for i in kept], (cache_dir, key), progress)
     labels = listing.labels[kept]
     for label, name in enumerate(listing.classes):
         if not (labels == label).any():
             where = os.path.join(listing.origin, name)
             raise ValueError(f"{where}: none of its images can be read; expected at least one")
+    if config.match_colours:
+        check_laboratories(listing, kept.tolist())
+        laboratories = [listing.laboratories[i] for i in kept]
+        key, images = _matched(images, labels, laboratories, (cache_dir, key), progress)
     for one, other in alike(listing.classes):
         log.warning("%s: labels %r and %r are taken for two classes; are they one?", listing.origin, one, other)
     _check_one_label(listing, digests, config.strict)
@@ -103,39 +105,14 @@ def listed_dataset(listing: Listing, config: DataConfig, cache_dir: Path, *, pro
     )
 
 
-def _check_laboratories(listing: Listing) -> None:
-    """Refuses images without a laboratory, and fewer than two of those."""
-    names = listing.laboratories or ("",) * len(listing)
-    if without := [name for name, laboratory in zip(listing.ids, names, strict=True) if not laboratory]:
-        raise ValueError(
-            f"{listing.origin}: {len(without)} of {len(names)} images have no laboratory, the first {without[0]!r}; "
-            "expected one of each, as in the column laboratory of a table, since data.match_colours is set"
-        )
-    if len(set(names)) < 2:
-        raise ValueError(
-            f"{listing.origin}: all images are of the laboratory {names[0]!r}; expected two or more, since "
-            "data.match_colours brings each to the colours of all"
-        )
-
-
 def _matched(
-    images: np.ndarray, laboratories: Sequence[str], at: tuple[Path, str], progress: bool
+    images: np.ndarray, labels: np.ndarray, laboratories: Sequence[str], at: tuple[Path, str], progress: bool
 ) -> tuple[str, np.ndarray]:
-    """(key, images uint8 [n, s, s, 3]) in the colours of all laboratories [n], which count alike, from a cache of their
-    own beside the one `at` a folder and key. No label is used; laboratories of other classes have other colours for
-    that, too."""
+    """(key, images uint8 [n, s, s, 3] in the colours of all laboratories [n]), from a cache of their own beside the one
+    `at` a folder and key."""
     cache_dir, key = at
-    names = np.array(laboratories)
-    key = hashlib.sha256(json.dumps([key, "match_colours", list(laboratories)]).encode()).hexdigest()
-    shares = {}
-    for name in dict.fromkeys(laboratories):
-        rows = np.flatnonzero(names == name)
-        some = rows[np.linspace(0, len(rows) - 1, min(len(rows), _TO_MATCH)).round().astype(np.int64)]
-        shares[name] = colour_shares(images[some], np.zeros(len(some), np.int64), 1)[0]
-    target = np.mean(list(shares.values()), axis=0)
-    maps = {name: match_colours(own, target) for name, own in shares.items()}
-    for name, one in maps.items():
-        log.info("laboratory %s: colours are changed: 128 becomes %s", name, " ".join(map(str, one.tables[:, 128])))
+    key = hashlib.sha256(json.dumps([key, "match_colours", MATCHING, *laboratories]).encode()).hexdigest()
+    maps = colours_of_all(images, labels, laboratories)
     changed = (maps[name](image) for name, image in zip(laboratories, images, strict=True))
     return key, cached(cache_dir, key, len(images), images.shape[1], changed, progress)[0]
 

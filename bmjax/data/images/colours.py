@@ -8,6 +8,7 @@ of the training cells'. An image's own colour stays, unlike with `data.stain`, w
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -44,6 +45,10 @@ class ColourMap:
         lines = [gain * values**power - _OFFSET for gain, power in zip(self.gains, self.powers, strict=True)]
         return np.clip(np.round(lines), 0, 255).astype(np.uint8)
 
+    def __str__(self) -> str:
+        channels = zip(("red", "green", "blue"), self.tables[:, 128].tolist(), self.powers, strict=True)
+        return "128 becomes " + ", ".join(f"{name} {value} (power {power:.2f})" for name, value, power in channels)
+
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Images uint8 RGB [..., 3] -> the same mapped."""
         found = np.empty(images.shape, np.uint8)
@@ -54,9 +59,24 @@ class ColourMap:
 
 def match_colours(here: np.ndarray, training: np.ndarray) -> ColourMap:
     """The map that gives values of the shares [3, 256] the quantiles of those of training, [3, 256]."""
+    return to_quantiles(quantiles(here), quantiles(training))
+
+
+def quantiles(shares: np.ndarray) -> np.ndarray:
+    """Those of each channel that maps are fitted by, [3, levels], of values 0..255 that come with shares [3, 256]."""
+    return np.stack([_quantiles(own) for own in shares])
+
+
+def mean_quantiles(each: Sequence[np.ndarray]) -> np.ndarray:
+    """The mean of several quantiles [3, levels] in the logarithm: maps to it have gains and powers about 1 in the
+    mean."""
+    return np.exp(np.log(np.stack(each) + _OFFSET).mean(0)) - _OFFSET
+
+
+def to_quantiles(here: np.ndarray, target: np.ndarray) -> ColourMap:
+    """The map that gives values of some quantiles [3, levels] those of a target."""
     gains, powers = [], []
-    for own, target in zip(here, training, strict=True):
-        x, y = _quantiles(own), _quantiles(target)
+    for x, y in zip(here, target, strict=True):
         inside = (np.minimum(x, y) > _BLACK) & (np.maximum(x, y) < _WHITE)
         x, y = x[inside], y[inside]
         power = 1.0

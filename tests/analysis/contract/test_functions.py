@@ -274,6 +274,21 @@ def test_a_broken_source_fails_its_check(check, listing):
     assert failed("source", lambda: change(listing))[check].startswith(text)
 
 
+def test_scales_and_laboratories_of_a_source_are_looked_at_too(listing):
+    def broken(**fields):
+        return failed("source", lambda: dataclasses.replace(listing, **fields))
+
+    assert broken(pixel_sizes=(0.1,))["lengths"].startswith("1 pixel_sizes for 8 ids")
+    assert broken(laboratories=("x",) * 7)["lengths"].startswith("7 laboratories for 8 ids")
+    assert broken(laboratories=(1,) * 8)["groups_and_sides"].startswith("laboratory 0 is 1; expected text")
+
+    def drawn():
+        calls.append(1)
+        return dataclasses.replace(listing, laboratories=(f"{len(calls)}",) * 8)
+
+    assert failed("source", drawn)["deterministic"].startswith("a second call gave other laboratories")
+
+
 def test_a_source_without_order_is_caught(listing):
     def shuffled():
         calls.append(1)

@@ -55,10 +55,19 @@ def test_views_are_averaged_and_one_view_is_the_run_itself(run):
 
 
 def test_colours_are_mapped_batch_by_batch_and_nothing_is_copied(run):
-    images, colours, reader = cells(6), ColourMap((1.3, 0.9, 1.1), (0.9, 1.05, 1.0)), Reader(run)
+    sizes = []
+
+    class Spy(ColourMap):
+        def __call__(self, images):
+            sizes.append(len(images))
+            return super().__call__(images)
+
+    images, colours, reader = cells(20), Spy((1.3, 0.9, 1.1), (0.9, 1.05, 1.0)), Reader(run)
     expected = Reader(run).images(colours(images), views=2)
     reader.colours = colours
+    sizes.clear()
     seen = reader.images(images, views=2)
+    assert sizes == [8, 8, 8] * 2
     np.testing.assert_allclose(seen.probs, expected.probs, atol=1e-6)
     np.testing.assert_array_equal(seen.shown(seen.rows), colours(images))
     np.testing.assert_allclose(seen.looks, expected.looks, atol=1e-5)
