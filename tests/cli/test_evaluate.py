@@ -1,6 +1,7 @@
 """`bmjax eval` and `bmjax predict` of one run and of two, with everything that may be asked of them."""
 
 import csv
+import dataclasses
 import json
 import re
 import shutil
@@ -145,6 +146,9 @@ def test_thresholds_of_calibrated_runs_are_by_fits_on_other_images(runs):
     expected = fit_refusal(val.labels, cross_fitted(val.labels, val.probs, "vector"), 0.3)
     assert judge.refusal(0.3) == expected
     assert judge.refusal(0.3) != fit_refusal(val.labels, judge.validation().probs, 0.3)
+    # One that was fitted elsewhere is as good on these images as on new ones.
+    judge.calibrations = (dataclasses.replace(judge.calibrations[0], scale=(0.5,) * 7),)
+    assert judge.refusal(0.3) == fit_refusal(val.labels, judge.calibrations[0](val.probs), 0.3)
 
 
 def test_views_have_files_of_their_own_and_thresholds_by_them(runs, capsys, tmp_path, cells):

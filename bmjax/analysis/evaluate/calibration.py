@@ -42,6 +42,13 @@ class Calibration:
         """Probabilities [n, k] -> the same calibrated, float32."""
         return _scaled(_logs(probs), np.array(self.scale), np.array(self.shift)).astype(np.float32)
 
+    def is_fit_of(self, labels: np.ndarray, probs: np.ndarray) -> bool:
+        """Whether it is what `fit` gives of these images, and not a calibration from elsewhere."""
+        if len(labels) != self.n:
+            return False
+        again = fit(labels, probs, self.method)
+        return np.allclose(again.scale, self.scale, rtol=0.01) and np.allclose(again.shift, self.shift, atol=0.01)
+
     @property
     def temperature(self) -> float | None:
         """Above 1 where the network is too sure; None of a vector."""

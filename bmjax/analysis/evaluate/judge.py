@@ -305,9 +305,8 @@ class Judge:
         return found
 
     def refusal(self, rate: float, unfamiliar: float = 0.0) -> Refusal:
-        """The threshold for a wanted error rate, by the validation images at least as familiar as a share. Where the
-        runs are calibrated, each of these images is so by a fit on others of them: it was the calibration's own, and
-        new images are not.
+        """The threshold for a wanted error rate, by the validation images at least as familiar as a share. Where runs
+        are calibrated by a fit on these images, each is so by a fit on others of them: new images are no part of it.
 
         Raises:
           ValueError: as `validation`; too few images for that; or no features are kept.
@@ -323,10 +322,18 @@ class Judge:
         return fit_refusal(val.labels, val.probs, rate, keep)
 
     def _cross_fitted(self) -> list[np.ndarray]:
-        """Each run's probabilities of validation, calibrated as its own by fits on other validation images."""
-        found = [_saved(run, "val", self.views) for run in self.runs]
-        pairs = zip(found, self.calibrations, strict=True)
-        return [one.probs if kept is None else cross_fitted(one.labels, one.probs, kept.method) for one, kept in pairs]
+        """Each run's probabilities of validation, calibrated by fits on other validation images where its own
+        calibration is the fit on all of them."""
+        found = []
+        for run, kept in zip(self.runs, self.calibrations, strict=True):
+            val = _saved(run, "val", self.views)
+            if kept is None:
+                found.append(val.probs)
+            elif kept.is_fit_of(val.labels, val.probs):
+                found.append(cross_fitted(val.labels, val.probs, kept.method))
+            else:
+                found.append(kept(val.probs))
+        return found
 
     def featured_reference(self) -> Reference:
         """As `reference`, with features.
