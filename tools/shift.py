@@ -279,7 +279,7 @@ def main() -> None:
     parser.add_argument("--adapt-prior", action="store_true", help="classes' frequencies estimated on it")
     parser.add_argument("--calibrated", action="store_true", help="by the calibration kept with the runs")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write the copies here")
-    parser.add_argument("--data-root", metavar="PLACE", help="where the runs' data are now")
+    parser.add_argument("--data.root", dest="data_root", metavar="FOLDER", help="where the runs' data are now")
     add_checkpoint(parser)
     options = parser.parse_args()
     runs = [load_run(run, options.which, trust=options.trust) for run in options.runs]

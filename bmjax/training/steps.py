@@ -137,9 +137,8 @@ def make_train_step(
             losses = loss(logits, labels)
             if mixes:
                 losses = share * losses + (1 - share) * loss(logits, others)
-                labels = jnp.where(
-                    share >= 0.5, labels, others
-                )  # the label with the larger share counts as the right one
+                # The label with the larger share counts as the right one.
+                labels = jnp.where(share >= 0.5, labels, others)
             correct = (logits.argmax(-1) == labels).sum(dtype=jnp.int32)
             # Divided by the global count: the sum over devices and micro-batches is then the mean's gradient.
             return losses.sum() / count, (updates.get("batch_stats", batch_stats), correct)
