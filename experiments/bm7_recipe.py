@@ -63,6 +63,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     "trivialaugment": {"augment.policy": "trivialaugment"},
     "se": {"model.attention": "se"},
     "macenko": {"data.stain": "macenko"},
+    "attention after conv4": {"model.attach": ("conv4",)},
+    "attention after conv4 and the last": {"model.attach": ("conv4", "last")},
+    "se after every stage": {"model.attention": "se", "model.attach": ("conv2", "conv3", "conv4", "last")},
 }
 
 

@@ -46,9 +46,10 @@ def adapt(judge: Judge, paths: Sequence[str], options: argparse.Namespace) -> No
     """
     import numpy as np
 
-    from bmjax.analysis.evaluate.judge import TO_ADAPT, spread
+    from bmjax.analysis.evaluate.judge import TO_ADAPT
+    from bmjax.data.batches import evenly
 
-    chosen = [str(paths[int(i)]) for i in spread(len(paths), TO_ADAPT)]
+    chosen = [str(paths[int(i)]) for i in evenly(len(paths), TO_ADAPT)]
     read = read_as_each(judge.runs, chosen)
     good = [i for i in range(len(chosen)) if not isinstance(read[0][i], str)]
     least = 2 if options.adapt or options.adapt_prior else 1

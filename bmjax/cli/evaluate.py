@@ -213,7 +213,8 @@ def _seen(judge: Judge, target: Target, unseen: Target | None, options: argparse
     those out would need labels."""
     import numpy as np
 
-    from bmjax.analysis.evaluate.judge import TO_ADAPT, spread
+    from bmjax.analysis.evaluate.judge import TO_ADAPT
+    from bmjax.data.batches import evenly
 
     both = [one for one in (target, unseen) if one is not None and len(one)]
     if options.adapt or options.match_colours:
@@ -221,7 +222,7 @@ def _seen(judge: Judge, target: Target, unseen: Target | None, options: argparse
         images = []
         for parts in each:
             rows = np.concatenate([rows for _, rows in parts])
-            images.append(parts[0][0].images[rows[spread(len(rows), TO_ADAPT)]])
+            images.append(parts[0][0].images[rows[evenly(len(rows), TO_ADAPT)]])
         if options.match_colours:
             say_colours(judge, judge.match_colours(images))
         if options.adapt:

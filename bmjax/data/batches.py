@@ -24,6 +24,11 @@ def steps_per_epoch(n: int, batch_size: int) -> int:
     return max(1, math.ceil(n / batch_size))
 
 
+def evenly(n: int, most: int) -> np.ndarray:
+    """At most so many places of n, evenly spread from the first to the last; int64, each once."""
+    return np.linspace(0, n - 1, min(n, most)).round().astype(np.int64)
+
+
 class _Rows:
     """Rows without end, in batches: item k is the rows int32 [b] of batch k. A source of Grain's."""
 

@@ -156,6 +156,34 @@ def test_a_planted_shortcut_is_an_error(tree, settings, where):
     assert f"nearly without error {CLASSES[0]}" in error.text
 
 
+@pytest.mark.parametrize("spread", [True, False])
+def test_laboratories_are_looked_at(clean, tmp_path, spread):
+    """Classes from every laboratory alike are fine; one from a laboratory of its own is told by it."""
+    names = [f"{c}/{c}_{i:03d}.png" for c in CLASSES[:3] for i in range(PER_CLASS)]
+    rows = []
+    for i, name in enumerate(names):
+        label = name.split("/")[0]
+        rows.append([str(clean / name), label, "AB"[i % 2] if spread else "AB"[label == CLASSES[0]]])
+    rows[1][2] = ""
+    with (tmp_path / "table.csv").open("w", newline="") as f:
+        csv.writer(f).writerows([["path", "label", "laboratory"], *rows])
+    table = str(tmp_path / "table.csv")
+    audited = audit(DataConfig(source="table", root=table, image_size=64, cache_dir=str(tmp_path / "cache")))
+    told = [f for f in found(audited, "shortcuts", "error") if "laboratories' names" in f.text]
+    assert len(told) == (not spread)
+    assert not told or f"nearly without error {CLASSES[0]}" in told[0].text
+
+    page = write_audit(audited, tmp_path / "out").read_text()
+    assert "<h2>Laboratories</h2>" in page
+    assert "unknown" in page
+    record = json.loads((tmp_path / "out/audit.json").read_text())["laboratories"]
+    assert list(record) == ["", "A", "B"]
+    half = PER_CLASS // 2
+    assert record["B"]["images"][CLASSES[0]] == (half - 1 if spread else PER_CLASS - 1)
+    assert record["B"]["images"][CLASSES[1]] == (half if spread else 0)
+    assert record["B"]["statistics"]["red"] > 0
+
+
 def test_wrong_labels_are_found():
     """A tenth of the labels is wrong; the features tell the classes well."""
     rng = np.random.default_rng(0)

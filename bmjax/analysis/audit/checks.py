@@ -53,7 +53,8 @@ class LabelErrors:
 @dataclasses.dataclass(frozen=True)
 class Audit:
     """All that was found. `facts` are by row of `dataset`; `splits` is None where there can be none; `pairs` are near
-    duplicates, `groups` int [n] the certain ones' groups."""
+    duplicates, `groups` int [n] the certain ones' groups. `laboratories` are by row, "" where one is unknown; none
+    where the source names none. `medians` of colour and focus are by class, `medians_there` by laboratory."""
 
     config: DataConfig
     dataset: Dataset
@@ -61,7 +62,9 @@ class Audit:
     splits: Splits | None
     pairs: Pairs
     groups: np.ndarray
+    laboratories: tuple[str, ...]
     medians: dict[str, dict[str, float]]
+    medians_there: dict[str, dict[str, float]]
     shortcuts: list[Shortcut]
     label_errors: LabelErrors | None
     findings: list[Finding]
@@ -241,8 +244,11 @@ def check_shortcuts(found: Sequence[Shortcut]) -> list[Finding]:
     return findings
 
 
-def find_shortcuts(dataset: Dataset, facts: Sequence[FileFacts], units: np.ndarray) -> tuple[list[Shortcut], dict]:
-    """(shortcuts, medians by class of the statistics of colour and focus), on a sample of the images."""
+def find_shortcuts(
+    dataset: Dataset, facts: Sequence[FileFacts], units: np.ndarray, laboratories: Sequence[str]
+) -> tuple[list[Shortcut], dict, dict]:
+    """(shortcuts, medians by class of the statistics of colour and focus, the same by laboratory), on a sample of the
+    images."""
     rows = shortcuts.sample(dataset.labels)
     labels, some = dataset.labels[rows], [facts[i] for i in rows]
     # One at a time: the sample alone may be larger than memory.
@@ -253,8 +259,13 @@ def find_shortcuts(dataset: Dataset, facts: Sequence[FileFacts], units: np.ndarr
         ("metadata", "formats, sizes in pixels and compression of the files alone", metadata_features(some)),
         ("length", "lengths of the files in bytes alone", np.array([[f.bytes] for f in some], np.float32)),
     ]
+    there: dict[str, dict[str, float]] = {}
+    if laboratories:
+        names, numbers = np.unique(np.array(laboratories)[rows], return_inverse=True)
+        inputs.append(("laboratory", "the laboratories' names alone", np.eye(len(names), dtype=np.float32)[numbers]))
+        there = shortcuts.medians_by(statistics, numbers, names.tolist())
     found = [shortcuts.shortcut(name, sees, x, labels, units[rows], dataset.classes) for name, sees, x in inputs]
-    return found, shortcuts.medians_by_class(statistics, labels, dataset.classes)
+    return found, shortcuts.medians_by(statistics, labels, dataset.classes), there
 
 
 def find_label_errors(dataset: Dataset, features: np.ndarray, units: np.ndarray) -> tuple[LabelErrors, list[Finding]]:
@@ -297,14 +308,18 @@ def audit(config: DataConfig, features: Any = None) -> Audit:
     findings += found
     # What a run keeps together, and near duplicates: no classifier may see one and be asked for the other.
     units = copies if splits is None else _joined(kept_together(dataset, lenient), copies)
-    reached, medians = find_shortcuts(dataset, known, units)
+    # A source that names no laboratory, or the same one for all, says nothing by it.
+    named = dict(zip(listing.ids, listing.laboratories, strict=True)) if len(set(listing.laboratories)) > 1 else {}
+    laboratories = tuple(named[name] for name in dataset.ids) if named else ()
+    reached, *medians = find_shortcuts(dataset, known, units, laboratories)
     findings += check_shortcuts(reached)
     label_errors = None
     if features is not None:
         label_errors, found = find_label_errors(dataset, features(dataset), units)
         findings += found
     findings.sort(key=lambda f: ("error", "warning", "note").index(f.level))
-    return Audit(config, dataset, known, splits, pairs, copies, medians, reached, label_errors, findings)
+    seen = (laboratories, *medians, reached)
+    return Audit(config, dataset, known, splits, pairs, copies, *seen, label_errors, findings)
 
 
 def _joined(one: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -74,6 +74,10 @@ def _record(audit: Audit) -> dict[str, Any]:
         "findings": [dataclasses.asdict(finding) for finding in audit.findings],
         "files": {name: dict(counts) for name, counts in _file_counts(audit).items()},
         "statistics": audit.medians,
+        "laboratories": {
+            name: {"images": counts, "statistics": audit.medians_there.get(name)}
+            for name, counts in _by_laboratory(audit).items()
+        },
         "shortcuts": [dataclasses.asdict(s) for s in audit.shortcuts],
         "near_duplicates": [
             {"first": image(i), "second": image(j), "correlation": round(float(c), 4), "certain": bool(c_)}
@@ -94,6 +98,17 @@ def _file_counts(audit: Audit) -> dict[str, Counter]:
     }
 
 
+def _by_laboratory(audit: Audit) -> dict[str, dict[str, int]]:
+    """Each laboratory's images of each class; none where the source names no laboratories."""
+    if not audit.laboratories:
+        return {}
+    names, classes = np.array(audit.laboratories), audit.dataset.classes
+    counts = {
+        name: np.bincount(audit.dataset.labels[names == name], minlength=len(classes)) for name in np.unique(names)
+    }
+    return {str(name): dict(zip(classes, found.tolist(), strict=True)) for name, found in counts.items()}
+
+
 def _parts(audit: Audit) -> list[str]:
     dataset = audit.dataset
     levels = Counter(finding.level for finding in audit.findings)
@@ -110,6 +125,7 @@ def _parts(audit: Audit) -> list[str]:
         *parts,
         _findings(audit),
         _classes(audit),
+        _laboratories(audit),
         _duplicates(audit),
         _shortcuts(audit),
         _labels(audit),
@@ -157,6 +173,23 @@ def _classes(audit: Audit) -> str:
     return f"<h2>Classes</h2>{page.table(('class', 'images', *NAMES), rows)}"
 
 
+def _laboratories(audit: Audit) -> str:
+    counts = _by_laboratory(audit)
+    if not counts:
+        return ""
+    rows = [[name or "unknown", sum(found.values()), *found.values()] for name, found in counts.items()]
+    text = "Classes that come from one laboratory more than from another can be told by its stain. "
+    text += "Below, medians of a sample" + (", in matched colours." if audit.config.match_colours else ".")
+    header = ("laboratory", "images", *audit.dataset.classes)
+    medians = _medians("laboratory", {name or "unknown": values for name, values in audit.medians_there.items()})
+    return f"<h2>Laboratories</h2>{page.table(header, rows)}<p class='note'>{page.text(text)}</p>{medians}"
+
+
+def _medians(of: str, each: dict[str, dict[str, float]]) -> str:
+    names = list(next(iter(each.values())))
+    return page.table((of, *names), [[name, *(f"{values[n]:.3g}" for n in names)] for name, values in each.items()])
+
+
 def _duplicates(audit: Audit) -> str:
     title = "<h2>Copies and near duplicates</h2>"
     if not len(audit.pairs):
@@ -193,12 +226,10 @@ def _shortcuts(audit: Audit) -> str:
     text += (
         "intervals by the bootstrap over images. What is well above guessing, a network may learn in place of cells."
     )
-    names = list(next(iter(audit.medians.values())))
-    medians = [[name, *(f"{values[n]:.3g}" for n in names)] for name, values in audit.medians.items()]
     below = "Medians by class; channels and contrast in grey levels, focus the standard deviation of the Laplacian."
     return (
         f"<h2>Shortcuts</h2>{page.table(header, rows)}<p class='note'>{page.text(text)}</p>"
-        f"<h2>Colour and focus</h2>{page.table(('class', *names), medians)}<p class='note'>{page.text(below)}</p>"
+        f"<h2>Colour and focus</h2>{_medians('class', audit.medians)}<p class='note'>{page.text(below)}</p>"
     )
 
 

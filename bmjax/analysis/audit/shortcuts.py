@@ -144,9 +144,9 @@ def likely_label_errors(
     return np.asarray(order, np.int64), probs
 
 
-def medians_by_class(statistics: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> dict[str, dict[str, float]]:
-    """The median of each of `STATISTICS` in each class."""
+def medians_by(statistics: np.ndarray, numbers: np.ndarray, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """The median of each of `STATISTICS` [n, 7] in each class or laboratory, whose number in `names` each row has."""
     return {
-        name: dict(zip(STATISTICS, np.median(statistics[labels == i], axis=0).round(3).tolist(), strict=True))
-        for i, name in enumerate(classes)
+        name: dict(zip(STATISTICS, np.median(statistics[numbers == i], axis=0).round(3).tolist(), strict=True))
+        for i, name in enumerate(names)
     }

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from bmjax.analysis.contract.verdict import Contract, first_line, say
+from bmjax.data.batches import evenly
 from bmjax.data.images.decode import decode_image, quiet
 from bmjax.data.sources.listing import Listing
 
@@ -31,7 +32,7 @@ class Subject:
     @functools.cached_property
     def places(self) -> list[int]:
         """The images that are read."""
-        return sorted({int(i) for i in np.linspace(0, len(self.listing) - 1, LOOKED_AT)})
+        return evenly(len(self.listing), LOOKED_AT).tolist()
 
 
 def call(s: Subject) -> str | None:

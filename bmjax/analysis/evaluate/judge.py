@@ -15,6 +15,7 @@ from bmjax.analysis.evaluate.reader import Reader, Seen, adapted_priors, at_prio
 from bmjax.analysis.evaluate.reference import Reference, read_reference
 from bmjax.analysis.evaluate.refusal import Refusal, fit_refusal
 from bmjax.config.data import DataConfig
+from bmjax.data.batches import evenly
 from bmjax.data.dataset import Dataset
 from bmjax.data.images.colours import ColourMap, colour_shares, match_colours
 from bmjax.data.load import load_elsewhere
@@ -223,7 +224,7 @@ class Judge:
     def adapt(self, images: Sequence[np.ndarray]) -> None:
         """Estimates each run's norms on images uint8 [n, s, s, 3], given for each run; of many, on some of them."""
         for reader, part in zip(self.readers, images, strict=True):
-            reader.adapt(part[spread(len(part), TO_ADAPT)])
+            reader.adapt(part[evenly(len(part), TO_ADAPT)])
 
     def training_colours(self) -> list[Reference]:
         """What each run keeps of its training cells' colours.
@@ -256,7 +257,7 @@ class Judge:
         """
         references = self.training_colours()
         for reader, part, reference in zip(self.readers, images, references, strict=True):
-            some = part[spread(len(part), TO_ADAPT)]
+            some = part[evenly(len(part), TO_ADAPT)]
             here = colour_shares(some, np.zeros(len(some), np.int64), 1)[0]
             reader.colours = None
             # What is seen in the first map's colours says better which classes there are.
@@ -288,13 +289,17 @@ class Judge:
         Raises:
           ValueError: it was not evaluated by these checkpoints and views, or differs between runs.
         """
+        each = self._saved_of_each(split)
+        return dataclasses.replace(each[0], probs=_average(self._calibrated([one.probs for one in each])))
+
+    def _saved_of_each(self, split: SplitName) -> list[Predictions]:
         found = [_saved(run, split, self.views) for run in self.runs]
         for run, one in zip(self.runs, found, strict=True):
             if one.ids.tolist() != found[0].ids.tolist():
                 raise ValueError(
                     f"{run.run_dir} has another {split} split than {self.runs[0].run_dir}; expected one for all"
                 )
-        return dataclasses.replace(found[0], probs=_average(self._calibrated([one.probs for one in found])))
+        return found
 
     def reference(self) -> Reference | None:
         """What the first run was trained on; None where that is not kept. Features of another checkpoint are left out:
@@ -311,9 +316,8 @@ class Judge:
         Raises:
           ValueError: as `validation`; too few images for that; or no features are kept.
         """
-        val, keep = self.validation(), None
-        if any(one is not None for one in self.calibrations):
-            val = dataclasses.replace(val, probs=_average(self._cross_fitted()))
+        each, keep = self._saved_of_each("val"), None
+        val = dataclasses.replace(each[0], probs=_average(self._cross_fitted(each)))
         if unfamiliar:
             reference = self.featured_reference()
             at = {row: i for i, row in enumerate(reference.rows.tolist())}
@@ -321,12 +325,11 @@ class Judge:
             keep = np.array([row in at and familiar[at[row]] > unfamiliar for row in val.index.tolist()])
         return fit_refusal(val.labels, val.probs, rate, keep)
 
-    def _cross_fitted(self) -> list[np.ndarray]:
+    def _cross_fitted(self, each: Sequence[Predictions]) -> list[np.ndarray]:
         """Each run's probabilities of validation, calibrated by fits on other validation images where its own
         calibration is the fit on all of them."""
         found = []
-        for run, kept in zip(self.runs, self.calibrations, strict=True):
-            val = _saved(run, "val", self.views)
+        for val, kept in zip(each, self.calibrations, strict=True):
             if kept is None:
                 found.append(val.probs)
             elif kept.is_fit_of(val.labels, val.probs):
@@ -361,11 +364,6 @@ def setting(
 def _average(each: Sequence[np.ndarray]) -> np.ndarray:
     """The mean of each run's probabilities float32 [n, k]."""
     return each[0] if len(each) == 1 else np.asarray(np.mean(np.stack(each), axis=0, dtype=np.float64), np.float32)
-
-
-def spread(n: int, most: int) -> np.ndarray:
-    """At most so many places of n, evenly spread."""
-    return np.arange(n) if n <= most else np.linspace(0, n - 1, most).round().astype(np.int64)
 
 
 def _saved(run: Run, split: SplitName, views: int) -> Predictions:

@@ -6,10 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from bmjax.analysis.evaluate.refusal import risk_coverage
 from bmjax.analysis.report.facts import Facts
+from bmjax.data.batches import evenly
 from bmjax.files import printable
 from bmjax.runs.curves import GRID, precision_recall, roc
 from bmjax.runs.records import Predictions, reliability
@@ -37,10 +36,6 @@ def chart(title: str, x: Any, lines: Sequence[tuple[str, Any]], axes: tuple[str,
     return {"title": title, "x": _numbers(x), "lines": found, "axes": list(axes), **more}
 
 
-def _thinned(n: int) -> np.ndarray:
-    return np.unique(np.linspace(0, n - 1, min(n, _MOST)).round().astype(int))
-
-
 def curves(facts: Facts) -> list[dict[str, Any]]:
     """Loss and accuracy by epoch, and the learning rate by step."""
     found = []
@@ -53,7 +48,7 @@ def curves(facts: Facts) -> list[dict[str, Any]]:
                 chart(title, [r["epoch"] for r in facts.epochs], lines, ("epoch", title), whole=True, **bounds)
             )
     if facts.steps:
-        rows = [facts.steps[i] for i in _thinned(len(facts.steps))]
+        rows = [facts.steps[i] for i in evenly(len(facts.steps), _MOST)]
         x = [r["step"] for r in rows]
         if not facts.epochs:
             found.append(chart("loss", x, [("train, each step", [r["loss"] for r in rows])], ("step", "loss")))
@@ -94,7 +89,7 @@ def trust(predictions: Predictions) -> list[dict[str, Any]]:
         ("as sure as right", x),
     ]
     covered, risk, _ = risk_coverage(predictions.confidence, predictions.predicted == predictions.labels)
-    kept = _thinned(len(covered))
+    kept = evenly(len(covered), _MOST)
     return [
         chart(
             "Reliability",

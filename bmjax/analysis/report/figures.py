@@ -10,6 +10,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from bmjax.data.batches import evenly
 from bmjax.files import printable
 from bmjax.runs.records import Predictions, interval_text
 
@@ -148,7 +149,7 @@ def result(predictions: Predictions, metrics: dict[str, Any], images: np.ndarray
     for label, row in enumerate(axes):
         of_class = np.flatnonzero(predictions.labels == label)
         ordered = of_class[np.argsort(-predictions.probs[of_class, label], kind="stable")]
-        chosen = ordered[np.linspace(0, len(ordered) - 1, columns).round().astype(int)] if len(ordered) else []
+        chosen = ordered[evenly(len(ordered), columns)]
         for axis in row[len(chosen) :]:
             axis.axis("off")
         for axis, i in zip(row, chosen, strict=False):

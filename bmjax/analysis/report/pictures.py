@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from bmjax.data.batches import evenly
 from bmjax.runs.records import Predictions, most_wrong
 
 if TYPE_CHECKING:
@@ -55,8 +56,7 @@ def chosen(predictions: Predictions, most: int = MOST, each: int = EACH) -> np.n
     for label in range(len(predictions.classes)):
         of_class = np.flatnonzero((predictions.labels == label) & (predictions.predicted == label))
         ordered = of_class[np.argsort(-predictions.confidence[of_class], kind="stable")]
-        spread = np.linspace(0, len(ordered) - 1, min(each, len(ordered))).round().astype(int)
-        right.append(ordered[spread])
+        right.append(ordered[evenly(len(ordered), each)])
     return np.concatenate([wrong, *right])[:most].astype(int)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from bmjax.analysis.report import card, charts, facts, paired
 from bmjax.analysis.report.facts import Facts
 from bmjax.analysis.report.pictures import COLUMNS, ROWS, SIDE, Mistake, Thumbnails
+from bmjax.data.batches import evenly
 from bmjax.files import printable
 from bmjax.runs.records import Predictions, interval_text, reliability
 
@@ -181,7 +182,7 @@ class View:
     def strip(self, c: int) -> list[int]:
         """Rows of some recognised cells of a class, from the surest to the least sure."""
         rows = [row for row in self._of_class[c] if self._predictions.predicted[row] == c]
-        return [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, _STRIP).round().astype(int))] if rows else []
+        return [rows[i] for i in evenly(len(rows), _STRIP)]
 
     def spot(self, row: int) -> Spot:
         sheet, at = divmod(self.thumbnails.places[row], COLUMNS * ROWS)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from bmjax.data.batches import evenly
 from bmjax.data.images.colours import ColourMap, colour_shares, mean_quantiles, quantiles, to_quantiles
 from bmjax.data.sources.listing import Listing
 from bmjax.files import printable
@@ -52,7 +53,7 @@ def colours_of_all(images: np.ndarray, labels: np.ndarray, laboratories: Sequenc
     for name in dict.fromkeys(laboratories):
         rows = np.flatnonzero(names == name)
         _warn(name, labels[rows], labels)
-        some = rows[np.linspace(0, len(rows) - 1, min(len(rows), _MEASURED)).round().astype(np.int64)]
+        some = rows[evenly(len(rows), _MEASURED)]
         own[name] = quantiles(colour_shares(images[some], np.zeros(len(some), np.int64), 1)[0])
     target = mean_quantiles(list(own.values()))
     maps = {name: to_quantiles(values, target) for name, values in own.items()}
