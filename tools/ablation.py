@@ -1,10 +1,10 @@
-"""What each change of a sweep is worth: its runs against the first one's, paired over seeds, on validation.
+"""What each change of a sweep is worth: its runs against the first one's, paired over images, on validation.
 
     python tools/ablation.py FOLDER
 
 FOLDER is that of a sweep whose cells are named CHANGE-SEED, as those of experiments/bm7_recipe.py. Prints Markdown:
 mean accuracy, the difference to the first change with its simultaneous interval and p (docs/statistics.md), minutes.
-Changes of which a seed is missing are left out, and named.
+The seeds are those of which the first change has a run; changes without one of them are left out, and named.
 """
 
 from __future__ import annotations
@@ -21,19 +21,20 @@ from bmjax.analysis.sweep import plan
 from bmjax.analysis.sweep.rows import FINISHED, read_row
 
 
-def by_change(folder: str | Path) -> dict[str, list[Path]]:
-    """The finished runs of each change, in the sweep's order.
+def by_change(folder: str | Path) -> dict[str, dict[int, Path | None]]:
+    """The run of each change and seed, in the sweep's order; None where it has not finished.
 
     Raises:
       ValueError: a cell is not named CHANGE-SEED.
     """
-    found: dict[str, list[Path]] = {}
+    found: dict[str, dict[int, Path | None]] = {}
     for cell in plan.load(Path(folder)).cells:
         change, _, seed = cell.name.rpartition("-")
         if not change or not seed.isdecimal():
             raise ValueError(f"{folder}: a cell is called {cell.name!r}; expected CHANGE-SEED")
         row = read_row(cell)
-        found.setdefault(change, []).extend([Path(cell.config.run_dir)] if row and row["status"] == FINISHED else [])
+        finished = row is not None and row["status"] == FINISHED
+        found.setdefault(change, {})[int(seed)] = Path(cell.config.run_dir) if finished else None
     return found
 
 
@@ -45,9 +46,11 @@ def table(folder: str | Path) -> Table:
     """
     runs = by_change(folder)
     baseline = next(iter(runs))
-    if not runs[baseline]:
+    held = [seed for seed, path in runs[baseline].items() if path is not None]
+    if not held:
         raise ValueError(f"{folder}: no run of {baseline!r} has finished; expected the change that others are held to")
-    whole = {change: paths for change, paths in runs.items() if len(paths) == len(runs[baseline])}
+    whole = {change: [path for seed in held if (path := paths.get(seed)) is not None] for change, paths in runs.items()}
+    whole = {change: paths for change, paths in whole.items() if len(paths) == len(held)}
     hits = {change: hits_of(paths, "val") for change, paths in whole.items()}
     seeds, n = hits[baseline].shape
     rows = []
@@ -55,7 +58,11 @@ def table(folder: str | Path) -> Table:
         accuracy = Mean(row.accuracy, row.low, row.high, seeds, n)
         minutes = np.mean([seconds_of(path) for path in whole[row.variant]]) / 60
         rows.append((row.variant, str(accuracy), *against(row), f"{minutes:.1f}"))
-    left = [f"{change} ({len(paths)} of {seeds} runs)" for change, paths in runs.items() if change not in whole]
+    left = [
+        f"{change} ({len(finished)} of {len(paths)} runs)"
+        for change, paths in runs.items()
+        if len(finished := [path for path in paths.values() if path is not None]) < len(paths)
+    ]
     notes = (f"{n} validation images, {seeds} seeds.", *([f"Not finished: {', '.join(left)}."] if left else []))
     return Table(
         "What each change is worth",

@@ -41,7 +41,7 @@ from PIL import Image
 
 from bmjax.analysis.evaluate.calibration import figures
 from bmjax.analysis.evaluate.judge import Judge, Target, target_of_split
-from bmjax.analysis.evaluate.reader import adapted_priors, at_priors
+from bmjax.analysis.evaluate.reader import adapted_priors, at_priors, check_adaptable
 from bmjax.cli.output import add_checkpoint
 from bmjax.data.augment.colour import saturation
 from bmjax.data.augment.optics import blur
@@ -267,6 +267,22 @@ def line(row: Row) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def check(judge: Judge, options: argparse.Namespace) -> None:
+    """What can be known to be wrong before the split is opened.
+
+    Raises:
+      ValueError: an option asks for what the runs don't have, or is out of range.
+    """
+    if options.unequal is not None and not options.unequal > 0:
+        raise ValueError(f"--unequal is {options.unequal:g}; expected a number > 0")
+    if options.match_colours:
+        judge.training_colours()
+    if options.adapt_prior:
+        judge.validation()
+    for run in judge.runs if options.adapt else ():
+        check_adaptable(run)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run; several are averaged")
@@ -289,8 +305,7 @@ def main() -> None:
             "normalised twice; expected a run without, or no --out"
         )
     judge = Judge(runs, views=options.views, calibrated=options.calibrated)
-    if options.match_colours:
-        judge.training_colours()  # known to be there before the split is opened
+    check(judge, options)
     target = target_of_split(runs, options.split, options.data_root)
     if options.unequal is not None:
         target = unequal(target, options.unequal, judge.classes)

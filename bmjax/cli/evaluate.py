@@ -135,6 +135,11 @@ def _check(runs: Sequence[Run], options: argparse.Namespace, pairs: Sequence[tup
     from bmjax.runs.folder import split_size
 
     tolerance(pairs, same_classes(runs))
+    if options.on and not Path(options.on).exists():
+        raise FileNotFoundError(
+            f"--on is {options.on!r}, which is not there; expected a folder with one sub-folder of images a class, or "
+            "a .csv or .parquet with columns path, label"
+        )
     if options.on or options.unseen:
         say_unmatched(runs, options.match_colours)
     if options.pixel_size is not None:

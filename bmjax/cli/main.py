@@ -64,6 +64,10 @@ VERBS = (
 )
 
 
+_LISTS = ("paths", "images", "run_dirs", "models", "words")
+"""Lists of runs, files or names, which argparse takes from one side of a verb's options alone."""
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser with all verbs."""
     parser = argparse.ArgumentParser(prog="bmjax", description="Classify bone-marrow cells with attention, in JAX.")
@@ -95,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if configured and options.experiment is None:
         options.parser.error(f"expected an experiment, as in: bmjax {options.verb} experiments/quickstart.py")
-    if rest and not (configured or getattr(options, "takes_fields", False)):
+    if rest and not (configured or getattr(options, "takes_fields", False) or _taken(options, rest)):
         parser.error(f"{options.verb}: unrecognized arguments: {' '.join(rest)}")
     if getattr(options, "deterministic", False):
         environment.make_deterministic()
@@ -121,6 +125,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise
             print(f"bmjax: {printable(e, lines=True)}", file=sys.stderr)
             return 2
+
+
+def _taken(options: argparse.Namespace, rest: Sequence[str]) -> bool:
+    """Whether what is left after a verb's options are more of its runs or files, as in `predict RUN --adapt FOLDER`;
+    then they are added to the others."""
+    given = next((found for name in _LISTS if isinstance(found := getattr(options, name, None), list)), None)
+    if given is None or any(word.startswith("-") for word in rest):
+        return False
+    given.extend(rest)
+    return True
 
 
 def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:

@@ -27,7 +27,6 @@ from bmjax.cli.weights import predict_imagenet
 _PREDICT_AT_ONCE = 2048
 _NAMED = 20
 """Files that can't be read and are named on the terminal; the table names all."""
-_NO_NUMBER = "the network's probabilities of it are no numbers"
 _LISTS = (".csv", ".tsv", ".parquet", ".zip", ".tar")
 
 log = logging.getLogger(__name__)
@@ -199,6 +198,7 @@ def predictions_of(
     """The rows of each block, one for each input."""
     import numpy as np
 
+    from bmjax.analysis.evaluate.reader import NO_NUMBER
     from bmjax.cli.prediction_table import Block
 
     start = 0
@@ -218,7 +218,7 @@ def predictions_of(
                 if np.isfinite(probs[i]).all():
                     names[i] = judge.classes[int(probs[i].argmax())]
                 else:
-                    probs[i], errors[i] = np.nan, _NO_NUMBER
+                    probs[i], errors[i] = np.nan, NO_NUMBER
             answers.warn_of_foreign(seen, start)
             if pictures is not None:
                 pictures.draw(seen.shown(seen.rows), [(start + i, block[i].path) for i in rows])

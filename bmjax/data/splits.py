@@ -301,6 +301,16 @@ def groups_in(path: str | Path, ids: Sequence[str]) -> list[str]:
     return groups if any(groups) else []
 
 
+def sides_of(path: str | Path, hashes: Sequence[str]) -> list[str]:
+    """The side that a manifest gives images of each sha256, wherever the file lies now; "" for others, and where there
+    is no manifest."""
+    if not Path(path).is_file():
+        return [""] * len(hashes)
+    columns = read_columns(path, ("sha256", "split"))
+    side = dict(zip(columns["sha256"], columns["split"], strict=True))
+    return [side.get(digest, "") for digest in hashes]
+
+
 def _read_sides(path: str | Path, dataset: Dataset) -> np.ndarray:
     """The side that a manifest gives each row, int [n], or _FREE."""
     columns = read_columns(path, ("path", "sha256", "label", "split"))

@@ -49,7 +49,8 @@ _FREE_TO_CHANGE |= {"train.final_test", "train.profile", "data.root"}
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A trained classifier, read from its folder. `variables` is {"params", "batch_stats"} on the host."""
+    """A trained classifier, read from its folder. `variables` is {"params", "batch_stats"} on the host, `which` the
+    checkpoint that they are from."""
 
     run_dir: Path
     config: Config
@@ -57,6 +58,11 @@ class Run:
     variables: dict[str, Tree]
     classes: tuple[str, ...]
     step: int
+    which: Which = "best"
+
+    def command(self, options: str) -> str:
+        """The `bmjax eval` that does what options ask for, of this checkpoint."""
+        return f"bmjax eval {self.run_dir} {options}" + (" --which last" if self.which == "last" else "")
 
 
 def run_folder(config: Config) -> Path:
@@ -348,7 +354,7 @@ def load_run(run_dir: str | Path, which: Which = "best", *, devices: int | None 
     template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, image_dtype(config)), template)
     checkpoints, ema = Checkpoints(folder), config.train.ema_decay is not None
     step, variables = checkpoints.newest_whole(lambda step: checkpoints.restore_variables(step, template, ema))
-    return Run(run_dir, config, model, variables, classes, step)
+    return Run(run_dir, config, model, variables, classes, step, which)
 
 
 def record_opening(run_dir: Path, step: int) -> int:

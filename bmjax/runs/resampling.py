@@ -16,7 +16,7 @@ from bmjax.runs.intervals import wilson_interval
 _BLOCK = 250
 """Resamples at a time: 5 MB of weights for 5,000 images."""
 DRAWS = 2000
-_LEAST = 1e-12
+_LEAST, _LEAST_DEVIATION = 1e-12, 1e-9
 
 Scale = Literal["share", "signed", "log"]
 """What a figure lies between: 0 and 1, -1 and 1, or 0 and infinity."""
@@ -45,9 +45,12 @@ def group_numbers(groups: Sequence[str]) -> np.ndarray:
     return np.array([number[name] for name in names], np.int64)
 
 
-def normal_interval(value: float, drawn: np.ndarray, n: int, scale: Scale = "share") -> tuple[float, float]:
+def normal_interval(
+    value: float, drawn: np.ndarray, n: int, scale: Scale = "share", images: int = 0
+) -> tuple[float, float]:
     """The 95 % interval of a figure of n independent draws that is normal on a scale without bounds, logit or
-    logarithm, with the deviation of the resamples [r] there; NaN where it can't be told, as of n < 2.
+    logarithm, with the deviation of the resamples [r] there; NaN where it can't be told, as of n < 2 or of groups that
+    are all alike. `images`: how many the draws hold, where a draw is a group; 0: one each.
 
     Percentiles hold too little near a bound: docs/evaluation.md. A resample of n draws varies by n - 1 of them, so the
     deviation is that much larger and the interval Student's. Where no resample differs from a perfect score, nothing is
@@ -58,22 +61,26 @@ def normal_interval(value: float, drawn: np.ndarray, n: int, scale: Scale = "sha
         return float("nan"), float("nan")
     from scipy.stats import t as student
 
-    if value == 1 and scale != "log" and (known == 1).all():
-        return wilson_interval(n, n)[0], 1.0
-    if value == 0 and scale == "share" and (known == 0).all():
-        return 0.0, wilson_interval(0, n)[1]
-    if scale != "share" and (known == known[0]).all():  # too few images to vary
+    # What a logit can't tell from 0 or 1. A share of images is no nearer to them than half an image, others may be.
+    edge = 0.5 / images if images else 0.5 / n**2
+    every = np.array([value, *known])
+    if scale != "log" and (every >= 1 - edge).all():
+        return min(wilson_interval(n, n)[0], float(value)), 1.0
+    if scale == "share" and (every <= edge).all():
+        return 0.0, max(wilson_interval(0, n)[1], float(value))
+    middle, *free = _free(every, edge, scale)
+    deviation = float(np.std(free))
+    if deviation < _LEAST_DEVIATION:  # too few images to vary, or groups that are all alike
         return float("nan"), float("nan")
-    middle, deviation = float(_free(np.array(value), n, scale)), float(_free(known, n, scale).std())
     half = float(student.ppf(0.975, n - 1)) * np.sqrt(n / (n - 1)) * deviation
     low, high = (_bounded(middle + sign * half, scale) for sign in (-1, 1))
     return min(low, float(value)), max(high, float(value))
 
 
-def _free(x: np.ndarray, n: int, scale: Scale) -> np.ndarray:
+def _free(x: np.ndarray, edge: float, scale: Scale) -> np.ndarray:
     if scale == "log":
         return np.log(np.maximum(x, _LEAST))
-    least, edge = (-1.0 if scale == "signed" else 0.0), 0.5 / n**2
+    least = -1.0 if scale == "signed" else 0.0
     share = np.clip((x - least) / (1 - least), edge, 1 - edge)
     return np.log(share / (1 - share))
 
@@ -113,13 +120,14 @@ def over_groups(
     figures = {"accuracy": np.trace(drawn, axis1=-2, axis2=-1) / drawn.sum((-2, -1)), "macro_f1": macro_f1(drawn)}
     figures["balanced_accuracy"] = balanced_accuracy(drawn)
     for name, values in figures.items():
-        found |= _bounds(name, metrics[name], values, g)
+        found |= _bounds(name, metrics[name], values, (g, len(labels)))
     shares = {name: share_of(*part) for name, part in class_shares(drawn).items()}
     per_class = []
     for c, one in enumerate(metrics["per_class"]):
         there, bounds = images_told_by(labels, predicted, c), {}
         for name, same in (("recall", "sensitivity"), ("precision", "precision"), ("f1", "f1")):
-            bounds |= _bounds(name, one[name], shares[same][:, c], len(np.unique(of_group[there[same]])))
+            draws = (len(np.unique(of_group[there[same]])), int(there[same].sum()))
+            bounds |= _bounds(name, one[name], shares[same][:, c], draws)
         per_class.append(one | bounds)
     note = groups_note(np.bincount(labels, minlength=k), g)
     return found | {"per_class": per_class, "intervals_groups": g, "intervals_note": note}
@@ -133,6 +141,7 @@ def groups_note(true: np.ndarray, g: int) -> str:
     return "; ".join(notes)
 
 
-def _bounds(name: str, value: float, drawn: np.ndarray, groups: int) -> dict[str, float]:
-    low, high = normal_interval(value, drawn, groups)
+def _bounds(name: str, value: float, drawn: np.ndarray, draws: tuple[int, int]) -> dict[str, float]:
+    """draws: (groups, images in them)."""
+    low, high = normal_interval(value, drawn, draws[0], images=draws[1])
     return {f"{name}_low": low, f"{name}_high": high} if np.isfinite(low) else {f"{name}_low": 0.0, f"{name}_high": 1.0}

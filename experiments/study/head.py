@@ -4,7 +4,7 @@
 
 `plain` is one dense layer. `added` is batch-norm, dropout and two dense layers, of which the last gives the classes.
 `added, 2 hidden` reads the abstract's two dense layers as two before the one that gives the classes. Compared on
-validation, paired over seeds. docs/study.md has the result.
+validation, paired over images. docs/study.md has the result.
 """
 
 from __future__ import annotations

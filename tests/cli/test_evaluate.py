@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import hashlib
 import json
 import re
 import shutil
@@ -57,6 +58,12 @@ def evaluate(capsys, *arguments):
     capsys.readouterr()
     assert main(["eval", *map(str, arguments)]) == 0
     return capsys.readouterr().out
+
+
+def said(capsys, *arguments):
+    """What `bmjax eval` warns of."""
+    assert main(["eval", *map(str, arguments)]) == 0
+    return capsys.readouterr().err
 
 
 def predict(tmp_path, *arguments):
@@ -273,6 +280,31 @@ def test_figures_say_what_they_rest_on(runs, capsys, cells, caplog):
     )
 
 
+def test_images_that_the_run_has_seen_are_told(runs, capsys, cells, tmp_path):
+    """By their bytes, whatever their names."""
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    assert "remembered" not in said(capsys, run, "--on", cells)
+    with (run / "split.csv").open(newline="") as f:
+        rows = list(csv.DictReader(f))
+    for side, name in (("train", "EOS/0.png"), ("val", "LYT/1.png"), ("val", "ART/2.png"), ("test", "EOS/3.png")):
+        row = next(row for row in rows if row["split"] == side and len(row["sha256"]) == 64)
+        row["sha256"] = hashlib.sha256((cells / name).read_bytes()).hexdigest() + " "
+    with (run / "split.csv").open("w", newline="") as f:
+        writer = csv.DictWriter(f, list(rows[0]))
+        writer.writeheader()
+        writer.writerows({name: value.strip() for name, value in row.items()} for row in rows)
+    assert f"{run} was trained on 1 of these 18 images and chosen by 2" in said(capsys, run, "--on", cells)
+
+
+def test_a_share_that_refuses_nothing_is_told(runs, capsys):
+    evaluate(capsys, runs[0], "--reference")
+    options = ("--error-rate", "0.4", "--unfamiliar")
+    assert "refuses nothing" not in said(capsys, runs[0], *options, "0.02")
+    words = "--unfamiliar 0.001 refuses nothing: beside the 63 validation images"
+    assert words in said(capsys, runs[0], *options, "0.001")
+
+
 def test_a_run_without_validation_says_what_it_lacks(runs, capsys, cells, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(runs[0], run)
@@ -323,6 +355,7 @@ def test_wrong_input_is_one_line(runs, capsys, cells, tmp_path):
         (["eval", runs[0], "--tolerate", "BLA"], "--tolerate is 'BLA'; expected two classes"),
         (["eval", runs[0], "--tolerate", "BLA:MYB"], "unknown class 'MYB'"),
         (["predict", runs[0], runs[1]], "expected images, or folders of images, after the runs"),
+        (["eval", runs[0], "--on", tmp_path / "none"], "none', which is not there; expected a folder with one"),
         (["eval", runs[1], "--calibrated"], f"{FILE} is not there"),
     ):
         assert main(list(map(str, arguments))) == 2, arguments

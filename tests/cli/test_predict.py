@@ -54,6 +54,19 @@ def draw(path, seed=0):
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 32, 3), np.uint8)).save(path, "PNG")
 
 
+def test_files_may_stand_on_both_sides_of_the_options(run, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("bmjax.runs.folder.load_run", lambda *arguments, **options: run)
+    for i, name in enumerate("abc"):
+        draw(tmp_path / f"{name}.png", i)
+    first, second, third = (str(tmp_path / f"{name}.png") for name in "abc")
+    out = str(tmp_path / "table.csv")
+    assert main(["predict", "RUN", first, "--out", out, second, "--batch-size", "2", third]) == 0
+    assert [row[0] for row in table_of(tmp_path / "table.csv")[0]] == [first, second, third]
+    with pytest.raises(SystemExit, match="2"):
+        main(["predict", "RUN", "--out", out, first, "--unknown", second])
+    assert "unrecognized arguments: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
 @pytest.mark.parametrize("at_once", [2, 3, 100])
 def test_a_row_for_each_input_in_its_order(bmjax_predict, run, tmp_path, monkeypatch, ending, at_once):

@@ -221,6 +221,28 @@ def test_bad_uploads_are_answered_and_the_next_is_served(server):
     assert good["class"] in SHOWN
 
 
+def test_no_numbers_are_an_error_of_their_image_alone(run):
+    """As of weights that overflow: JSON has no NaN, and the other images are answered."""
+    engine = engine_of_runs([run], [None], 0.36, 8)
+    whole = engine.__call__
+
+    class Overflowing:
+        def __call__(self, images):
+            found = whole(images)
+            dark = images.mean((1, 2, 3)) < 10
+            return found._replace(probs=np.where(dark[:, None], np.nan, found.probs))
+
+        def __getattr__(self, name):
+            return getattr(engine, name)
+
+    with quiet(), Server(Overflowing()) as server:
+        black = as_png(np.zeros((SIZE, SIZE, 3), np.uint8))
+        status, found = server.post((b"black.png", black), (b"good.png", as_png(noise(0))))
+    assert status == 200
+    assert found["results"][0]["error"] == "the network's probabilities of it are no numbers"
+    assert found["results"][1]["class"] in SHOWN
+
+
 def test_limits_of_a_request(server):
     many = [(b"a.png", as_png(noise(0)))] * (served.MAX_FILES + 1)
     assert server.post(*many)[0] == 400

@@ -30,6 +30,26 @@ def test_changes_are_held_to_the_first_over_whole_seeds(quick_config):
     assert found.notes == ("26 validation images, 3 seeds.", "Not finished: unfinished (0 of 3 runs).")
 
 
+def test_seeds_are_those_of_the_first_change(quick_config):
+    """Whatever others have beyond them, and by their numbers, not by how many there are."""
+    config = dataclasses.replace(quick_config, stages=(StageConfig(epochs=1),))
+    changes = [
+        {"name": f"{name}-{seed}", "seed": seed, "optim.lr": rate}
+        for name, rate in (("first", 1e-3), ("whole", 1e-4), ("other seeds", 1e-5))
+        for seed in range(3)
+    ]
+    cells = cells_of(config, changes)
+    for cell in (cells[1], cells[6]):
+        write_row(cell, row_of(cell, FAILED, 0.0))
+    run_sweep(config, cells)
+    found = table(cells[0].config.run_dir.rpartition("/")[0])
+    assert [row[0] for row in found.rows] == ["first", "whole"]
+    assert found.notes == (
+        "26 validation images, 2 seeds.",
+        "Not finished: first (2 of 3 runs), other seeds (2 of 3 runs).",
+    )
+
+
 def test_another_sweep_is_refused(quick_config):
     cells = cells_of(quick_config, [{"seed": 1}])
     write_row(cells[0], row_of(cells[0], FAILED, 0.0))

@@ -5,10 +5,10 @@
 The network is the run's, from FILE (Keras's own, without top), with the run's split and the images as the run reads
 them; `--whole` gives whole images instead of the run's field. The rest are Keras's means, as its guide to transfer
 learning has them: `fit` of a new head on the frozen network for two epochs, then of everything, batch-norms in
-inference mode, Adam, a cosine over the time that is left, flips, quarter turns, zoom, brightness and contrast as
-layers, dropout, smoothed labels; the weights of the epoch that is best on validation are kept. All batches of a split
-have one size, for each further one would be compiled for. Its compiling counts, without a cache. One run each: no
-verdict. `--split test` opens the run's test split, and records that.
+inference mode, Adam, a cosine over the time that is left, flips, turns of up to 90 degrees, zoom, brightness and
+contrast as layers, dropout, smoothed labels; the weights of the epoch that is best on validation are kept. All batches
+of a split have one size, for each further one would be compiled for. Its compiling counts, without a cache. One run
+each: no verdict. `--split test` opens the run's test split, and records that.
 """
 
 from __future__ import annotations
@@ -48,9 +48,14 @@ def write_cells(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         raise SystemExit(f"{args.run}: no results on {args.split}; `bmjax eval {args.run} --split {args.split}` first")
     dataset, splits = load_data(args.run, config)
     whole = dataclasses.replace(config.data, field_size=0.0)
-    images = load_dataset(whole).images if args.whole else dataset.images
+    images = dataset.images
+    if args.whole:
+        other = load_dataset(whole)
+        if other.ids != dataset.ids:
+            raise SystemExit(f"--whole: {args.run}'s field and whole images can't both be read of every file")
+        images = other.images
     if args.split == "test":
-        record_opening(args.run, 0)
+        record_opening(args.run, results["test"]["step"])
     for name in dict.fromkeys(("train", "val", args.split)):
         rows = getattr(splits, name)
         np.savez(folder / name, images=np.asarray(images[rows]), labels=dataset.labels[rows])

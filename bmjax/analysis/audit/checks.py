@@ -311,15 +311,15 @@ def audit(config: DataConfig, features: Any = None) -> Audit:
     # A source that names no laboratory, or the same one for all, says nothing by it.
     named = dict(zip(listing.ids, listing.laboratories, strict=True)) if len(set(listing.laboratories)) > 1 else {}
     laboratories = tuple(named[name] for name in dataset.ids) if named else ()
-    reached, *medians = find_shortcuts(dataset, known, units, laboratories)
+    reached, medians, there = find_shortcuts(dataset, known, units, laboratories)
     findings += check_shortcuts(reached)
     label_errors = None
     if features is not None:
         label_errors, found = find_label_errors(dataset, features(dataset), units)
         findings += found
     findings.sort(key=lambda f: ("error", "warning", "note").index(f.level))
-    seen = (laboratories, *medians, reached)
-    return Audit(config, dataset, known, splits, pairs, copies, *seen, label_errors, findings)
+    looked_at = (laboratories, medians, there, reached, label_errors, findings)
+    return Audit(config, dataset, known, splits, pairs, copies, *looked_at)
 
 
 def _joined(one: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Trains attention variants on equal terms, paired over seeds, and sets them side by side.
+"""Trains attention variants on equal terms, several seeds each, paired over images, and sets them side by side.
 
 runs/<name>/<row>/seed<k> is the run of each (<row>/fold<f>/seed<k> over folds); runs/<name>/comparison.json, .md and
 .html hold the table. Called again it goes on where it was: finished runs stay as they are, the others are trained.

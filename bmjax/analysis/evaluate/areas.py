@@ -58,14 +58,15 @@ def roc_interval(area: float, drawn: np.ndarray, positives: int, negatives: int)
 
 
 def pr_interval(precision: float, drawn: np.ndarray, positives: int) -> tuple[float, float, str]:
-    """The 95 % interval of an average precision with resamples' `drawn` [r], and what it is by; NaN without a positive.
+    """The 95 % interval of an average precision with resamples' `drawn` [r], and what it is by; NaN without
+    images of both kinds.
 
     By the resamples' deviation, or where fewer than `FEW` images are positive Wilson's of a proportion of them (after
     the binomial interval of Boyd et al. 2013, https://doi.org/10.1007/978-3-642-40994-3_29). That holds 95 % where
     positives are told well; of scores that hardly tell a rare class it holds less, for the average precision of few
     positives is too high.
     """
-    if not positives:
+    if not np.isfinite(precision):
         return float("nan"), float("nan"), FORMULA
     if positives >= FEW:
         return *normal_interval(precision, drawn, positives), BOOTSTRAP

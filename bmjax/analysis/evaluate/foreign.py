@@ -49,6 +49,6 @@ def foreign_looks(reference: Reference, looks: np.ndarray, probs: np.ndarray) ->
 
 
 REMEDY = (
-    "the run may err more here than on its own test split, and its probabilities may be too high; see "
-    "docs/evaluation.md (--pixel-size, --match-colours, --adapt)"
+    "the run may err more here than on its own test split, and its probabilities may be too high; for what helps, see "
+    "Another laboratory in docs/evaluation.md"
 )

@@ -19,6 +19,7 @@ from bmjax.data.batches import evenly
 from bmjax.data.dataset import Dataset
 from bmjax.data.images.colours import ColourMap, colour_shares, match_colours
 from bmjax.data.load import load_elsewhere
+from bmjax.data.splits import sides_of
 from bmjax.files import printable
 from bmjax.runs.folder import Run, record_opening, saved_results, split_size
 from bmjax.runs.records import Predictions, read_predictions
@@ -143,6 +144,7 @@ def target_of_path(runs: Sequence[Run], path: str, source: str) -> tuple[Target,
         parts.append(loaded[key])
     ids, at = _shared(path, parts)
     first = parts[0]
+    _say_trained_on(runs, path, [first.hashes[i] for i in at[0]])
     place = {name: i for i, name in enumerate(classes)}
     labels = np.array([place.get(first.classes[label], -1) for label in first.labels[at[0]]], np.int64)
     known = np.flatnonzero(labels >= 0)
@@ -165,6 +167,18 @@ def say_unmatched(runs: Sequence[Run], matched: bool = False) -> None:
                 "their own; --match-colours of `bmjax predict` and `bmjax eval --on` brings them to those of training",
                 run.run_dir,
             )
+
+
+def _say_trained_on(runs: Sequence[Run], path: str, hashes: Sequence[str]) -> None:
+    """Warns of images that a run was trained on or chosen by, under whatever names."""
+    for run in runs:
+        sides = sides_of(run.run_dir / "split.csv", hashes)
+        trained, chosen = sides.count("train"), sides.count("val")
+        if trained or chosen:
+            log.warning(
+                "%s: %s was trained on %d of these %d images and chosen by %d: figures on them say how well they are "
+                "remembered, not what it is worth on new images", path, run.run_dir, trained, len(sides), chosen,
+            )  # fmt: skip
 
 
 def _shared(path: str, parts: Sequence[Dataset]) -> tuple[list[str], list[np.ndarray]]:
@@ -236,14 +250,14 @@ class Judge:
         for run in self.runs:
             reference = read_reference(run.run_dir)
             if reference is None or not len(reference.colours):
-                remedy = f"`bmjax eval {run.run_dir} --reference` writes them"
+                remedy = f"`{run.command('--reference')}` writes them"
                 if not split_size(run.run_dir, "val"):
                     remedy = "runs trained by this version do"
                 raise ValueError(f"{run.run_dir} keeps no colours of its training cells; {remedy}")
             if len(reference.colours) != len(run.classes):
                 raise ValueError(
                     f"{run.run_dir}: reference.npz has colours of {len(reference.colours)} classes; expected "
-                    f"{len(run.classes)}, as `bmjax eval {run.run_dir} --reference` writes them"
+                    f"{len(run.classes)}, as `{run.command('--reference')}` writes them"
                 )
             found.append(reference)
         return found
@@ -320,6 +334,11 @@ class Judge:
         val = dataclasses.replace(each[0], probs=_average(self._cross_fitted(each)))
         if unfamiliar:
             reference = self.featured_reference()
+            if unfamiliar < (least := 1 / (1 + len(reference.known))):
+                log.warning(
+                    "--unfamiliar %g refuses nothing: beside the %d validation images whose features %s keeps, no image "
+                    "is less familiar than %.3f", unfamiliar, len(reference.known), self.runs[0].run_dir, least,
+                )  # fmt: skip
             at = {row: i for i, row in enumerate(reference.rows.tolist())}
             familiar = reference.familiarity(reference.known_scores)
             keep = np.array([row in at and familiar[at[row]] > unfamiliar for row in val.index.tolist()])
@@ -346,10 +365,10 @@ class Judge:
         """
         found = self.reference()
         if found is None or not found.has_features:
-            run_dir = self.runs[0].run_dir
-            if not split_size(run_dir, "val"):
-                raise ValueError(f"{run_dir} {NO_VALIDATION}")
-            raise ValueError(f"{run_dir} keeps no features of this checkpoint; `bmjax eval {run_dir} --reference` does")
+            run = self.runs[0]
+            if not split_size(run.run_dir, "val"):
+                raise ValueError(f"{run.run_dir} {NO_VALIDATION}")
+            raise ValueError(f"{run.run_dir} keeps no features of this checkpoint; `{run.command('--reference')}` does")
         return found
 
 
@@ -374,6 +393,6 @@ def _saved(run: Run, split: SplitName, views: int) -> Predictions:
     if found is None or step != run.step:
         if split == "val" and not split_size(run.run_dir, "val"):
             raise ValueError(f"{run.run_dir} {NO_VALIDATION}")
-        command = f"bmjax eval {run.run_dir} --split {split}" + (f" --views {views}" if views > 1 else "")
+        command = run.command(f"--split {split}" + (f" --views {views}" if views > 1 else ""))
         raise ValueError(f"{run.run_dir} has no predictions of {split} by step {run.step}; `{command}` makes them")
     return found

@@ -19,6 +19,7 @@ from bmjax.runs.folder import Run
 from bmjax.training.predict import Predictor, softmax, unlabelled
 from bmjax.training.statistics import nothing_dropped
 
+NO_NUMBER = "the network's probabilities of it are no numbers"
 VIEWS = (1, 2, 4, 8)
 """The image; and mirrored; and turned by half; and all that by a quarter: every way to lay a square on itself."""
 

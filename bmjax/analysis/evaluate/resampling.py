@@ -75,7 +75,7 @@ class Ranking:
         both = np.where((positives > 0) & (negatives > 0), positives * negatives, np.nan)
         area = 1 - (own * above).sum(0, dtype=np.float64) / 2 / both
         precision = (own * right / np.maximum(upto, 1)).sum(0, dtype=np.float64)
-        return area, precision / np.where(positives > 0, positives, np.nan)
+        return area, precision / np.where((positives > 0) & (negatives > 0), positives, np.nan)
 
 
 def mean_over_classes(values: np.ndarray) -> np.ndarray:

@@ -164,8 +164,9 @@ def _over_groups(
     areas = np.concatenate([block[1] for block in blocks], axis=-1)
     counts = np.concatenate([block[2] for block in blocks])
 
-    def again(name: str, score: Score, values: np.ndarray, n: int) -> Score:
-        return dataclasses.replace(_bootstrap(name, score.value, values, n), by=by)
+    def again(name: str, score: Score, values: np.ndarray, those: np.ndarray) -> Score:
+        groups = len(np.unique(of_group[those]))
+        return dataclasses.replace(_bootstrap(name, score.value, values, groups, int(those.sum())), by=by)
 
     shares = {what: share_of(*part) for what, part in class_shares(counts).items()}
     classes = {}
@@ -174,10 +175,9 @@ def _over_groups(
         values = {what: drawn_shares[:, c] for what, drawn_shares in shares.items()}
         values |= {"roc_auc": areas[0, c], "pr_auc": areas[1, c]}
         classes[name] = {
-            what: again(what, score, values[what], len(np.unique(of_group[there.get(what, labels == c)])))
-            for what, score in own.items()
+            what: again(what, score, values[what], there.get(what, labels == c)) for what, score in own.items()
         }
-    scores = {name: again(name, score, drawn[name], g) for name, score in found.scores.items()}
+    scores = {name: again(name, score, drawn[name], labels >= 0) for name, score in found.scores.items()}
     true, said = (
         np.array([len(np.unique(of_group[which == c])) for c in range(len(classes))]) for which in (labels, predicted)
     )
@@ -205,8 +205,8 @@ def _at(
     return found, areas, counts
 
 
-def _bootstrap(name: str, value: float, drawn: np.ndarray, n: int) -> Score:
-    low, high = normal_interval(value, drawn, n, _SCALES.get(name, "share"))
+def _bootstrap(name: str, value: float, drawn: np.ndarray, n: int, images: int = 0) -> Score:
+    low, high = normal_interval(value, drawn, n, _SCALES.get(name, "share"), images)
     return Score(float(value), low, high, BOOTSTRAP)
 
 

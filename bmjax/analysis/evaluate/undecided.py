@@ -30,11 +30,11 @@ def kept_calibrations(runs: Sequence[Run]) -> tuple[Calibration | None, ...]:
       ValueError: as `kept_calibration`, or some runs keep one and others don't.
     """
     found = tuple(map(kept_calibration, runs))
-    without = [str(run.run_dir) for run, one in zip(runs, found, strict=True) if one is None]
+    without = [run for run, one in zip(runs, found, strict=True) if one is None]
     if 0 < len(without) < len(runs):
         raise ValueError(
-            f"{without[0]} keeps no calibration, and other runs do; expected one of each: "
-            f"`bmjax eval {without[0]} --calibrate temperature` writes it"
+            f"{without[0].run_dir} keeps no calibration, and other runs do; expected one of each: "
+            f"`{without[0].command('--calibrate temperature')}` writes it"
         )
     return found
 

@@ -28,6 +28,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from bmjax.analysis.evaluate.foreign import REMEDY
+from bmjax.analysis.evaluate.reader import NO_NUMBER
 from bmjax.analysis.evaluate.refusal import UNSURE
 from bmjax.analysis.export.program import Facts
 from bmjax.analysis.report.pictures import data_url
@@ -146,6 +147,8 @@ async def _one(request: Request, name: str, data: bytes | str) -> dict[str, Any]
             raise ValueError(data)
         image = await anyio.to_thread.run_sync(read_upload, data, facts, limiter=state.decoding)
         said: Answer = await state.batcher(image)
+        if not np.isfinite(said.probs).all():
+            raise ValueError(NO_NUMBER)
         if state.engine.watch is not None:
             await anyio.to_thread.run_sync(
                 state.engine.watch.add, image, said.probs, said.inside, limiter=state.decoding

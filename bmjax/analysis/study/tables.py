@@ -107,7 +107,7 @@ def _cost(run: Path, entry: Entry) -> tuple[str, ...]:
 
 
 def _paired(title: str, field: str, role: str) -> Callable[[Path, Part], list[Table]]:
-    """A table of variants against the first one, paired over seeds, on validation."""
+    """A table of variants against the first one, several seeds each, paired over images, on validation."""
 
     def build(study: Path, part: Part) -> list[Table]:
         groups = {str(key[0]): entries for key, entries in grouped(part.of(role), [field]).items()}

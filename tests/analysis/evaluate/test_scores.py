@@ -1,5 +1,6 @@
 """Scores against scikit-learn, and how often their intervals hold the truth."""
 
+import dataclasses
 import json
 import time
 
@@ -10,7 +11,7 @@ from sklearn import metrics as sk
 from bmjax.analysis.evaluate.resampling import Ranking, counted
 from bmjax.analysis.evaluate.scores import score, text
 from bmjax.runs.confusion import confusion_matrix
-from bmjax.runs.resampling import resamples
+from bmjax.runs.resampling import normal_interval, resamples
 
 
 def draw(n, k, *, strength=1.5, seed=0, rounded=False):
@@ -92,7 +93,8 @@ def test_intervals_hold_the_value_and_are_plain_numbers():
 def test_classes_without_images_say_nothing():
     labels, probs = np.zeros(8, int), np.tile([0.7, 0.2, 0.1], (8, 1))
     found = score(labels, probs, ["a", "<b>", "c\n"], draws=20)
-    assert np.isnan(found.scores["roc_auc"].value)
+    assert np.isnan([found.scores["roc_auc"].value, found.scores["pr_auc"].value]).all(), "all images are of one class"
+    assert np.isnan([*dataclasses.astuple(found.classes["a"]["pr_auc"])[:3]]).all()
     assert np.isnan(found.classes["<b>"]["sensitivity"].value)
     assert found.to_json()["scores"]["roc_auc"]["value"] is None
     assert np.isnan([found.scores["kappa"].value, found.scores["mcc"].value]).all(), "no class to take it for by chance"
@@ -128,6 +130,10 @@ def test_perfect_scores_are_not_certain():
     for name in ("kappa", "mcc", "roc_auc", "weighted_f1"):
         assert (found.scores[name].value, found.scores[name].high) == (1, 1)
         assert 0.8 < found.scores[name].low < 0.95, name
+    labels9, classes = np.repeat([0, 1, 2], [2, 3, 4]), list("abc")
+    nine = score(labels9, np.eye(3)[labels9], classes, draws=50).scores
+    for name in ("weighted_precision", "weighted_recall", "weighted_f1"):
+        assert nine[name].low == pytest.approx(nine["accuracy"].low), "though sums of shares are 1 but for rounding"
     few = score(labels, np.eye(2)[labels], ["a", "b"], groups=[str(i // 10) for i in range(40)], draws=50)
     assert few.scores["accuracy"].low < 0.6, "four patients without an error say little"
 
@@ -153,6 +159,27 @@ def test_groups_that_are_few_or_hold_one_class_say_no_more_than_they_know():
     with pytest.raises(ValueError, match="3 groups for 90 labels"):
         score(labels, said, ["a", "b"], groups=["x"] * 3)
     assert score(labels, said, ["a", "b"], groups=[""] * 90, draws=20) == score(labels, said, ["a", "b"], draws=20)
+
+
+def test_groups_that_are_all_alike_do_not_tell_how_groups_vary():
+    labels = np.arange(48) % 2
+    probs = np.eye(2)[np.where(np.arange(48) % 6 < 3, labels, 1 - labels)] * 0.6 + 0.2
+    found = score(labels, probs, ["a", "b"], groups=[str(i // 6) for i in range(48)], draws=100)
+    assert found.scores["accuracy"].value == 0.5
+    assert np.isnan([found.scores[name].low for name in ("accuracy", "weighted_f1", "nll", "brier")]).all()
+
+
+@pytest.mark.parametrize(("groups", "mean"), [(3, 0.97), (5, 0.99), (10, 0.99), (8, 0.999)])
+def test_intervals_over_few_groups_near_no_error(groups, mean):
+    """Hardly one of a patient's hundred images is wrong: 94 % or more of 300 intervals hold the mean."""
+    rng, each, held = np.random.default_rng(groups), 100, 0
+    for repeat in range(300):
+        right = rng.binomial(each, rng.beta(100 * mean, 100 * (1 - mean), groups))
+        weights = np.concatenate(list(resamples(groups, 400, repeat)), axis=1)
+        drawn = right @ weights / (each * groups)
+        low, high = normal_interval(right.sum() / (each * groups), drawn, groups, images=each * groups)
+        held += low <= mean <= high
+    assert held >= 0.94 * 300
 
 
 def draw_groups(rng, groups, each, deviation=0.7):
