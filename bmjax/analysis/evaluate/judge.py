@@ -336,8 +336,8 @@ class Judge:
             reference = self.featured_reference()
             if unfamiliar < (least := 1 / (1 + len(reference.known))):
                 log.warning(
-                    "--unfamiliar %g refuses nothing: beside the %d validation images whose features %s keeps, no image "
-                    "is less familiar than %.3f", unfamiliar, len(reference.known), self.runs[0].run_dir, least,
+                    "--unfamiliar %g refuses nothing: beside the %d validation images whose features %s keeps, no "
+                    "image is less familiar than %.3f", unfamiliar, len(reference.known), self.runs[0].run_dir, least,
                 )  # fmt: skip
             at = {row: i for i, row in enumerate(reference.rows.tolist())}
             familiar = reference.familiarity(reference.known_scores)

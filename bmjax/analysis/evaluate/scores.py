@@ -175,7 +175,8 @@ def _over_groups(
         values = {what: drawn_shares[:, c] for what, drawn_shares in shares.items()}
         values |= {"roc_auc": areas[0, c], "pr_auc": areas[1, c]}
         classes[name] = {
-            what: again(what, score, values[what], there.get(what, labels == c)) for what, score in own.items()
+            what: again(what, score, values[what], there[what] if what in there else labels == c)
+            for what, score in own.items()
         }
     scores = {name: again(name, score, drawn[name], labels >= 0) for name, score in found.scores.items()}
     true, said = (
