@@ -171,13 +171,10 @@ def _over_groups(
     shares = {what: share_of(*part) for what, part in class_shares(counts).items()}
     classes = {}
     for c, (name, own) in enumerate(found.classes.items()):
-        there = images_told_by(labels, predicted, c)
+        there = images_told_by(labels, predicted, c) | dict.fromkeys(("roc_auc", "pr_auc"), labels == c)
         values = {what: drawn_shares[:, c] for what, drawn_shares in shares.items()}
         values |= {"roc_auc": areas[0, c], "pr_auc": areas[1, c]}
-        classes[name] = {
-            what: again(what, score, values[what], there[what] if what in there else labels == c)
-            for what, score in own.items()
-        }
+        classes[name] = {what: again(what, score, values[what], there[what]) for what, score in own.items()}
     scores = {name: again(name, score, drawn[name], labels >= 0) for name, score in found.scores.items()}
     true, said = (
         np.array([len(np.unique(of_group[which == c])) for c in range(len(classes))]) for which in (labels, predicted)
