@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bmjax.config.experiment import load_experiment
 from bmjax.config.override import override
+from bmjax.files import printable
 
 
 def add_parser(verbs: Any) -> None:
@@ -64,7 +66,16 @@ def stain(options: argparse.Namespace) -> int:
     from bmjax.data.images.stain import METHODS, statistics
     from bmjax.data.sources.folder import image_files
 
-    images = [image for image in decode_files(image_files(options.paths), options.size) if not isinstance(image, str)]
+    if options.size < 1:
+        raise ValueError(f"--size is {options.size}; expected at least 1 pixel")
+    paths = image_files(options.paths)
+    read = list(decode_files(paths, options.size))
+    images = [image for image in read if not isinstance(image, str)]
+    for path, reason in zip(paths, read, strict=True):
+        if isinstance(reason, str):
+            print(f"  {printable(path)}: {printable(reason)}", file=sys.stderr)
+    if not images:
+        raise ValueError(f"none of {len(paths)} images can be read; expected some")
     print(f"medians over {len(images)} images:")
     for name in METHODS:
         print(f"--data.stain {name} --data.stain_reference {' '.join(map(str, statistics(images, name)))}")
@@ -75,6 +86,8 @@ def audit(options: argparse.Namespace, rest: Sequence[str]) -> int:
     """Writes the audit of what an experiment would train on; 1 if a claim is broken."""
     config, _ = load_experiment(options.experiment)
     config = override(config, rest, f"bmjax data audit {options.experiment}")
+    if (out := Path(options.out)).exists() and not out.is_dir():
+        raise NotADirectoryError(f"--out is {options.out!r}, which is a file; expected a folder to write into")
 
     from bmjax.analysis.audit.checks import audit as examine
     from bmjax.analysis.audit.page import write_audit

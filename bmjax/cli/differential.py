@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from bmjax.cli.reading import add_pixel_size, add_threshold, check_pixel_size, c
 if TYPE_CHECKING:
     from bmjax.analysis.differential.smear import Cells, Differential
     from bmjax.analysis.evaluate.judge import Judge
+    from bmjax.cli.predict import Input
 
 _NAMED = 20
 """Cells that are named on the terminal; the table for review has all."""
@@ -84,13 +86,16 @@ def _classify(judge: Judge, paths: Sequence[str], threshold: float) -> Cells | N
     from bmjax.files import printable
 
     names, probs, failed = [], [], 0
-    for block in predictions_of(judge, blocks_of(inputs_of(paths)), Answers(judge, None, 0.0), None):
+    once = _Once(inputs_of(paths))
+    for block in predictions_of(judge, blocks_of(once), Answers(judge, None, 0.0), None):
         for path, error, row in zip(block.paths, block.errors, block.probs, strict=True):
             if error is None:
                 names.append(path)
                 probs.append(row)
             elif (failed := failed + 1) <= _NAMED:
                 print(f"  {printable(path)}: {printable(error)}", file=sys.stderr)
+    if once.repeated:
+        print(f"{once.repeated} files were given again, and are counted once", file=sys.stderr)
     if failed:
         print(f"{failed} of {failed + len(names)} images can't be read, and are not counted", file=sys.stderr)
     if not names:
@@ -99,6 +104,25 @@ def _classify(judge: Judge, paths: Sequence[str], threshold: float) -> Cells | N
         return None
     found = np.stack(probs)
     return Cells(tuple(names), found, found.max(-1) < threshold)
+
+
+class _Once:
+    """Inputs without those whose file came before, under whatever path: a cell counts once. `repeated`: how many were
+    left out so far."""
+
+    def __init__(self, inputs: Iterator[Input]):
+        self._inputs, self._seen, self.repeated = inputs, set[str](), 0
+
+    def __iter__(self) -> Iterator[Input]:
+        return self
+
+    def __next__(self) -> Input:
+        while (given := next(self._inputs)).error is None:
+            if (path := os.path.realpath(given.path)) not in self._seen:
+                self._seen.add(path)
+                break
+            self.repeated += 1
+        return given
 
 
 def _print(result: Differential, threshold: float) -> None:

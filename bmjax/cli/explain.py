@@ -46,6 +46,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     del rest
     if options.n < 1:
         raise ValueError(f"--n is {options.n}; expected at least 1")
+    if options.seed < 0:
+        raise ValueError(f"--seed is {options.seed}; expected at least 0")
     if options.images and options.target == "true":
         raise ValueError("--target true is for cells of a split; the classes of files are not known")
     out = Path(options.out or options.run_dir)

@@ -108,6 +108,7 @@ def _for_agents(config: Config, module: Any, space: Any, options: argparse.Names
     from bmjax.analysis.sweep.agents import configuration as tree_of
     from bmjax.analysis.sweep.agents import space_of, write_and_register
     from bmjax.analysis.sweep.cells import experiment_cells
+    from bmjax.runs.tracking import project_of
 
     if space is None:
         space = space_of(experiment_cells(config, module, options.experiment))
@@ -116,7 +117,7 @@ def _for_agents(config: Config, module: Any, space: Any, options: argparse.Names
     path, sweep_id = write_and_register(config, tree)
     print(path)
     entity = f"--entity {config.tracking.entity} " if config.tracking.entity else ""
-    where = f"{entity}--project {config.tracking.project} "
+    where = f"{entity}--project {project_of(config.tracking)} "
     if sweep_id is None:
         print(f"register it, where there is a server, with: wandb sweep {where}{path}")
         print(f"then start any number of agents: wandb agent {where}ID")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from bmjax.environment import cache_folder
 from bmjax.files import printable
 from bmjax.registry import is_own, load_own
 
+log = logging.getLogger(__name__)
 _SOURCES: dict[str, Callable[..., Listing]] = {
     "folder": list_folder,
     "table": list_table,
@@ -117,7 +120,32 @@ def load_dataset(config: DataConfig, *, progress: bool = True) -> Dataset:
 
 
 def _cache_dir(config: DataConfig) -> Path:
-    return Path(config.cache_dir) if config.cache_dir else cache_folder() / "images"
+    """The folder of caches, which is made here.
+
+    Raises:
+      OSError: it can't be; names the field.
+    """
+    if not config.cache_dir:
+        return cache_folder() / "images"
+    try:
+        os.makedirs(config.cache_dir, exist_ok=True)
+    except OSError as e:
+        raise type(e)(
+            f"config field 'data.cache_dir' is {config.cache_dir!r}, which can't be made ({e.strerror}); expected a "
+            "folder that can be written"
+        ) from e
+    return Path(config.cache_dir)
+
+
+def with_usable_cache(config: DataConfig, of: object) -> DataConfig:
+    """A run's data with this user's cache where that of the training machine can't be made here, which is said; `of`:
+    the run's folder."""
+    try:
+        _cache_dir(config)
+    except OSError:
+        log.warning("%s: data.cache_dir %r can't be made here; this user's cache is used", of, config.cache_dir)
+        return dataclasses.replace(config, cache_dir="")
+    return config
 
 
 def load_elsewhere(config: DataConfig, classes: Sequence[str]) -> Dataset:

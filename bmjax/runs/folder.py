@@ -205,6 +205,20 @@ def split_size(run_dir: Path, split: str) -> int:
     return sum(counts.values())
 
 
+def _classes(run_dir: Path) -> tuple[str, ...]:
+    """The classes by dataset.json, in their order there, which the counts have, too."""
+    path = run_dir / "dataset.json"
+    found = _recorded(path, "classes", list)
+    counts = _recorded(path, "counts", dict)
+    for each in (found, *(list(of) for of in counts.values() if isinstance(of, dict))):
+        if not found or [name for name in dict.fromkeys(found) if isinstance(name, str)] != each:
+            raise ValueError(
+                f"{path} is damaged: its classes are {str(found)[:60]} and those counted {str(each)[:60]}; expected "
+                "the same names, each once, as `bmjax train` wrote them"
+            )
+    return tuple(found)
+
+
 def _recorded(path: Path, name: str, kind: type) -> Any:
     """An entry of a JSON record that has to be there."""
     found = read_json(path).get(name)
@@ -345,7 +359,7 @@ def load_run(run_dir: str | Path, which: Which = "best", *, devices: int | None 
     config = as_recorded(located(config, run_dir), run_dir)
     # The number of devices is the training machine's, not the run's.
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, devices=devices))
-    classes = tuple(_recorded(run_dir / "dataset.json", "classes", list))
+    classes = _classes(run_dir)
     model = create(config.model, len(classes), config.train.dtype)
     folder = run_dir / "checkpoints" / which
     if not folder.is_dir():

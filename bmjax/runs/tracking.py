@@ -41,6 +41,8 @@ def _said(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
+_MODES = {name: name for name in ("online", "offline", "disabled", "shared")} | {"dryrun": "offline", "run": "online"}
+"""What WANDB_MODE may be, in any case of letters."""
 INIT_SECONDS = 20.0
 """How long W&B's server may take to answer at the start."""
 FINISH_SECONDS = 60.0
@@ -96,6 +98,12 @@ def shown_as(kind: str, name: str) -> str:
     return name if "/" in name else f"epoch/{name}"
 
 
+def project_of(config: TrackingConfig) -> str:
+    """The project at W&B: the field `tracking.project`, or, where that is left as it is, WANDB_PROJECT."""
+    default = TrackingConfig().project
+    return (os.environ.get("WANDB_PROJECT") or default) if config.project == default else config.project
+
+
 class WandbTracker:
     """Logs to W&B from a thread of its own, so that no server can stop or slow a run; metrics.jsonl has all anyway.
 
@@ -124,7 +132,7 @@ class WandbTracker:
 
         return wandb.init(
             entity=self._config.entity or None,
-            project=self._config.project,
+            project=project_of(self._config),
             group=self._config.group or None,
             job_type=self._config.job_type or None,
             notes=_shown(self._config.notes) or None,
@@ -149,7 +157,8 @@ class WandbTracker:
         """W&B's run; offline where the server is not to be had."""
         mode, run_id, why = self._config.wandb, self._run_id, None
         if mode == "auto" and (asked := os.environ.get("WANDB_MODE")):
-            mode = {"dryrun": "offline", "run": "online"}.get(asked, asked)  # the user's environment decides
+            mode = _MODES.get(asked.strip().lower(), "")  # the user's environment decides
+            why = None if mode else f"WANDB_MODE is {asked!r}, where {', '.join(_MODES)} are known"
         elif mode == "auto":
             mode, why = "online", why_offline()
         if mode == "online" and why is None:

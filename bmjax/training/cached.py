@@ -204,7 +204,8 @@ class MapEngine:
         (self._dataset, self._splits), self._signals = data, signals
         self.validates = len(self._splits.val) > 0
         self._maps = features.views_on_device(self._splits.train, programs.pooled)
-        self._clock, self._profile = Clock(), Profile(config.train.profile, run_folder(config) / "profile")
+        profile = Profile(config.train.profile, run_folder(config) / "profile", self.plans[-1].end)
+        self._clock, self._profile = Clock(), profile
         self._labels = jnp.asarray(self._dataset.labels[self._splits.train])
 
     def start(self) -> TrainState:

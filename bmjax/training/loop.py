@@ -220,7 +220,7 @@ class ImageEngine:
         self._step: tuple[int, WatchedStep] | None = None
         self._measure: tuple[int, Any] | None = None
         self._done = 0
-        self._profile = Profile(config.train.profile, run_folder(config) / "profile")
+        self._profile = Profile(config.train.profile, run_folder(config) / "profile", plans[-1].end)
         peak = peak_flops(parallel.devices[0].device_kind, config.train.dtype, config.train.precision)
         self._peak = None if peak is None else peak * parallel.size
         self._reading: tuple[int, Iterator[Batch]] | None = None

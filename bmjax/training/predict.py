@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from bmjax.config.arguments import check_choice, check_type
 from bmjax.config.base import Config
 from bmjax.data.batches import eval_batches, read_ahead
 from bmjax.data.dataset import Dataset
-from bmjax.data.load import read_arrays
+from bmjax.data.load import read_arrays, with_usable_cache
 from bmjax.data.splits import NAMES, Splits
 from bmjax.model.classifier import Classifier
 from bmjax.model.parameters import Tree
@@ -175,19 +174,7 @@ def data_of(run: Run, data_root: str | None = None) -> tuple[Dataset, Splits]:
     data = run.config.data
     if data_root is not None:
         data = dataclasses.replace(data, root=data_root)
-    if data.cache_dir and not _can_be_made(data.cache_dir):
-        log.warning("%s: data.cache_dir %r can't be made here; this user's cache is used", run.run_dir, data.cache_dir)
-        data = dataclasses.replace(data, cache_dir="")
-    return load_data(run.run_dir, dataclasses.replace(run.config, data=data))
-
-
-def _can_be_made(folder: str) -> bool:
-    """Whether a folder is there, or its nearest ancestor that is there lets this user make it."""
-    path = Path(folder).absolute()
-    if os.path.isdir(path):
-        return True
-    above = next(str(parent) for parent in path.parents if os.path.exists(parent))
-    return os.path.isdir(above) and os.access(above, os.W_OK | os.X_OK)
+    return load_data(run.run_dir, dataclasses.replace(run.config, data=with_usable_cache(data, run.run_dir)))
 
 
 def evaluate_run(

@@ -149,10 +149,18 @@ def _described(args: tuple[Any, ...]) -> dict[str, str]:
 
 
 class Profile:
-    """Writes a trace of the steps START to END of `train.profile` into a folder, for XProf, TensorBoard or Perfetto."""
+    """Writes a trace of the steps START to END of `train.profile` into a folder, for XProf, TensorBoard or Perfetto.
 
-    def __init__(self, steps: str | None, folder: Path):
+    Raises:
+      ValueError: the run, of so many steps in all, ends before.
+    """
+
+    def __init__(self, steps: str | None, folder: Path, in_all: int):
         self._start, self._end = map(int, steps.split(":")) if steps else (-1, -1)
+        if self._start >= in_all:
+            raise ValueError(
+                f"config field 'train.profile' is {steps!r}; expected to start below {in_all}, the run's steps"
+            )
         self._folder, self._runs = folder, False
 
     def before(self, start: int, end: int) -> None:

@@ -231,5 +231,7 @@ def test_command(clean, settings, tmp_path, capsys):
     assert record["config"]["split_seed"] == 1
     assert isinstance(record["label_errors"], list)
     assert "asked only of images it did not see" in (out / "audit.html").read_text()
+    assert main(["data", "audit", str(tmp_path / "config.json"), "--out", str(tmp_path / "config.json")]) == 2
+    assert "config.json', which is a file; expected a folder" in capsys.readouterr().err
     assert main(["data", "audit", str(tmp_path / "config.json"), "--data.source", "synthetic"]) == 2
     assert "'data.source' is 'synthetic'" in capsys.readouterr().err

@@ -63,6 +63,16 @@ def test_a_row_for_each_class_and_for_each_undecided_cell(run, cells, tmp_path, 
     assert "1 of 13 images can't be read" in told.err
 
 
+def test_a_cell_counts_once_however_often_it_is_given(run, cells, tmp_path, monkeypatch, capsys):
+    once, again = tmp_path / "once.csv", tmp_path / "again.csv"
+    (tmp_path / "link").symlink_to(cells, target_is_directory=True)
+    assert count(monkeypatch, run, cells, once) == 0
+    assert "again" not in capsys.readouterr().err
+    assert count(monkeypatch, run, cells, again, str(cells / "bad.png"), str(tmp_path / "link")) == 0
+    assert table(again) == table(once)
+    assert "14 files were given again, and are counted once" in capsys.readouterr().err
+
+
 def test_the_test_split_goes_first_where_it_was_opened(run, cells, tmp_path, monkeypatch, capsys):
     probs = np.eye(3, dtype=np.float32)
     named = {"index": np.arange(3), "ids": np.array(["a", "b", "c"]), "classes": CLASSES}

@@ -17,6 +17,7 @@ from bmjax.analysis.evaluate.judge import Judge
 from bmjax.analysis.evaluate.refusal import UNSURE, fit_refusal
 from bmjax.cli.main import main
 from bmjax.config import Config, DataConfig, HeadConfig, ModelConfig, StageConfig, TrainConfig
+from bmjax.data.load import load_dataset
 from bmjax.data.sources.synthetic import render
 from bmjax.runs.records import read_predictions
 
@@ -295,6 +296,17 @@ def test_images_that_the_run_has_seen_are_told(runs, capsys, cells, tmp_path):
         writer.writeheader()
         writer.writerows({name: value.strip() for name, value in row.items()} for row in rows)
     assert f"{run} was trained on 1 of these 18 images and chosen by 2" in said(capsys, run, "--on", cells)
+
+
+def test_a_cache_of_another_machine_is_passed_over(runs, capsys, cells, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(runs[0], run)
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["cache_dir"] = str(run / "config.json" / "cache")
+    (run / "config.json").write_text(json.dumps(config))
+    assert "cache' can't be made here; this user's cache is used" in said(capsys, run, "--on", cells)
+    with pytest.raises(OSError, match=r"'data\.cache_dir' is .*can't be made .*; expected a folder"):
+        load_dataset(DataConfig(synthetic_per_class=2, image_size=16, cache_dir=config["data"]["cache_dir"]))
 
 
 def test_a_share_that_refuses_nothing_is_told(runs, capsys):

@@ -310,6 +310,7 @@ def test_explain_takes_files_and_another_stage(copied, tmp_path, capsys):
         ([str(path), "--target", "true"], "--target true is for cells of a split"),
         (["--stage", "conv9"], "unknown stage of the backbone 'conv9'"),
         (["--n", "0"], "--n is 0; expected at least 1"),
+        (["--seed", "-1"], "--seed is -1; expected at least 0"),
         (["--out", str(out / "nowhere")], "there is no such folder"),
     ):
         assert main(["explain", str(copied), *arguments]) == 2

@@ -115,12 +115,24 @@ def test_a_dataset_is_normalised_and_files_like_it(folder, tmp_path, method):
 
 def test_command_prints_flags(folder, capsys):
     assert main(["data", "stain", str(folder), "--size", "40"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    said = capsys.readouterr()
+    lines = said.out.splitlines()
     assert lines[0] == "medians over 4 images:"
+    assert "bad.png: " in said.err, "what can't be read is named"
     for line, n in zip(lines[1:], (6, 8), strict=True):
         numbers = [float(word) for word in line.split()[3:]]
         assert len(numbers) == n
         assert np.isfinite(numbers).all()
+
+
+def test_command_refuses_what_it_can_not_tell(tmp_path, capsys):
+    (tmp_path / "bad.png").write_bytes(b"none")
+    for arguments, message in (
+        (["--size", "0"], "--size is 0; expected at least 1 pixel"),
+        ([], "none of 1 images can be read"),
+    ):
+        assert main(["data", "stain", str(tmp_path), *arguments]) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("wrong", [{"stain": "reinhard", "stain_reference": (1.0,)}, {"stain_reference": (1.0,) * 6}])

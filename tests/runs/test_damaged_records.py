@@ -1,5 +1,6 @@
 """Damaged records of a run are named, with what to do; what a killed process left half written goes."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,8 +8,9 @@ import sys
 import numpy as np
 import pytest
 
+from bmjax.config import Config, to_json
 from bmjax.data.dataset import Dataset
-from bmjax.runs.folder import owned, read_config, recorded_split, saved_results
+from bmjax.runs.folder import load_run, owned, read_config, recorded_split, saved_results
 from bmjax.runs.identity import read_environment
 
 IMAGES = Dataset.from_arrays(np.zeros((4, 4, 4, 3), np.uint8), ["A", "B"] * 2)
@@ -44,6 +46,19 @@ def test_a_record_that_lacks_an_entry_is_named(tmp_path, name, content):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=f"{name} is damaged"):
         READ[name](tmp_path)
+
+
+@pytest.mark.parametrize("classes", [["A", 2], ["A", "A"], ["B", "A"], ["A"], [], "AB", None])
+def test_damaged_classes_are_named_before_the_network_is_made(tmp_path, classes):
+    """They name the outputs, so that another order would give each cell another's name."""
+    (tmp_path / "config.json").write_text(to_json(Config()))
+    counts = {split: {"A": 1, "B": 1} for split in ("train", "val", "test")}
+    (tmp_path / "dataset.json").write_text(json.dumps({"classes": classes, "counts": counts}))
+    with pytest.raises(ValueError, match=r"dataset\.json is damaged: its .*classes.*as `bmjax train` wrote"):
+        load_run(tmp_path, trust=True)
+    (tmp_path / "dataset.json").write_text(json.dumps({"classes": ["A", "B"], "counts": counts}))
+    with pytest.raises(FileNotFoundError, match="no checkpoint yet"):
+        load_run(tmp_path, trust=True)
 
 
 def test_what_a_dead_process_left_half_written_goes(tmp_path):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -289,6 +290,21 @@ def test_the_users_environment_decides_and_nothing_goes_out(no_key, server, tmp_
     tracker.close()
     assert list((tmp_path / "wandb").glob("offline-run-*"))
     assert server == []
+
+
+@pytest.mark.parametrize(("mode", "said"), [("Offline", ""), ("dryrun", ""), ("ofline", "WANDB_MODE is 'ofline'")])
+def test_the_environment_names_the_mode_and_the_project(no_key, tmp_path, monkeypatch, caplog, mode, said):
+    monkeypatch.setenv("WANDB_MODE", mode)
+    monkeypatch.setenv("WANDB_PROJECT", "of the environment")
+    asked = {}
+    monkeypatch.setattr("wandb.init", lambda **options: asked.update(options) or SimpleNamespace(
+        dir=str(tmp_path), define_metric=lambda *a, **k: None, finish=lambda: None
+    ))  # fmt: skip
+    make_tracker(TrackingConfig(wandb="auto"), tmp_path, new_run_id(), {"name": "r"}).close()
+    assert (asked["mode"], asked["project"]) == ("offline", "of the environment")
+    assert said in caplog.text
+    make_tracker(TrackingConfig(wandb="auto", project="of the field"), tmp_path, new_run_id(), {"name": "r"}).close()
+    assert asked["project"] == "of the field"
 
 
 def test_what_the_record_lacks_is_said(path, caplog):

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import re
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -100,3 +101,12 @@ def test_profile_is_an_option_of_train_and_is_checked(quick_config):
     for wrong in ("15:10", "10", "a:b", "1:2:3"):
         with pytest.raises(ValueError, match=r"'train\.profile' is .*expected START:END, as 10:15"):
             dataclasses.replace(quick_config.train, profile=wrong)
+
+
+def test_a_profile_beyond_the_run_is_refused_before_it(quick_config):
+    train = dataclasses.replace(quick_config.train, profile="1000:1005", devices=1)
+    with pytest.raises(
+        ValueError, match=r"'train\.profile' is '1000:1005'; expected to start below \d+, the run's steps"
+    ):
+        bmjax.train(dataclasses.replace(quick_config, train=train))
+    assert not list(Path(quick_config.run_dir).glob("checkpoints/*"))

@@ -162,10 +162,10 @@ def _problem(found: dict[str, Any], classes: int) -> str | None:
         return f"method is {found.get('method')!r}"
     for name in ("scale", "shift"):
         values = found.get(name)
-        numbers = (
-            [v for v in values if isinstance(v, (int, float)) and abs(v) < _MOST] if isinstance(values, list) else []
-        )
+        numbers = [v for v in values if type(v) in (int, float) and abs(v) < _MOST] if isinstance(values, list) else []
         if len(numbers) != classes or values != numbers:
             return f"{name} is {str(values)[:60]}; expected {classes} numbers"
-    odd = [name for name in ("n", "step") if not isinstance(found.get(name), int)]
+    if min(found["scale"]) <= 0:
+        return f"scale is {str(found['scale'])[:60]}; expected numbers above 0"
+    odd = [name for name in ("n", "step") if type(found.get(name)) is not int]
     return f"{odd[0]} is {found.get(odd[0])!r}; expected a whole number" if odd else None

@@ -18,7 +18,7 @@ from bmjax.config.data import DataConfig
 from bmjax.data.batches import evenly
 from bmjax.data.dataset import Dataset
 from bmjax.data.images.colours import ColourMap, colour_shares, match_colours
-from bmjax.data.load import load_elsewhere
+from bmjax.data.load import load_elsewhere, with_usable_cache
 from bmjax.data.splits import sides_of
 from bmjax.files import printable
 from bmjax.runs.folder import Run, record_opening, saved_results, split_size
@@ -140,7 +140,7 @@ def target_of_path(runs: Sequence[Run], path: str, source: str) -> tuple[Target,
         config = dataclasses.replace(run.config.data, root=path, source=source)
         key = elsewhere(config)
         if key not in loaded:
-            loaded[key] = load_elsewhere(config, classes)
+            loaded[key] = load_elsewhere(with_usable_cache(config, run.run_dir), classes)
         parts.append(loaded[key])
     ids, at = _shared(path, parts)
     first = parts[0]

@@ -15,7 +15,7 @@ from bmjax.analysis.sweep.cells import Cell, Range, Space
 from bmjax.config.base import Config
 from bmjax.files import write_text
 from bmjax.runs.folder import run_folder
-from bmjax.runs.tracking import register_sweep, shown_as
+from bmjax.runs.tracking import project_of, register_sweep, shown_as
 
 log = logging.getLogger(__name__)
 _ETA = 3
@@ -89,4 +89,4 @@ def write_and_register(config: Config, tree: dict[str, Any]) -> tuple[Path, str 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "wandb-sweep.yaml"
     write_text(path, yaml.safe_dump(tree, sort_keys=False))
-    return path, register_sweep(tree, config.tracking.project, config.tracking.entity)
+    return path, register_sweep(tree, project_of(config.tracking), config.tracking.entity)

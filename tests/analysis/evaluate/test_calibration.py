@@ -92,7 +92,10 @@ def test_it_is_kept_with_the_run_and_believed_only_whole(tmp_path):
     assert read_calibration(tmp_path, 2, 5, views=8) == in_views
     assert read_calibration(tmp_path, 2, 5) == kept, "each number of views has its own"
     whole = json.loads((tmp_path / FILE).read_text())
-    for name, value in (("method", "x"), ("scale", [1]), ("shift", [1, None]), ("n", "4"), ("step", None)):
+    for name, value in (
+        ("method", "x"), ("scale", [1]), ("scale", [-1, 1]), ("scale", [0, 1]), ("scale", [True, 1]),
+        ("shift", [1, None]), ("n", "4"), ("n", True), ("step", None),
+    ):  # fmt: skip
         (tmp_path / FILE).write_text(json.dumps(whole | {name: value}))
         with pytest.raises(ValueError, match=f"{FILE} is damaged: {name}"):
             read_calibration(tmp_path, 2, 5)
