@@ -40,9 +40,37 @@ _MALLOC = {"M_TRIM_THRESHOLD": (-1, -1), "M_MMAP_MAX": (-4, 0)}
 _malloc_set: list[bool] = []
 
 
-def cache_folder() -> Path:
-    """The folder of everything that can be rebuilt: weights, decoded images, compiled programs."""
+def is_utf8(text: str) -> bool:
+    """Whether a name is text, and not bytes that Python keeps as surrogates."""
+    return not any("\ud800" <= c <= "\udfff" for c in text)
+
+
+def check_utf8(name: str, path: Path) -> None:
+    """Refuses a path that is not UTF-8, before it is given to a library that takes text alone.
+
+    Raises:
+      ValueError: it is not; says `name`, the option or field that gives it, and the path.
+    """
+    if not is_utf8(str(path)):
+        shown = os.fsencode(path).decode("utf-8", "backslashreplace")
+        raise ValueError(
+            f"{name} is '{shown}', which is not UTF-8; expected a path that is: give another, or rename the folder"
+        )
+
+
+def _cache_folder() -> Path:
     return Path(os.environ.get("BMJAX_CACHE", Path.home() / ".cache" / "bmjax"))
+
+
+def cache_folder() -> Path:
+    """The folder of everything that can be rebuilt: weights, decoded images, compiled programs.
+
+    Raises:
+      ValueError: its path is not UTF-8, which XLA needs for compiled programs.
+    """
+    folder = _cache_folder()
+    check_utf8("the cache (BMJAX_CACHE)", folder.absolute())
+    return folder
 
 
 def why_foreign(path: Path) -> str | None:
@@ -165,5 +193,7 @@ def apply() -> None:
         _add_flags(GPU_FLAGS)
     if os.environ.get("BMJAX_DETERMINISTIC", "0") not in ("", "0"):
         _add_flags((DETERMINISTIC_FLAG,))
-    if why_foreign(cache_folder() / "jax") is None:  # programs of others would run as they like
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_folder() / "jax"))
+    compiled = _cache_folder() / "jax"
+    # Programs of others would run as they like; a path that is not UTF-8 is refused by `cache_folder`, in one line.
+    if is_utf8(str(compiled.absolute())) and why_foreign(compiled) is None:
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled))

@@ -61,11 +61,13 @@ def checksum(path: Path, algorithm: str) -> str:
         return hashlib.file_digest(f, algorithm).hexdigest()
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Removes what killed runs left half written, `.<name>.<random>`; a day old, so that no live run's is taken."""
-    for path in folder.glob(".*.*"):
-        if time.time() - path.stat().st_mtime > 86400:
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+def remove_leftovers(folder: Path, pattern: str = ".*.*") -> None:
+    """Removes what killed runs left half written, `.<name>.<random>` or by another pattern of names; a day old, so that
+    no live run's is taken."""
+    for path in folder.glob(pattern):
+        with contextlib.suppress(FileNotFoundError):  # another process removes them, too
+            if time.time() - path.stat().st_mtime > 86400:
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

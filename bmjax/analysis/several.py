@@ -1,26 +1,32 @@
-"""Several runs trained by one process: threads that take turns until none is left, and what runs share."""
+"""Several runs trained by one process: threads that take turns until none is left, what runs share, and what failed."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import signal
+import textwrap
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
 from bmjax.config.base import Config
 from bmjax.data.splits import split_dataset
+from bmjax.runs.folder import run_folder
 from bmjax.training import hosts
-from bmjax.training.run import Prepared, prepare
-from bmjax.training.signals import GRACE_SECONDS, exit_now
+from bmjax.training.progress import Callback
+from bmjax.training.run import Prepared, Result, prepare
+from bmjax.training.signals import GRACE_SECONDS, Interrupted, exit_now
 
+log = logging.getLogger(__name__)
 _MOST_FEATURES, _MOST_PROGRAMS = 4, 64
+_LONGEST_REASON = 300  # letters; a loss that is not finite names every image of its batch
 
 
 def width(at_once: int | None, cached: bool) -> int:
@@ -83,6 +89,64 @@ class Crew:
                     pass
         except BaseException as e:
             self._failure = self._failure or e
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """A run that failed in training: what it is, in words, its configuration and the reason."""
+
+    what: str
+    run: Config
+    reason: str
+    diverged: bool
+    """Whether its loss or gradient was not finite."""
+
+    def __str__(self) -> str:
+        return f"{self.what} ({run_folder(self.run)}): {self.reason}"
+
+
+def reason_of(error: Exception) -> str:
+    """An error in one line, with its type where bmjax did not word it."""
+    kind = "" if isinstance(error, (ValueError, FloatingPointError)) else f"{type(error).__name__}: "
+    return textwrap.shorten(f"{kind}{error}", _LONGEST_REASON, placeholder=" ...")
+
+
+def attempt(what: str, run: Config, train: Callable[[Callback], Result]) -> Result | Failure:
+    """What `train` returns, or how it failed in training, after which other runs can go on. It gives its run the
+    callback, which notes that training has begun.
+
+    Raises:
+      Interrupted: a signal came.
+      OSError: the disk can't be written, or another process has the folder.
+      ValueError: the run failed before its first step, as others would by the same data, or is that of several hosts,
+        which would wait for each other's files; names the run.
+    """
+    begun: list[str] = []
+    try:
+        return train(lambda event: begun.append(event.kind))
+    except (Interrupted, OSError):
+        raise
+    except Exception as e:
+        diverged = isinstance(e, FloatingPointError)
+        failure = Failure(what, run, reason_of(e), diverged)
+        if begun and not hosts.several():
+            # The error itself is not kept: its frames hold the run's arrays.
+            log.debug("%s", failure, exc_info=True)
+            return failure
+        if diverged or isinstance(e, ValueError):
+            raise ValueError(str(failure)) from e
+        raise
+
+
+def refuse(failures: Sequence[Failure], count: int, word: str, helps: str) -> None:
+    """Ends a command some of whose `count` runs failed, once the others are trained.
+
+    Raises:
+      ValueError: there are failures; names each and says what helps.
+    """
+    if failures:
+        lines = [f"{len(failures)} of {count} {word}s failed in training:", *(f"  {failure}" for failure in failures)]
+        raise ValueError("\n".join([*lines, f"What helps: {helps}"]))
 
 
 class Shared:

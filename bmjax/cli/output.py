@@ -7,7 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bmjax.environment import check_utf8
 from bmjax.files import printable
+
+_UTF8 = (".parquet", ".onnx")
+"""Kinds of files whose libraries take no name but UTF-8."""
 
 
 def add_trust(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +31,10 @@ def check_out(out: Path) -> None:
     Raises:
       FileNotFoundError: its folder is not there.
       IsADirectoryError: it is a folder itself.
+      ValueError: its name is not UTF-8, and its kind of file needs that.
     """
+    if out.suffix.lower() in _UTF8:
+        check_utf8("--out", out)
     if not out.parent.is_dir():
         raise FileNotFoundError(f"--out is {str(out)!r}, but there is no folder {out.parent}")
     if out.is_dir():

@@ -1,14 +1,18 @@
 """The table that `bmjax predict` writes: a row for each input, block by block, so that a million rows need no memory.
 
 The columns `error` and, in parquet, `path_bytes` are there only where they are needed. That may show late; what was
-written until then is copied once, into a table that has the column.
+written until then is copied once, into a table that has the column. So that no two columns have one name, a class that
+is called like a column of the table itself has the column `p(NAME)`.
 """
 
 from __future__ import annotations
 
 import csv
 import dataclasses
+import glob
+import logging
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +21,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
+from bmjax.environment import is_utf8
+from bmjax.files import remove_leftovers
+
 ERROR, PATH_BYTES = "error", "path_bytes"
+# Whether they are there or not: a class's column is called the same in every table.
+OWN = ("path", "predicted", "answer", "set", "familiarity", ERROR, PATH_BYTES)
+log = logging.getLogger(__name__)
 
 
 def shown(text: str) -> str:
@@ -25,9 +35,15 @@ def shown(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def is_utf8(text: str) -> bool:
-    """Whether a name is text, and not bytes that Python keeps as surrogates."""
-    return not any("\ud800" <= c <= "\udfff" for c in text)
+def columns_of(classes: Sequence[str], own: Sequence[str] = OWN) -> tuple[str, ...]:
+    """The column of each class: its name, or where the table's `own` columns have that, p(NAME)."""
+    columns = []
+    for name in classes:
+        column = name
+        while column in own or (column != name and column in classes):
+            column = f"p({column})"
+        columns.append(column)
+    return tuple(columns)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,16 +64,21 @@ class PredictionTable:
     """A .csv or .parquet file with the columns path, predicted, one for each class, `more`, and, where needed, the two
     above. `more`: names and types, str or float, of further columns.
 
-    Rows go into `<name>.part`, which takes the table's name when it is whole.
+    Rows go into `<name>.<thread>.<process>.part`, which takes the table's name when it is whole: of several tables of
+    one name at a time the last one stays. Parts that killed processes left are removed when they are a day old.
     """
 
     def __init__(
         self, path: Path, classes: Sequence[str], *, errors: bool = False, more: Mapping[str, type] | None = None
     ):
-        self.path, self.part = path, path.with_name(f"{path.name}.part")
+        remove_leftovers(path.parent, f"{glob.escape(path.name)}.[0-9]*.[0-9]*.part*")
+        self.path = path
+        self.part = path.with_name(f"{path.name}.{threading.get_ident()}.{os.getpid()}.part")
         self._more = dict(more or {})
         self._kind: type[_Csv | _Parquet] = _Csv if path.suffix.lower() == ".csv" else _Parquet
-        self._classes, self._extra = tuple(classes), {ERROR} if errors else set()
+        self._classes, self._extra = columns_of(classes, (*OWN, *self._more)), {ERROR} if errors else set()
+        if other := [column for column in self._classes if column not in classes]:
+            log.warning("probabilities are in %s: the table has columns of these classes' names itself", ", ".join(other))
         self._file = self._kind(self.part, self._classes, self._more, self._extra)
 
     def add(self, block: Block) -> None:

@@ -34,7 +34,7 @@ def _fields(cls: type) -> dict[str, tuple[pydantic.TypeAdapter, Any]]:
     return found
 
 
-def _described(hint: Any) -> str:
+def described(hint: Any) -> str:
     """A type in words: what a user would write."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     words = {int: "a whole number", float: "a number", str: "text", bool: "True or False", type(None): "None"}
@@ -44,20 +44,27 @@ def _described(hint: Any) -> str:
         return f"one of {', '.join(map(repr, args))}"
     if origin is tuple:
         inner = args[0] if len(args) == 2 and args[1] is Ellipsis else args
-        described = _described(inner) if not isinstance(inner, tuple) else ", ".join(map(_described, inner))
+        described = described(inner) if not isinstance(inner, tuple) else ", ".join(map(described, inner))
         return f"a tuple, each {described}; one alone has a comma after it, as in (x,)"
     if origin is dict or hint is dict:
         return "a dict with names as keys"
     if args:
-        return " or ".join(map(_described, args))
+        return " or ".join(map(described, args))
     return f"a {getattr(hint, '__name__', hint)}"
 
 
-def _plain(value: Any) -> Any:
+def nearest(value: Any, hint: Any) -> str:
+    """The nearest of the texts that a type names, as a question at the end of an error; else nothing."""
+    choices = [a for a in typing.get_args(hint) if isinstance(a, str)] if isinstance(value, str) else []
+    close = difflib.get_close_matches(str(value), choices, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def plain(value: Any) -> Any:
     """NumPy's numbers and arrays as Python's, also within a tuple or a list; others as they are."""
     if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
         return value.tolist()
-    return type(value)(map(_plain, value)) if type(value) in (tuple, list) else value
+    return type(value)(map(plain, value)) if type(value) in (tuple, list) else value
 
 
 def _recorded(field: str, value: Any) -> Any:
@@ -66,7 +73,7 @@ def _recorded(field: str, value: Any) -> Any:
     Raises:
       ValueError: one that JSON can't hold; names it.
     """
-    value = _plain(value)
+    value = plain(value)
     if isinstance(value, dict):
         check(all(isinstance(key, str) for key in value), field, value, "a dict with names as keys")
         return {key: _recorded(f"{field}.{key}", one) for key, one in value.items()}
@@ -89,7 +96,7 @@ def check_types(config: Any, prefix: str = "") -> None:
     for name, (adapter, hint) in _fields(type(config)).items():
         given, field = getattr(config, name), f"{prefix}{name}"
         value = (
-            _recorded(field, given) if isinstance(given, dict) and typing.get_origin(hint) is dict else _plain(given)
+            _recorded(field, given) if isinstance(given, dict) and typing.get_origin(hint) is dict else plain(given)
         )
         if isinstance(value, list) and typing.get_origin(hint) is tuple:
             value = tuple(value)
@@ -98,11 +105,9 @@ def check_types(config: Any, prefix: str = "") -> None:
         try:
             adapter.validate_python(value, strict=True)
         except pydantic.ValidationError:
-            choices = [a for a in typing.get_args(hint) if isinstance(a, str)] if isinstance(value, str) else []
-            close = difflib.get_close_matches(str(value), choices, n=1)
-            hint_text = f"; did you mean {close[0]!r}?" if close else ""
+            hint_text = nearest(value, hint)
             hint_text = f", as str() of it is {str(value)!r}" if isinstance(value, os.PathLike) else hint_text
-            check(False, field, value, _described(hint) + hint_text)
+            check(False, field, value, described(hint) + hint_text)
 
 
 def check_part(config: Any, name: str, field: str, known: typing.Iterable[str] | None) -> None:

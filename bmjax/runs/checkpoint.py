@@ -25,6 +25,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from bmjax.environment import check_utf8
 from bmjax.runs.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -36,10 +37,28 @@ _SAVING = threading.Lock()
 _PROVEN = {"meta", "digests", "sum"}
 _SPARE = 1 << 20
 """Bytes that a checkpoint may take beside its arrays."""
+_PATTERN = "*?["
 
 
 class Damaged(ValueError):
     """A checkpoint that can't be read, or does not hold what was saved."""
+
+
+def check_place(run_dir: Path) -> None:
+    """Refuses a folder for a run in which no checkpoint could be kept; writes nothing.
+
+    Raises:
+      ValueError: its path is not UTF-8, or has a character that Orbax takes for a pattern.
+    """
+    path = run_dir.resolve()
+    check_utf8("run_dir", path)
+    # Orbax 0.12 looks by a glob of the whole path for what it has just written: by [ it finds nothing, and then no
+    # checkpoint can be read; by * and ? it may find, and take, what another run is writing.
+    if found := next((c for c in str(path) if c in _PATTERN), None):
+        raise ValueError(
+            f"run_dir is '{path}', which has a {found!r}: no checkpoint could be kept there; expected a path without "
+            f"{' '.join(_PATTERN)} in any of its folders: give another --run_dir, or rename the folder"
+        )
 
 
 class Checkpoints:
@@ -48,6 +67,9 @@ class Checkpoints:
     Reading alone changes nothing in the folder. The first save makes it this process's: what killed processes left half
     written is removed. With `one_at_a_time` a save returns when it is on disk, so that several threads may save, each
     to its folder.
+
+    Raises:
+      ValueError: the folder's path is not UTF-8.
     """
 
     def __init__(self, folder: Path, keep: int = 2, *, one_at_a_time: bool = False):
@@ -55,6 +77,7 @@ class Checkpoints:
         self._opened: ocp.CheckpointManager | None = None
         self._saved: set[int] = set()
         self._failed = False
+        check_utf8("the folder of checkpoints", self.folder)
 
     @property
     def _manager(self) -> ocp.CheckpointManager:
@@ -74,7 +97,7 @@ class Checkpoints:
         same run at the same step has the same state.
 
         Raises:
-          OSError: the disk is full, or can't be written; the checkpoints before are whole. An error in the background
+          OSError: the disk is full, or can't be written; checkpoints before, if any, are whole. An error in the background
             is raised by the next call.
         """
         with _SAVING if self._one_at_a_time else contextlib.nullcontext():
@@ -117,8 +140,8 @@ class Checkpoints:
         if (free := shutil.disk_usage(self.folder).free) < need:
             raise OSError(
                 errno.ENOSPC,
-                f"the checkpoint of step {step} needs {need / 1e6:.1f} MB and {free / 1e6:.1f} MB are free; those "
-                "before it are whole. Free some space and go on with --resume",
+                f"the checkpoint of step {step} needs {need / 1e6:.1f} MB and {free / 1e6:.1f} MB are free; "
+                f"{self._left()}. Free some space and go on with --resume",
                 str(self.folder),
             )
 
@@ -135,8 +158,11 @@ class Checkpoints:
             what = "a checkpoint" if step is None else f"a checkpoint, at step {step} or before,"
             why = "the disk is full" if full else (str(e).splitlines() or [type(e).__name__])[0]
             number = errno.ENOSPC if full else errno.EIO
-            said = f"{what} could not be written: {why}; those before it are whole. Go on with --resume"
+            said = f"{what} could not be written: {why}; {self._left()}. Go on with --resume"
             raise OSError(number, said, str(self.folder)) from e
+
+    def _left(self) -> str:
+        return "those before it are whole" if self._listed() else "there is none before it"
 
     def _is_whole(self, step: int, like: TrainState) -> bool:
         try:
@@ -160,6 +186,9 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """The steps there are, the newest first; Orbax gives a folder its number when the checkpoint is complete."""
         self.wait()
+        return self._listed()
+
+    def _listed(self) -> list[int]:
         found = self.folder.iterdir() if self.folder.is_dir() else ()
         return sorted((int(path.name) for path in found if path.name.isdecimal()), reverse=True)
 

@@ -33,7 +33,7 @@ from bmjax.files import read_json, write_bytes, write_text
 from bmjax.model.classifier import Classifier
 from bmjax.model.create import create, init, resolve
 from bmjax.model.parameters import Tree
-from bmjax.runs.checkpoint import Checkpoints
+from bmjax.runs.checkpoint import Checkpoints, check_place
 from bmjax.runs.identity import as_recorded, check_trust, located
 from bmjax.runs.tracking import local_run
 
@@ -125,8 +125,10 @@ def check_folder(run_dir: Path, config: Config, resume: bool) -> None:
 
     Raises:
       FileExistsError: the folder holds a run and `resume` is not set.
-      ValueError: the configuration to resume differs in fields that change the numbers.
+      ValueError: no checkpoint could be kept there, or the configuration to resume differs in fields that change the
+        numbers.
     """
+    check_place(run_dir)
     if not holds_run(run_dir):
         return
     if not resume:

@@ -13,12 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bmjax.analysis import several
 from bmjax.analysis.compare import compare as comparing
 from bmjax.analysis.compare.compare import Cost, configurations
 from bmjax.cli.main import main
 from bmjax.config import AugmentConfig, BatchNormConfig, FeaturesConfig, StageConfig, from_json, to_json
 from bmjax.training.cached import check
 from bmjax.training.progress import Recorder
+from bmjax.training.signals import Interrupted
 
 FLAGS = ["--variants", "se", "none", "--seeds", "2"]
 IN_TURN = ["--at-once", "1"]
@@ -162,19 +164,95 @@ def test_two_runs_at_once_are_the_runs_in_turn(experiment, tmp_path, trainer, ca
         assert logs[0].stat().st_size > 1000
 
 
-def test_one_of_two_runs_fails(experiment, tmp_path, monkeypatch, capsys):
-    train_run = comparing.train_run
+def write_variant(folder, name, body, signature="self, x, *, train=False"):
+    """A variant of the user's own in a file."""
+    lines = ["import flax.linen as nn", "import jax.numpy as jnp", "class Own(nn.Module):", "    @nn.compact"]
+    (folder / name).write_text("\n".join([*lines, f"    def __call__({signature}):", f"        return {body}", ""]))
+
+
+def test_a_variant_that_fails_in_training_does_not_keep_the_others_from_it(experiment, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_variant(tmp_path, "boom.py", "x * jnp.nan")
+    lab = tmp_path / "lab"
+    words = ["compare", str(experiment), "--variants", "boom.py", "se", "--seeds", "2", "--at-once", "2"]
+    assert main(words) == 2
+    err = " ".join(capsys.readouterr().err.split())
+    assert "2 of 6 runs failed in training" in err
+    for seed in (0, 1):
+        assert f"boom.py, seed {seed} ({lab}/boom.py/seed{seed}): step 1: loss nan" in err
+        assert (lab / f"se/seed{seed}/results.json").exists(), "the others went on"
+        assert (lab / f"none/seed{seed}/results.json").exists()
+    assert "drop boom.py from --variants, or mend it" in err
+    assert not (lab / "comparison.md").exists()
+    assert not list(lab.rglob("openings.jsonl")), "the test split is not opened"
+    # Without it the finished runs are the comparison.
+    before = {path: path.read_bytes() for path in lab.glob("[ns]*/*/metrics.jsonl")}
+    assert len(before) == 4
+    assert main(["compare", str(experiment), *FLAGS]) == 0
+    assert {path: path.read_bytes() for path in before} == before
+    assert [row["variant"] for row in table_of(lab)[0]["rows"]] == ["se", "none"]
+
+
+def test_the_baseline_that_fails_can_only_have_other_settings(experiment, tmp_path, monkeypatch, capsys):
+    assert main(["compare", str(experiment), "--variants", "none", "--seeds", "1", "--optim.lr", "1e30"]) == 2
+    err = " ".join(capsys.readouterr().err.split())
+    assert f"none, seed 0 ({tmp_path}/lab/none/seed0): step 2: loss" in err
+    assert "What helps: change the settings of all" in err
+
+
+@pytest.mark.parametrize("flags", [[], ["--end-to-end", "--model.attach", "fine", "last"]])
+@pytest.mark.parametrize("broken", [("x", "self, x"), ("x + nn.Dense(3)(x)",)])
+def test_a_broken_variant_is_refused_before_anything_is_trained(
+    experiment, tmp_path, monkeypatch, capsys, flags, broken
+):
+    monkeypatch.chdir(tmp_path)
+    write_variant(tmp_path, "bad.py", *broken)
+    assert main(["compare", str(experiment), "--variants", "se", "bad.py", *flags]) == 2
+    err = capsys.readouterr().err
+    assert "bad.py" in err
+    assert "se:" not in err
+    assert not (tmp_path / "lab").exists()
+
+
+def test_a_run_that_fails_before_its_first_step_is_named_and_ends_all(experiment, tmp_path, monkeypatch, capsys):
+    """What fails there, such as the data, would fail in each."""
+    begun = []
 
     def fails(config, **options):
-        if config.seed == 1 and config.model.attention == "se":
-            raise FloatingPointError("step 3: the loss is nan")
-        return train_run(config, **options)
+        begun.append(config.run_dir)
+        raise ValueError("no such data")
 
     monkeypatch.setattr(comparing, "train_run", fails)
-    assert main(["compare", str(experiment), *FLAGS, "--at-once", "2"]) != 0
-    assert "the loss is nan" in capsys.readouterr().err
-    assert not (tmp_path / "lab/comparison.md").exists()
-    assert (tmp_path / "lab/se/seed0/results.json").exists(), "what was under way has ended"
+    assert main(["compare", str(experiment), *FLAGS, *IN_TURN]) == 2
+    assert f"se, seed 0 ({tmp_path}/lab/se/seed0): no such data" in capsys.readouterr().err
+    assert len(begun) == 1
+
+
+def test_which_errors_others_go_on_after(quick_config, monkeypatch):
+    def fails(error, begins=True):
+        def train(begun):
+            if begins:
+                begun(SimpleNamespace(kind="start"))
+            raise error
+
+        return several.attempt("se, seed 0", quick_config, train)
+
+    for error, reason in (
+        (FloatingPointError("loss nan"), "loss nan"),
+        (TypeError("no train"), "TypeError: no train"),
+    ):
+        failure = fails(error)
+        assert (failure.reason, failure.diverged) == (reason, isinstance(error, FloatingPointError))
+    for error in (OSError(28, "full"), KeyboardInterrupt(), Interrupted(signal.SIGTERM)):
+        with pytest.raises(type(error)):
+            fails(error)
+    with pytest.raises(ValueError, match=r"se, seed 0 \(.*run\): small"):
+        fails(ValueError("small"), begins=False)
+    with pytest.raises(TypeError, match="no train"):
+        fails(TypeError("no train"), begins=False)
+    monkeypatch.setattr(several.hosts, "several", lambda: True)
+    with pytest.raises(ValueError, match=r"se, seed 0 \(.*run\): loss nan"):
+        fails(FloatingPointError("loss nan"))
 
 
 def test_a_signal_stops_both(experiment, tmp_path, trainer, monkeypatch, capsys):
@@ -258,6 +336,35 @@ def test_each_variant_has_its_own_rate_of_equally_many(experiment, tmp_path, tra
     assert [row["shown"] for row in saved["rows"]] == [None, True, False]
     assert "3 seeds (0, 1, 2) in each of 3 folds" in table
     assert "se: better than none by" in table
+
+
+@pytest.fixture
+def diverging(trainer_of_luck, monkeypatch):
+    """Rates above the first number given diverge; `se` at any above the second."""
+    train_run, most = comparing.train_run, [2e-3, 1.0]
+
+    def fails(config, **options):
+        options["callbacks"][0](SimpleNamespace(kind="start"))
+        if config.optim.lr > most[0] or (config.model.attention == "se" and config.optim.lr > most[1]):
+            raise FloatingPointError("step 1: loss nan")
+        return train_run(config, **options)
+
+    monkeypatch.setattr(comparing, "train_run", fails)
+    return most
+
+
+def test_a_rate_by_which_training_diverges_is_not_chosen(experiment, tmp_path, diverging, capsys):
+    flags = ["--variants", "se", "--seeds", "3", "--tune", "3"]
+    assert main(["compare", str(experiment), *flags]) == 0
+    assert table_of(tmp_path / "lab")[0]["rates"] == {"none": [1e-3], "se": [1e-3]}
+    assert "se, seed 1000, rate 0.00316 failed: step 1: loss nan" in capsys.readouterr().err
+    # Where none is left, the trials are what failed.
+    diverging[1] = 0.0
+    assert main(["compare", str(experiment), *flags, "--run_dir", str(tmp_path / "other")]) == 2
+    err = capsys.readouterr().err
+    assert "3 of 6 runs failed in training" in err
+    assert f"  se, seed 1000, rate 0.000316 ({tmp_path}/other/se/trials/lr0.000316): step 1: loss nan" in err
+    assert "  none" not in err
 
 
 def test_seeds_are_added_until_all_is_decided(experiment, tmp_path, trainer_of_luck):

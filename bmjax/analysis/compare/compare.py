@@ -7,6 +7,7 @@ runs/<name>/<row>/seed<k> is the run of each (<row>/fold<f>/seed<k> over folds);
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import logging
@@ -17,12 +18,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from bmjax.analysis.compare import planning, statistics
+from bmjax.analysis.compare.checks import check_networks, hopeless, refuse_failed
 from bmjax.analysis.compare.cost import Cost, costs
 from bmjax.analysis.compare.design import Configs, Design, by_row, configurations, trials, tuned
 from bmjax.analysis.compare.opening import open_test
 from bmjax.analysis.compare.page import track, write_page
 from bmjax.analysis.compare.table import Comparison, about, markdown
-from bmjax.analysis.several import Crew, Shared, width
+from bmjax.analysis.several import Crew, Failure, Shared, attempt, width
 from bmjax.config.base import Config
 from bmjax.data.load import check_sides
 from bmjax.data.progress import saying
@@ -30,7 +32,8 @@ from bmjax.files import write_text
 from bmjax.runs.folder import run_folder
 from bmjax.runs.records import read_predictions
 from bmjax.training import hosts
-from bmjax.training.run import train_run
+from bmjax.training.progress import Callback
+from bmjax.training.run import Result, train_run
 
 log = logging.getLogger(__name__)
 __all__ = ["Comparison", "Cost", "Design", "compare", "configurations", "markdown"]
@@ -54,23 +57,26 @@ def compare(
     Raises:
       Interrupted: a signal stopped it; called again, it goes on.
       ValueError: as `configurations`; no image for validation or test; `at_once` is not positive, or more than one end
-        to end; or a run's folder holds one of another configuration.
+        to end; a variant's network can't be traced; a run's folder holds one of another configuration; or, once the
+        others are trained and before the test split is opened, runs failed in training. With several hosts the first
+        that fails ends it.
     """
     design = design or Design()
     looks = planning.looks(design.max_seeds) if design.wanted is not None else (seeds,)
     configs = configurations(config, variants, looks[0], baseline, design)
     check_sides(configs[baseline][0].data, ("val", "test"), "a comparison")
     at_once = width(at_once, config.features.cached)
+    check_networks(configs)
     shared, tried = Shared(), trials(configs, design) if design.tune else {}
     log.info("%s", _announced(configs, tried, design, at_once))
     began, rates = time.perf_counter(), dict[str, tuple[float, ...]]()
     if tried:
-        _Runs(tried, shared, "trial").train(at_once)
+        refuse_failed(hopeless(_Runs(tried, shared, "trial").train(at_once), tried), tried, baseline)
     for look in looks:
         configs = configurations(config, variants, look, baseline, design)
         if tried:
             configs, rates = tuned(configs, tried)
-        _Runs(configs, shared).train(at_once)
+        refuse_failed(_Runs(configs, shared).train(at_once), configs, baseline)
         with hosts.signals() as signals:
             openings = open_test(run_folder(config), configs, shared.prepared, signals)
         found = collect(config, configs, baseline, design, looks)
@@ -139,15 +145,18 @@ class _Runs:
         self._count, self._done, self._word = len(self._waiting), 0, word
         self._trained = 0  # of those done, the ones that had not finished in an earlier call
         self._now: dict[str, str] = {}
+        self._failed: dict[str, Failure] = {}
         self._lock, self._crew, self._shared = threading.Lock(), Crew(), shared or Shared()
 
-    def train(self, at_once: int) -> None:
-        """Trains all, so many at a time. Raises what a run raised, once others that were under way have ended."""
-        self._began = time.monotonic()
+    def train(self, at_once: int) -> list[Failure]:
+        """Trains all, so many at a time; those that failed in training. Raises what else a run raised, once others that
+        were under way have ended."""
+        self._began, order = time.monotonic(), [run.run_dir for _, run in self._waiting]
         if at_once > 1:
             self._waiting = _interleaved(self._waiting, at_once)  # so that they don't wait for the same to be compiled
         with saying(self._state):
             self._crew.work(self._next, at_once)
+        return [self._failed[run_dir] for run_dir in order if run_dir in self._failed]
 
     def _state(self) -> str:
         """How far it is, for a line now and then."""
@@ -167,17 +176,25 @@ class _Runs:
             what += f", rate {run.optim.lr:g}" if self._word == "trial" else ""
             self._now[run.run_dir] = what
         start, trained = time.perf_counter(), not (run_folder(run) / "results.json").is_file()
-        prepared = self._shared.prepared(run) if run.features.cached else None
-        result = train_run(run, resume=True, prepared=prepared, signals=self._crew.signals)
+        result = attempt(what, run, functools.partial(self._train_run, run))
         self._crew.signals.check()
-        figure = run.train.monitor.removeprefix("-")
-        value, took = result.metrics["val"][figure], time.perf_counter() - start
+        took = time.perf_counter() - start
         with self._lock:
             self._done += 1
             self._trained += trained
             del self._now[run.run_dir]
-            log.info("%d of %d: %s: %s %.3f on validation, %.1f s", self._done, self._count, what, figure, value, took)
+            if isinstance(result, Failure):
+                self._failed[run.run_dir] = result
+                log.warning("%d of %d: %s failed: %s", self._done, self._count, what, result.reason)
+                return True
+            figure = run.train.monitor.removeprefix("-")
+            text = f"{figure} {result.metrics['val'][figure]:.3f} on validation"
+            log.info("%d of %d: %s: %s, %.1f s", self._done, self._count, what, text, took)
         return True
+
+    def _train_run(self, run: Config, begun: Callback) -> Result:
+        prepared = self._shared.prepared(run) if run.features.cached else None
+        return train_run(run, resume=True, callbacks=[begun], prepared=prepared, signals=self._crew.signals)
 
 
 def _interleaved(runs: list[tuple[str, Config]], width: int) -> list[tuple[str, Config]]:

@@ -30,7 +30,8 @@ class Design:
     folds: int = 0
     """Cross-validation: every variant and seed is trained once for each fold, and tested on it; 0: the one split."""
     tune: int = 0
-    """Learning rates that each variant tries, in each fold; 0: all have the experiment's."""
+    """Learning rates that each variant tries, in each fold; 0: all have the experiment's. One by which training diverges
+    is not chosen."""
     wanted: float | None = None
     """Seeds are added until each difference is shown or is less than this; 0.02 is two points. None: no more."""
     max_seeds: int = 20
@@ -161,13 +162,16 @@ def _trial(run: Config, rate: float) -> Config:
 
 
 def tuned(configs: Configs, tried: Configs) -> tuple[Configs, dict[str, tuple[float, ...]]]:
-    """(the runs, each with the rate that was best on validation in its row and fold; the rates by row and fold)."""
+    """(the runs, each with the rate that was best on validation in its row and fold; the rates by row and fold). Trials
+    without results, which failed, are left out; each row and fold has another."""
     found: Configs = {}
     chosen: dict[str, tuple[float, ...]] = {}
     for name, runs in configs.items():
         best: dict[int, tuple[float, float]] = {}
         for trial in tried[name]:
-            figure = saved_results(Path(trial.run_dir))["val"][trial.train.monitor.removeprefix("-")]
+            if "val" not in (results := saved_results(Path(trial.run_dir))):
+                continue
+            figure = results["val"][trial.train.monitor.removeprefix("-")]
             value, rate = -figure if trial.train.monitor_falls else figure, trial.optim.lr
             assert rate is not None
             if trial.data.fold not in best or value > best[trial.data.fold][0]:

@@ -11,15 +11,20 @@ from typing import Any
 import numpy as np
 
 from bmjax.analysis.compare.statistics import corrected_resampled_interval
-from bmjax.analysis.several import Shared
+from bmjax.analysis.several import Failure, Shared, attempt, refuse
 from bmjax.config.base import Config
 from bmjax.data.splits import cross_validation, groups_in
 from bmjax.files import write_text
 from bmjax.runs.folder import run_folder
 from bmjax.runs.records import Predictions, read_predictions
-from bmjax.training.run import complete, train_run
+from bmjax.training.progress import Callback
+from bmjax.training.run import Result, complete, train_run
 
 log = logging.getLogger(__name__)
+_HELPS = (
+    "other settings, under another --name or --run_dir, for a fold's folder keeps those it began with. Finished folds "
+    "are kept: called again, they are not trained again."
+)
 FIGURES = ("accuracy", "macro_f1", "balanced_accuracy", "loss", "ece")
 
 
@@ -70,19 +75,31 @@ def run_folds(config: Config, k: int = 5, repeats: int = 1) -> Folds:
     was chosen by these images.
 
     Raises:
-      ValueError: as `fold_configs`, or the configuration is wrong.
+      ValueError: as `fold_configs`, the configuration is wrong, or, once the others are trained, folds failed in
+        training; names them.
     """
     configs, shared, rows = fold_configs(config, k, repeats), Shared(), []
+    failures: list[Failure] = []
     for one in configs:
-        prepared = shared.prepared(complete(one)) if one.features.cached else None
-        result = train_run(one, resume=True, prepared=prepared)
+
+        def train(begun: Callback, one: Config = one) -> Result:
+            prepared = shared.prepared(complete(one)) if one.features.cached else None
+            return train_run(one, resume=True, callbacks=[begun], prepared=prepared)
+
+        repeat = one.data.split_seed - config.data.split_seed
+        result = attempt(f"repetition {repeat}, fold {one.data.fold}", one, train)
+        if isinstance(result, Failure):
+            failures.append(result)
+            log.warning("%s", result)
+            continue
         if result.interrupted:
             return Folds(k, repeats, rows, {}, result.interrupted)
         m = result.metrics["test"]
         figures = {name: m[name] for name in FIGURES}
-        rows.append({"repeat": one.data.split_seed - config.data.split_seed, "fold": one.data.fold, "n": m["n"]})
+        rows.append({"repeat": repeat, "fold": one.data.fold, "n": m["n"]})
         rows[-1] |= figures | {"run_dir": str(result.run_dir)}
         log.info("%s: accuracy %.3f on %d images left out", result.run_dir, m["accuracy"], m["n"])
+    refuse(failures, len(configs), "fold", _HELPS)
     found = Folds(k, repeats, rows, _means(rows, k, config.data.split))
     write_text(run_folder(config) / "folds.json", json.dumps(dataclasses.asdict(found), indent=2))
     return found

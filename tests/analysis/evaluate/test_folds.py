@@ -79,6 +79,31 @@ def test_one_command_trains_every_fold_once(config, capsys, monkeypatch, tmp_pat
     assert folds.groups_of(folds.Folds(**kept), every) == [str(name)[-5] for name in every.ids]
 
 
+def test_folds_that_fail_in_training_are_named_and_the_others_trained(config, capsys, monkeypatch, tmp_path):
+    train_run, run = folds.train_run, tmp_path / "run"
+
+    def fails(one, **options):
+        if one.data.fold == 0:
+            one = dataclasses.replace(one, optim=dataclasses.replace(one.optim, lr=1e30))
+        return train_run(one, **options)
+
+    monkeypatch.setattr(folds, "train_run", fails)
+    file = tmp_path / "config.json"
+    file.write_text(to_json(dataclasses.replace(config, run_dir=str(run))))
+    assert main(["folds", str(file), "--k", "2"]) == 2
+    err = " ".join(capsys.readouterr().err.split())
+    assert f"1 of 2 folds failed in training: repetition 0, fold 0 ({run}/repeat0-fold0): step 2: loss" in err
+    assert "What helps: other settings, under another --name" in err
+    assert (run / "repeat0-fold1/results.json").exists(), "the other went on"
+    assert not (run / "folds.json").exists()
+    # A folder of other settings fails before its first step: the fold is named all the same.
+    monkeypatch.setattr(folds, "train_run", train_run)
+    assert main(["folds", str(file), "--k", "2"]) == 2
+    err = " ".join(capsys.readouterr().err.split())
+    assert f"repetition 0, fold 0 ({run}/repeat0-fold0): " in err
+    assert "fields that differ: optim.lr" in err
+
+
 def test_wrong_numbers_are_named(config):
     for k, repeats, message in ((1, 1, "--k is 1"), (3, 0, "--repeats is 0")):
         with pytest.raises(ValueError, match=message):
