@@ -1,4 +1,4 @@
-"""The recipe for a folder of real marrow cells: what to train where the figure counts, here and in another laboratory.
+"""The recipe for a folder of real marrow cells: what to train for the best accuracy, here and in another laboratory.
 
     bmjax train experiments/bm7_best.py --data.root FOLDER [--model.backbone NAME --model.weights FILE]
 
