@@ -53,9 +53,7 @@ def check_utf8(name: str, path: Path) -> None:
     """
     if not is_utf8(str(path)):
         shown = os.fsencode(path).decode("utf-8", "backslashreplace")
-        raise ValueError(
-            f"{name} is '{shown}', which is not UTF-8; expected a path that is: give another, or rename the folder"
-        )
+        raise ValueError(f"{name} is '{shown}', which is not UTF-8; expected a path that is: give another one")
 
 
 def _cache_folder() -> Path:

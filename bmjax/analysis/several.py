@@ -169,7 +169,9 @@ class Shared:
             self._features[features] = found
             for kept, most in ((self._programs, _MOST_PROGRAMS), (self._features, _MOST_FEATURES)):
                 while len(kept) > most:
-                    del kept[next(iter(kept))]
+                    gone = kept.pop(next(iter(kept)))
+                    if kept is self._features and not any(gone.features is one.features for one in kept.values()):
+                        gone.features.forget()  # programs keep them too; maps on the device are read again if needed
         return found
 
 

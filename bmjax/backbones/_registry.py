@@ -14,7 +14,23 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 from bmjax import registry
+from bmjax.config.arguments import check_type
+from bmjax.config.checks_options import AT_LEAST_0, RATE, SHARE, SOME_AT_LEAST_1, Bound, held_options
 
+# Field of a family -> its bound, where that is not the usual one of `held_options`.
+_PADDING = Bound(lambda value: value in ("SAME", 1), "'SAME' or 1", alone=True)
+_BOUNDS = {
+    "blocks": SOME_AT_LEAST_1,
+    "drop_connect": RATE,
+    "dropout": RATE,
+    "entry": SOME_AT_LEAST_1,
+    "middle": AT_LEAST_0,
+    "momentum": RATE,
+    "padding": _PADDING,
+    "pool_padding": _PADDING,
+    "reduction": SHARE,
+    "rows": SOME_AT_LEAST_1,
+}
 KEYWORDS = ("train", "mode", "tap")
 """What a backbone's `__call__` is given beside the images."""
 
@@ -40,23 +56,29 @@ def family_of(name: str) -> ModuleType:
     return families[name]
 
 
-def create_backbone(name: str, **options: Any) -> nn.Module:
+def create_backbone(name: str, /, **options: Any) -> nn.Module:
     """A backbone by name; options are fields of its module. One of the user's own is `module:Net` or `path.py`.
 
+    Options are held to the fields' types, those of a backbone here also to their bounds.
+
     Raises:
-      ValueError: the name is not known, or stands for no Flax module with `stages`.
-      TypeError: an option is not a field of the module.
+      TypeError: the name is no text, or a field of a module of the user's has neither a default nor a value.
+      ValueError: the name is not known, or stands for no Flax module with `stages`; an option is not known, or its
+        value is not one of its field.
+      FileNotFoundError: there is no such `.py` file.
     """
-    # JSON has no tuples, and a module's fields must hash.
-    fixed = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    check_type("name", name, str, "text: a backbone's name, 'path.py' or 'module:Net'")
+    part = f"backbone {name!r}"
     if not registry.is_own(name):
-        return family_of(name).VARIANTS[name](**fixed)
+        make = family_of(name).VARIANTS[name]
+        return make(**held_options(part, type(make()), options, _BOUNDS))
     made_by = registry.load_own("backbone", name, is_module_class, "a Flax module")
     fields = {field.name for field in dataclasses.fields(made_by)}
     # A compute type is passed on to those that have the field.
-    backbone = made_by(**{key: value for key, value in fixed.items() if key != "dtype" or key in fields})
+    given = {key: value for key, value in options.items() if key != "dtype" or key in fields}
+    backbone = made_by(**held_options(part, made_by, given))
     if fault := fault_of(backbone):
-        raise ValueError(f"backbone {name!r} {fault}")
+        raise ValueError(f"{part} {fault}")
     return backbone
 
 

@@ -78,7 +78,7 @@ class PredictionTable:
         self._kind: type[_Csv | _Parquet] = _Csv if path.suffix.lower() == ".csv" else _Parquet
         self._classes, self._extra = columns_of(classes, (*OWN, *self._more)), {ERROR} if errors else set()
         if other := [column for column in self._classes if column not in classes]:
-            log.warning("probabilities are in %s: the table has columns of these classes' names itself", ", ".join(other))
+            log.warning("probabilities of classes called like a column of the table are in %s", ", ".join(other))
         self._file = self._kind(self.part, self._classes, self._more, self._extra)
 
     def add(self, block: Block) -> None:

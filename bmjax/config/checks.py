@@ -37,15 +37,15 @@ def _fields(cls: type) -> dict[str, tuple[pydantic.TypeAdapter, Any]]:
 def described(hint: Any) -> str:
     """A type in words: what a user would write."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    words = {int: "a whole number", float: "a number", str: "text", bool: "True or False", type(None): "None"}
-    if hint in words:
-        return words[hint]
+    scalars = {int: "a whole number", float: "a number", str: "text", bool: "True or False", type(None): "None"}
+    if hint in scalars:
+        return scalars[hint]
     if origin is Literal:
         return f"one of {', '.join(map(repr, args))}"
     if origin is tuple:
         inner = args[0] if len(args) == 2 and args[1] is Ellipsis else args
-        described = described(inner) if not isinstance(inner, tuple) else ", ".join(map(described, inner))
-        return f"a tuple, each {described}; one alone has a comma after it, as in (x,)"
+        words = described(inner) if not isinstance(inner, tuple) else ", ".join(map(described, inner))
+        return f"a tuple, each {words}; one alone has a comma after it, as in (x,)"
     if origin is dict or hint is dict:
         return "a dict with names as keys"
     if args:
@@ -95,9 +95,7 @@ def check_types(config: Any, prefix: str = "") -> None:
     """
     for name, (adapter, hint) in _fields(type(config)).items():
         given, field = getattr(config, name), f"{prefix}{name}"
-        value = (
-            _recorded(field, given) if isinstance(given, dict) and typing.get_origin(hint) is dict else plain(given)
-        )
+        value = _recorded(field, given) if isinstance(given, dict) and typing.get_origin(hint) is dict else plain(given)
         if isinstance(value, list) and typing.get_origin(hint) is tuple:
             value = tuple(value)
         if value is not given:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from bmjax.attention import IdentityGate, commutes_with_pooling
+from bmjax import registry
+from bmjax.attention import Chain, IdentityGate, commutes_with_pooling
 from bmjax.config.model import HeadConfig
 from bmjax.config.training import BatchNormConfig
 from bmjax.layers.modules import BatchNorm, Dropout
@@ -87,7 +89,8 @@ class Classifier(nn.Module):
                 kept.append(x)
             if stage in modules:
                 # A variant knows `train` alone, so any mode but `train` is evaluation to it.
-                y = modules[stage](x, train=train and batch_norm.attention == "train")
+                with nn.intercept_methods(_held_to_shape):
+                    y = modules[stage](x, train=train and batch_norm.attention == "train")
                 x = IdentityGate(name=f"{names[stage]}_gate", parent=self)(x, y) if self.attention_gate else y
             # Both do nothing unless their collection is asked for; bmjax.analysis.explain asks.
             x = x if self.is_initializing() else self.perturb(stage_name(stage), x)
@@ -123,6 +126,22 @@ class Classifier(nn.Module):
 def stage_name(stage: str) -> str:
     """What a stage's result is sown as, and may be perturbed as: in the collections intermediates and perturbations."""
     return f"stage_{stage}"
+
+
+def _held_to_shape(call: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+    """Calls a method of a module; holds what attention, and each of a chain, gives to the shape it was given."""
+    y, module = call(*args, **kwargs), context.module
+    if context.method_name != "__call__" or not isinstance(module.parent, (Classifier, Chain)):
+        return y
+    given, found = args[0].shape, getattr(y, "shape", None)
+    if found != given:
+        try:
+            name = registry.name_of("attention", type(module))
+        except ValueError:  # a class within a function
+            name = type(module).__name__
+        what = f"a {type(y).__name__}" if found is None else list(found)
+        raise ValueError(f"attention {name!r} gives {what}; expected an array of x's shape, {list(given)}")
+    return y
 
 
 def _check_taps(backbone: nn.Module, reached: list[str], x: jax.Array, size: tuple[int, ...]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any
 
 import flax.linen as nn
@@ -14,6 +15,8 @@ from bmjax import registry, weights
 from bmjax.attention import Chain, create_attention
 from bmjax.backbones import create_backbone, default_preprocess, is_module_class
 from bmjax.config.arguments import check_choice, check_type, check_whole
+from bmjax.config.checks import check
+from bmjax.config.checks_options import OptionError
 from bmjax.config.model import HeadConfig, ModelConfig
 from bmjax.layers.dispatch import prepare
 from bmjax.layers.initial import evaluated
@@ -58,15 +61,16 @@ def create(config: ModelConfig, num_classes: int, dtype: str = "float32") -> Cla
 
     Raises:
       FileNotFoundError: the weights are a path and no file is there.
-      ValueError: a name, option or stage is not known, a stage is given twice, or there are no classes.
-      TypeError: a name in `backbone_options` is no field of the backbone, or an argument is of another type.
+      ValueError: a name, option or stage is not known, an option's value is not one of its field, a stage is given
+        twice, or there are no classes.
+      TypeError: an argument is of another type.
     """
     check_type("config", config, ModelConfig, "a bmjax.config.ModelConfig; that of a Config is its field model")
     num_classes = check_whole("num_classes", num_classes, 1)
     check_choice("dtype", dtype, ("float32", "bfloat16", "float64"))
     config = resolve(config)
     _check_weights(config)
-    backbone = create_backbone(config.backbone, dtype=jnp.dtype(dtype), **config.backbone_options)
+    backbone = _backbone(config, dtype)
     stages = stages_of(backbone)
     attach = tuple(stages[-1] if stage == "last" else stage for stage in config.attach)
     for stage in attach:
@@ -76,7 +80,7 @@ def create(config: ModelConfig, num_classes: int, dtype: str = "float32") -> Cla
         raise ValueError(f"config field 'model.attach' is {config.attach!r}; expected each stage once")
     attention = []
     for stage in attach:
-        module = create_attention(config.attention, **config.attention_options)
+        module = _attention(config)
         attention.append((stage, _with_dtype(module, config.attention_options, jnp.dtype(dtype))))
     return Classifier(
         backbone=backbone,
@@ -86,6 +90,42 @@ def create(config: ModelConfig, num_classes: int, dtype: str = "float32") -> Cla
         attention_gate=config.attention_gate,
         dtype=jnp.dtype(dtype),
     )
+
+
+def _backbone(config: ModelConfig, dtype: str) -> nn.Module:
+    options = config.backbone_options
+    check("dtype" not in options, "model.backbone_options", options, "no dtype: the field train.dtype is that")
+    try:
+        return create_backbone(config.backbone, dtype=jnp.dtype(dtype), **options)
+    except (OptionError, TypeError) as e:
+        raise ValueError(f"config field 'model.backbone_options': {e}") from e
+
+
+def _attention(config: ModelConfig) -> nn.Module:
+    try:
+        module = create_attention(config.attention, **config.attention_options)
+    except (OptionError, TypeError) as e:
+        raise ValueError(f"config field 'model.attention_options': {e}") from e
+    parts = [part for _, part in module.variants] if isinstance(module, Chain) else [module]
+    for name, part in zip(config.attention.split("+"), parts, strict=True):
+        if fault := _fault_of(type(part)):
+            raise ValueError(
+                f"attention {name!r} {fault}; expected __call__(self, x, *, train=False), giving an array of x's shape"
+            )
+    return module
+
+
+def _fault_of(attention: type[nn.Module]) -> str | None:
+    """What keeps a class from being called as attention is; None where nothing does."""
+    if not any("__call__" in vars(base) for base in attention.__mro__):
+        return "has no __call__"
+    if registry.missing_keywords(attention.__call__, ["train"]):
+        return "takes no train in __call__"
+    try:
+        inspect.signature(attention.__call__).bind(None, None, train=False)
+    except TypeError as e:
+        return f"can't be called with x and train: {e}"
+    return None
 
 
 def create_head(config: HeadConfig, num_classes: int) -> nn.Module:

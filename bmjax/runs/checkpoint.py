@@ -97,8 +97,8 @@ class Checkpoints:
         same run at the same step has the same state.
 
         Raises:
-          OSError: the disk is full, or can't be written; checkpoints before, if any, are whole. An error in the background
-            is raised by the next call.
+          OSError: the disk is full, or can't be written; checkpoints before, if any, are whole. An error in the
+            background is raised by the next call.
         """
         with _SAVING if self._one_at_a_time else contextlib.nullcontext():
             self._save(state, meta)

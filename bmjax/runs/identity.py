@@ -134,6 +134,22 @@ def located(config: Config, run_dir: Path) -> Config:
     return config
 
 
+def check_unchanged(config: Config, run_dir: Path) -> None:
+    """Refuses to go on with a run whose parts of one's own have changed: half of it would be of either code.
+
+    Raises:
+      ValueError: names the file, and where the run's own copy is.
+    """
+    files = read_environment(run_dir).get("files", {})
+    for name, path in own_files(config).items():
+        entry = files.get(name)
+        if entry is not None and path.is_file() and checksum(path, "sha256") != entry["sha256"]:
+            raise ValueError(
+                f"{path} has changed since the run in {run_dir} began; expected it as it was, of which "
+                f"{run_dir / entry['copy']} is a copy, or another run_dir for a new run"
+            )
+
+
 def record(run_dir: Path, run_id: str, config: Config, further: Iterable[Path] = ()) -> str:
     """Writes environment.json, or adds this session to it, and copies the user's files into code/: those of the
     configuration's parts, and `further` ones. Returns the run's id."""

@@ -273,7 +273,8 @@ class MapEngine:
         """With the backbone, so that a checkpoint is that of any run."""
 
         def with_backbone(variables: dict[str, Tree] | None) -> Any:
-            return variables and {name: tree | self._features.backbone[name] for name, tree in variables.items()}
+            own = self._features.backbone
+            return variables and {name: tree | own.get(name, {}) for name, tree in variables.items()}
 
         both = with_backbone({"params": state.params, "batch_stats": state.batch_stats})
         whole = state.replace(**both, ema=with_backbone(state.ema))

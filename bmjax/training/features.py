@@ -29,10 +29,11 @@ from bmjax.data.batches import eval_batches
 from bmjax.data.dataset import Dataset
 from bmjax.data.progress import Meter
 from bmjax.environment import cache_folder, check_own_cache, why_foreign
-from bmjax.files import mapped, seal, temporary_folder
+from bmjax.files import checksum, mapped, seal, temporary_folder
 from bmjax.layers.ops import at_least_float32
 from bmjax.model.create import create, resolve
 from bmjax.model.parameters import Tree
+from bmjax.registry import source_file
 from bmjax.runs.folder import image_dtype, new_variables
 from bmjax.training.steps import at_precision
 
@@ -64,7 +65,8 @@ class FeatureMaps:
         plain = dataclasses.replace(config.model, **plain)
         self._model = create(plain, len(dataset.classes), config.train.dtype)
         variables = new_variables(dataclasses.replace(config, model=plain), self._model)
-        self.backbone = {name: {"backbone": tree["backbone"]} for name, tree in variables.items()}
+        # A backbone without batch-norm has no statistics.
+        self.backbone = {name: {k: v for k, v in tree.items() if k == "backbone"} for name, tree in variables.items()}
         self.dtype = np.dtype(at_least_float32(self._model.dtype))
         size = config.data.image_size
         images = jax.ShapeDtypeStruct((1, size, size, 3), np.uint8)
@@ -82,6 +84,9 @@ class FeatureMaps:
         model = [config.model.backbone, config.model.backbone_options, self._model.preprocess, str(self._model.dtype)]
         model += [config.train.precision] if config.train.precision != "default" else []
         entries = [VERSION, self.dataset.fingerprint, rows_digest, model, self._weights_digest, str(self.dtype), seen]
+        # Parts of one's own go by their code: a name says nothing of a file that was edited, or of another project's.
+        own = [config.model.backbone, *(() if view is None else config.augment.extra)]
+        entries += [checksum(file, "sha256") for name in own if (file := source_file(name)) is not None]
         return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
     @functools.cached_property

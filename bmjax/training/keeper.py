@@ -78,8 +78,9 @@ class Keeper:
         return time.monotonic() - self._saved >= self._most
 
     def last(self, state: TrainState, progress: Progress) -> None:
-        """Writes the best so far and a fetched state, in the background."""
-        self._write_best()
+        """Writes the best so far, and then a fetched state in the background."""
+        if self._write_best():
+            self._best.wait()  # else `last` might be there first, naming a best that a kill leaves out
         self._last.save(self._engine.whole(state), dataclasses.asdict(progress))
         self._saved = time.monotonic()
 
@@ -92,17 +93,23 @@ class Keeper:
             self.last(state, progress)
         self.wait()
 
-    def _write_best(self) -> None:
-        if self._pending is not None:
-            best, at = self._pending
-            self._best.save(self._engine.whole(best), at)
-            self._pending, self._kept = None, best if self._keeps_best else None
+    def _write_best(self) -> bool:
+        """Writes the best so far, if it is not written yet; whether it was not."""
+        if self._pending is None:
+            return False
+        best, at = self._pending
+        self._best.save(self._engine.whole(best), at)
+        self._pending, self._kept = None, best if self._keeps_best else None
+        return True
 
     def best_variables(self, step: int, template: dict[str, Tree], ema: bool) -> tuple[int, dict[str, Tree]]:
         """(its step, what evaluation uses) of the best checkpoint, that of `step`; of the best before it where that is
         damaged. Where the keeper `keeps_best`, what this process wrote is not read again."""
         if self._kept is not None and int(self._kept.step) == step:
             return step, self._engine.whole(self._kept).variables()
+        if step not in (there := self._best.steps()):
+            log.warning("%s: the best checkpoint, of step %d, is not there, but %s", self._best.folder, step,
+                        ", ".join(map(str, there)) or "none")  # fmt: skip
         return self._best.newest_whole(lambda at: self._best.restore_variables(at, template, ema), at_most=step)
 
     def wait(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
@@ -170,7 +171,8 @@ def _select(config: Config, progress: Progress, step: int, val: dict[str, Any], 
     record |= {f"val/{figure}": val[figure] for figure in shown}
     falls = config.train.monitor_falls
     score = -val[name] if falls else val[name]
-    is_best = progress.best is None or score > progress.best
+    # A figure of one's own may be no number at first, as kappa where one class is predicted; any number is better.
+    is_best = progress.best is None or math.isnan(progress.best) or score > progress.best
     if is_best:
         progress.best, progress.best_step, progress.epochs_since_best = score, step, 0
     else:

@@ -32,12 +32,13 @@ from bmjax.runs.tracking import make_tracker, new_run_id
 from bmjax.training import hosts
 from bmjax.training.cached import MapEngine, Programs
 from bmjax.training.cached import check as check_cached
+from bmjax.training.ended import ended_at, reported, wanted
 from bmjax.training.features import FeatureMaps
 from bmjax.training.keeper import Keeper
 from bmjax.training.loop import Engine, ImageEngine, fit
 from bmjax.training.losses import Loss, make_loss
 from bmjax.training.parallel import Parallel
-from bmjax.training.predict import SplitName, evaluate_run, track_results
+from bmjax.training.predict import evaluate_run, track_results
 from bmjax.training.progress import Callback, Recorder
 from bmjax.training.signals import Interrupted, Pause, Signals
 from bmjax.training.stages import plan_stages
@@ -131,6 +132,8 @@ def train_run(
                 config = complete(config, data)
                 run_dir = folder.run_folder(config)
                 folder.check_folder(run_dir, config, resume)
+                if resume:
+                    identity.check_unchanged(config, run_dir)
             plan = hosts.first_alone(lambda: _plan(config, run_dir, data, prepared, watched))
             watched.check()
         except Interrupted as e:
@@ -138,17 +141,19 @@ def train_run(
             run_dir = folder.run_folder(config)
             log.warning("%s: stopped by %s before the first step; nothing is written", run_dir, stop.name)
             return Result(run_dir, {}, 0, None, interrupted=stop.name)
-        if resume and (found := hosts.told(_finished(config, run_dir, plan.splits))) is not None:
+        ended = hosts.told(ended_at(run_dir, plan.engine)) if resume else None
+        if ended and (found := hosts.told(reported(config, run_dir, plan.splits))) is not None:
             folder.write_config(run_dir, config)  # its data may have moved
             if hosts.leads():
                 folder.remove_leftovers(run_dir)
-            return Result(run_dir, found, next(iter(found.values()))["step"], (plan.dataset, plan.splits))
+            return Result(run_dir, found, ended[0], (plan.dataset, plan.splits))
         with watched.gently():
             one = _One(resume, callbacks, watched, files, finish, quiet=signals is not None or not hosts.leads())
             with hosts.together("the run's folder was opened"):
                 if hosts.leads():
                     lock.enter_context(folder.owned(run_dir))
-            return _train(config, run_dir, plan, one)
+                    folder.check_folder(run_dir, config, resume)  # another process may have begun a run since
+            return _train(config, run_dir, plan, one, ended)
 
 
 def complete(config: Config, data: Dataset | None = None) -> Config:
@@ -263,12 +268,6 @@ def _new_data(config: Config) -> tuple[Dataset, Splits]:
     return dataset, split_dataset(dataset, config.data)
 
 
-def _wanted(config: Config, splits: Splits) -> tuple[SplitName, ...]:
-    """The splits to report on. Training images beside others only: alone they would pass for a result."""
-    measured: tuple[SplitName, ...] = ("train", "val") if len(splits.val) else ()
-    return (*measured, "test") if config.train.final_test else measured
-
-
 def _check_splits(config: Config, splits: Splits) -> None:
     """Refuses what needs a split that holds no image; names the field."""
     if config.train.final_test and not len(splits.test):
@@ -284,14 +283,6 @@ def _check_splits(config: Config, splits: Splits) -> None:
     log.info("no validation split: the last epoch is kept, and nothing is reported on the images trained on")
 
 
-def _finished(config: Config, run_dir: Path, splits: Splits) -> dict[str, dict[str, Any]] | None:
-    """The results of a run that is finished; None of any other."""
-    found, names = folder.saved_results(run_dir), _wanted(config, splits)
-    wanted = {split: found[split] for split in names if found.get(split, {}).get("checkpoint") == "best"}
-    whole = len(wanted) == len(names) and len({m["step"] for m in wanted.values()}) == 1
-    return wanted if whole and (run_dir / "checkpoints" / "best").is_dir() else None
-
-
 @dataclasses.dataclass(frozen=True)
 class _One:
     """How one run is trained, whatever it is; `quiet` where it is one of several."""
@@ -304,17 +295,18 @@ class _One:
     quiet: bool
 
 
-def _train(config: Config, run_dir: Path, plan: _Plan, one: _One) -> Result:
+def _train(config: Config, run_dir: Path, plan: _Plan, one: _One, ended: tuple[int, int] | None) -> Result:
+    """Trains what is left to train, and reports. `ended`: the steps and the best one, where only that is missing."""
     engine, dataset, splits, signals = plan.engine, plan.dataset, plan.splits, one.signals
     resumes = one.resume and hosts.told(Checkpoints(run_dir / "checkpoints/last").latest() is not None)
     # A checkpoint holds every array, so a resume needs the weights' file no longer.
-    state = plan.start(not resumes)
+    state = plan.start(not resumes and ended is None)
     with hosts.together("the run was recorded"):
         run_id = _record(config, run_dir, dataset, splits, one.files) if hosts.leads() else ""
     cached, several = config.features.cached, hosts.several()
     minutes = config.train.checkpoint_minutes
     # Without a split to report on nothing says that the run is finished but its last checkpoint.
-    best_alone = not config.train.keep_last and bool(_wanted(config, splits))
+    best_alone = not config.train.keep_last and bool(wanted(config, splits))
     keeper = Keeper(
         run_dir,
         engine,
@@ -337,16 +329,19 @@ def _train(config: Config, run_dir: Path, plan: _Plan, one: _One) -> Result:
     log.info("%d images to train on, %d steps an epoch, %d steps", len(splits.train), engine.per_epoch, total)
     tracker = make_tracker(
         *(config.tracking, run_dir, progress.run_id, dataclasses.asdict(config), jax.process_index()),
-        resumed_at=int(state.step),
+        resumed_at=ended[0] if ended else int(state.step),
     )
     recorder = Recorder(progress, tracker, dataset, one.callbacks, total=total, quiet=one.quiet)
     with contextlib.closing(tracker), hosts.closing(keeper), contextlib.closing(recorder):
-        step, whole = fit(config, engine, state, recorder, keeper, signals)
+        if ended and not resumes:
+            (step, progress.best_step), whole = ended, True
+        else:
+            step, whole = fit(config, engine, state, recorder, keeper, signals)
         results: dict[str, dict[str, Any]] = {}
         with contextlib.suppress(Interrupted):
             if whole:
                 results = _results(config, run_dir, plan, keeper, progress, state)
-        if not whole or len(results) < len(_wanted(config, splits)):
+        if not whole or len(results) < len(wanted(config, splits)):
             assert signals.stop is not None
             level = logging.DEBUG if signals.stop is Pause.PAUSE else logging.WARNING
             log.log(level, "%s: stopped by %s at step %d; resume with --resume", run_dir, signals.stop.name, step)
@@ -378,7 +373,7 @@ def _results(
     step, variables = keeper.best_variables(progress.best_step, template, config.train.ema_decay is not None)
     trained = Run(run_dir, config, plan.model, variables, plan.dataset.classes, step)
     results = {}
-    for split in _wanted(config, plan.splits):
+    for split in wanted(config, plan.splits):
         known = hosts.told(folder.saved_results(run_dir).get("test") if split == "test" else None)
         if known is None or known["step"] != step:
             known = evaluate_run(trained, split, "best", plan.engine.predictor, plan.dataset, plan.splits)

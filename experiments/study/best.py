@@ -110,7 +110,8 @@ def test_once(s: Settings, entry: Entry) -> None:
     import bmjax
     from bmjax.analysis.report.report import write_report
     from bmjax.data import load_dataset
-    from bmjax.runs.folder import read_config, waiting_for
+    from bmjax.runs.folder import read_config
+    from bmjax.runs.lock import waiting_for
 
     folder = s.out / entry.run
     # Several processes may run one study, and share its runs.

@@ -242,6 +242,7 @@ def test_which_errors_others_go_on_after(quick_config, monkeypatch):
         (TypeError("no train"), "TypeError: no train"),
     ):
         failure = fails(error)
+        assert isinstance(failure, several.Failure)
         assert (failure.reason, failure.diverged) == (reason, isinstance(error, FloatingPointError))
     for error in (OSError(28, "full"), KeyboardInterrupt(), Interrupted(signal.SIGTERM)):
         with pytest.raises(type(error)):

@@ -98,9 +98,14 @@ def test_ecas_kernel_grows_with_the_channels():
 @pytest.mark.parametrize(
     ("name", "options", "channels", "message"),
     [
-        ("ese", {"gate": "relu"}, C, "'gate' of attention 'ese' is 'relu'; expected sigmoid or hard_sigmoid"),
-        ("scse", {"combine": "sum"}, C, "'combine' of attention 'scse' is 'sum'; expected add or max"),
-        ("gather_excite", {"kind": "beta"}, C, "'kind' of attention 'gather_excite' is 'beta'; expected theta-"),
+        ("ese", {"gate": "relu"}, C, "'gate' of attention 'ese' is 'relu'; expected one of 'sigmoid', 'hard_sigmoid'"),
+        ("scse", {"combine": "sum"}, C, "'combine' of attention 'scse' is 'sum'; expected one of 'add', 'max'"),
+        (
+            "gather_excite",
+            {"kind": "beta"},
+            C,
+            "'kind' of attention 'gather_excite' is 'beta'; expected one of 'theta-', ",
+        ),
         (
             "gather_excite",
             {"kind": "theta"},
@@ -108,8 +113,13 @@ def test_ecas_kernel_grows_with_the_channels():
             "'extent' of theta in attention 'gather_excite' is 0; expected a power",
         ),
         ("gather_excite", {"kind": "theta+", "extent": 6}, C, "is 6; expected a power of two"),
-        ("gather_excite", {"extent": -1}, C, "is -1; expected 0 or more"),
-        ("global_context", {"fuse": "mul"}, C, "'fuse' of attention 'global_context' is 'mul'; expected add or scale"),
+        ("gather_excite", {"extent": -1}, C, "is -1; expected a whole number, at least 0"),
+        (
+            "global_context",
+            {"fuse": "mul"},
+            C,
+            "'fuse' of attention 'global_context' is 'mul'; expected one of 'add', 'scale'",
+        ),
         ("large_kernel", {"kernel_size": 23, "dilation": 3}, C, "'kernel_size' of attention 'large_kernel' is 23"),
         ("shuffle", {}, 7, "attention 'shuffle' got 7 channels; expected an even number"),
         ("soft", {"gated": True, "widths": ()}, C, "'widths' of the gated attention 'soft'"),

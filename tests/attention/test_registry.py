@@ -1,15 +1,17 @@
 """Variants by name, by file and by path; chains of them; the gate that starts as the identity."""
 
+import dataclasses
 import inspect
 import json
 import pathlib
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bmjax.attention import IdentityGate, create_attention
+from bmjax.attention import IdentityGate, create_attention, list_attention
 from bmjax.registry import modules
 from tests.helpers import formulas
 from tests.helpers.variants import C, features, forward
@@ -51,6 +53,127 @@ def test_errors_name_what_is_wrong():
         create_attention("se", ration=8)
     with pytest.raises(ValueError, match="cannot import 'no_such_module'"):
         create_attention("no_such_module:Foo")
+
+
+FIELDS = [
+    (name, field.name, getattr(create_attention(name), field.name))
+    for name in list_attention()
+    for field in dataclasses.fields(create_attention(name))
+    if field.name not in ("parent", "name")
+]
+WRONG = {bool: ["no", "false", 1, None], int: ["8", 2.5, True, [1], -4], float: ["1", True, float("nan"), [1.0]]}
+WRONG |= {str: [3, "", True, None], tuple: [16, "8", [0], [8, True], [2.5], {"a": 1}], type(None): ["3", 2.5, 0, 4]}
+# Where nought is a value like others.
+NOUGHT = {("gather_excite", "extent"), ("mhsa", "max_distance"), ("eca", "beta")}
+
+
+@pytest.mark.parametrize(("name", "field", "default"), FIELDS)
+def test_each_option_is_held_to_its_field(name, field, default):
+    create_attention(name, **{field: default})
+    refused = list(WRONG[type(default)])
+    if type(default) in (int, float) and (name, field) not in NOUGHT:
+        refused += [0, -1]
+    if field == "kernel_size" and name != "large_kernel":
+        refused += [0, 4]
+    for value in refused:
+        words = re.escape(f"option {field!r} of attention {name!r} is {value!r}; expected ")
+        with pytest.raises(ValueError, match=f"^{words}"):
+            create_attention(name, **{field: value})
+
+
+@pytest.mark.parametrize(("name", "field", "default"), [f for f in FIELDS if type(f[2]) in (int, float)])
+def test_the_least_that_is_taken_works(name, field, default):
+    least = 0 if (name, field) in NOUGHT else 1
+    jax.eval_shape(create_attention(name, **{field: least}).init, jax.random.key(0), features())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("se", {"ratio": 0}, "is 0; expected a whole number, at least 1"),
+        ("cbam", {"kernel_size": 4}, "is 4; expected a whole number, odd and at least 1"),
+        ("eca", {"kernel_size": "3"}, "is '3'; expected a whole number or None, odd and at least 1"),
+        ("simam", {"e_lambda": -1}, "is -1; expected a number, above 0"),
+        ("soft", {"widths": 16}, "is 16; expected a list, each a whole number, at least 1"),
+        ("ese", {"gate": "hard_sigmod"}, "expected one of 'sigmoid', 'hard_sigmoid'; did you mean 'hard_sigmoid'?"),
+        ("se+se", {"se_2": {"ratio": 0}}, "option 'ratio' of attention 'se' is 0"),
+        ("se", {"name": "x"}, "unknown option of attention 'se' 'name'; known: ratio"),
+    ],
+)
+def test_errors_of_values_say_what_is_expected(name, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        create_attention(name, **options)
+
+
+def test_numbers_of_numpy_and_whole_ones_for_others_are_taken():
+    assert create_attention("se", ratio=np.int64(4)) == create_attention("se", ratio=4)
+    assert create_attention("simam", e_lambda=1).e_lambda == 1.0
+    assert create_attention("soft", widths=np.array([8, 4])).widths == (8, 4)
+    assert create_attention("soft", widths=[]).widths == (), "one convolution alone gives the mask"
+
+
+@pytest.mark.parametrize("name", [None, 3, IdentityGate])
+def test_a_name_is_text(name):
+    with pytest.raises(TypeError, match=r"^name is .*; expected text: a variant's name"):
+        create_attention(name)
+
+
+OWN = """
+from __future__ import annotations
+import typing
+import flax.linen as nn
+if typing.TYPE_CHECKING:
+    import nowhere
+class Mine(nn.Module):
+    {fields}
+    def __call__(self, x, *, train=False):
+        return x
+"""
+
+
+@pytest.mark.parametrize(
+    ("fields", "options", "message"),
+    [
+        ("n: int = 1", {"n": 0}, None),
+        ("n: int = 1", {"n": -3}, None),
+        ("n: int = 1", {"n": True}, "'n' of attention 'FILE' is True; expected a whole number"),
+        ("n: int = 1", {"n": "8"}, "'n' of attention 'FILE' is '8'; expected a whole number"),
+        ("x: float = 1.0", {"x": 2}, None),
+        ("x: float = 1.0", {"x": "2"}, "is '2'; expected a number"),
+        ("sides: tuple[int, str] = (1, 'a')", {"sides": [2, "b"]}, None),
+        ("sides: tuple[int, str] = (1, 'a')", {"sides": [2]}, "is [2]; expected a list of 2: a whole number, text"),
+        ("sides: list[int] = None", {"sides": [2, 3]}, None),
+        ("pairs: tuple[tuple[int, int], ...] = ()", {"pairs": [[1, 2]]}, None),
+        ("table: dict[str, int] = None", {"table": 3}, "is 3; expected a dict with names as keys"),
+        ("made: typing.Callable = None", {"made": jnp.tanh}, None),
+        ("made: int | nn.Module = 1", {"made": "a"}, None),
+        ("dtype: str = 'float32'", {"dtype": jnp.bfloat16}, None),
+        ("other: nowhere.Type = None", {"other": "a"}, None),
+        ("n: int = 1", {"m": 1}, "unknown option of attention 'FILE' 'm'; known: n"),
+    ],
+)
+def test_options_of_ones_own_are_held_to_their_types_alone(fields, options, message, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(OWN.format(fields=fields))
+    if message is None:
+        module = create_attention(str(path), **options)
+        for name, value in options.items():
+            lists = json.dumps(value) if isinstance(value, list) else value
+            found = getattr(module, name)
+            assert (json.dumps(found) if isinstance(found, tuple) else found) == lists
+            hash(found)
+        return
+    with pytest.raises(ValueError, match=re.escape(message.replace("FILE", str(path)))):
+        create_attention(str(path), **options)
+
+
+def test_a_field_of_ones_own_that_has_no_value_is_named(tmp_path):
+    """As a TypeError, as where the class itself is called: `bmjax check` goes on to say what the file lacks."""
+    path = tmp_path / "mine.py"
+    path.write_text(OWN.format(fields="n: int"))
+    with pytest.raises(TypeError, match=r"mine.py' has no default for 'n'; expected one, or a value in its options$"):
+        create_attention(f"se+{path}")
+    assert create_attention(str(path), n=2).n == 2
 
 
 def test_every_variants_file_begins_with_its_paper():

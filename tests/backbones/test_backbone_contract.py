@@ -1,6 +1,9 @@
 """Every listed backbone names its stages and keeps the contract; the small ones are also run."""
 
+import dataclasses
 import functools
+import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -104,5 +107,63 @@ def test_eager_is_jit_and_bfloat16_is_near(name):
 def test_errors_name_what_is_wrong():
     with pytest.raises(ValueError, match="unknown backbone 'densnet121'; did you mean 'densenet121'"):
         create_backbone("densnet121")
-    with pytest.raises(TypeError, match="depth"):
-        create_backbone("densenet121", depth=3)
+    with pytest.raises(ValueError, match="unknown option of backbone 'densenet121' 'grow'; did you mean 'growth'"):
+        create_backbone("densenet121", grow=3)
+    with pytest.raises(TypeError, match=r"^name is None; expected text: a backbone's name"):
+        create_backbone(None)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("densenet_tiny", {"growth": "8"}, "a whole number, at least 1"),
+        ("densenet_tiny", {"growth": True}, "a whole number, at least 1"),
+        ("densenet_tiny", {"stem": 0}, "a whole number, at least 1"),
+        ("densenet_tiny", {"blocks": 4}, "a list, each a whole number, at least 1; not empty"),
+        ("densenet_tiny", {"blocks": []}, "a list, each a whole number, at least 1; not empty"),
+        ("densenet_tiny", {"blocks": [2, 0]}, "a list, each a whole number, at least 1; not empty"),
+        ("densenet_tiny", {"reduction": 1.5}, "a number, above 0 and at most 1"),
+        ("densenet_tiny", {"include_top": "yes"}, "True or False"),
+        ("resnet_tiny", {"width": 8.0}, "a whole number, at least 1"),
+        ("xception_tiny", {"stem": [8]}, "a list of 2: a whole number, a whole number, at least 1"),
+        ("xception_tiny", {"pool_padding": "VALID"}, "'SAME' or 1"),
+        ("mobilenet_v2_tiny", {"alpha": 0}, "a number, above 0"),
+        (
+            "mobilenet_v2_tiny",
+            {"rows": [[1, 16, 1]]},
+            "a list, each [expansion, channels, repeats, stride], at least 1; not empty",
+        ),
+        ("efficientnet_tiny", {"dropout": 1}, "a number, 0..1, 1 excluded"),
+    ],
+)
+def test_each_option_is_held_to_its_field(name, options, expected):
+    ((option, value),) = options.items()
+    words = re.escape(f"option {option!r} of backbone {name!r} is {value!r}; expected {expected}")
+    with pytest.raises(ValueError, match=f"^{words}$"):
+        create_backbone(name, **options)
+
+
+@pytest.mark.parametrize("name", list_backbones())
+def test_its_own_fields_are_options(name):
+    """As from a run's record, where tuples are lists."""
+    module = create_backbone(name)
+    fields = {f.name: getattr(module, f.name) for f in dataclasses.fields(module) if f.name not in ("parent", "name")}
+    assert create_backbone(name, **json.loads(json.dumps(fields))) == module
+    assert create_backbone("xception_tiny", middle=0).stages == tuple(f"block{i}" for i in range(1, 6))
+
+
+def test_options_of_ones_own_are_held_to_their_types(tmp_path):
+    path = tmp_path / "net.py"
+    path.write_text(
+        "import flax.linen as nn\nclass Net(nn.Module):\n    wide: int\n    stages: tuple[str, ...] = ('one',)\n"
+        "    def __call__(self, x, *, train=False, mode='train', tap=None):\n        return tap('one', x)\n"
+    )
+    assert create_backbone(str(path), wide=-2, stages=["a", "b"], dtype="float32").stages == ("a", "b")
+    for options, message in [
+        ({"wide": "8"}, "is '8'; expected a whole number$"),
+        ({"wid": 8}, "unknown option of backbone .* 'wid'; did you mean 'wide'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            create_backbone(str(path), **{"wide": 8} | options)
+    with pytest.raises(TypeError, match=r"has no default for 'wide'; expected one, or a value in its options$"):
+        create_backbone(str(path))

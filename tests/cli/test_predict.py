@@ -2,6 +2,9 @@
 
 import csv
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,6 +21,7 @@ from bmjax.config import Config, DataConfig, ModelConfig
 from bmjax.runs.folder import Run
 
 CLASSES = ("path", "$x^$", "error")
+COLUMNS = ["p(path)", "$x^$", "p(error)"]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +50,7 @@ def table_of(path):
         with path.open(encoding="utf-8", errors="surrogateescape", newline="") as f:
             columns, *rows = csv.reader(f)
         return rows, columns
-    table = pyarrow.parquet.ParquetFile(path).read()  # two columns may have one name
+    table = pyarrow.parquet.read_table(path)
     return [list(row) for row in zip(*(c.to_pylist() for c in table.columns), strict=True)], table.column_names
 
 
@@ -85,7 +89,7 @@ def test_a_row_for_each_input_in_its_order(bmjax_predict, run, tmp_path, monkeyp
     given += [tmp_path / "pipe.png", tmp_path / "z.png"]
     status, rows, columns = bmjax_predict(*given, ending=ending)
     assert status == 0
-    assert columns[:6] == ["path", "predicted", *CLASSES, "error"]
+    assert columns[:6] == ["path", "predicted", *COLUMNS, "error"]
     inside = [str(folder / name) for name in sorted([*names, "bad.png"])]
     expected = [str(given[0]), str(given[1]), *inside, *map(str, given[4:])]
     where = columns.index("path_bytes") if ending == "parquet" else 0
@@ -116,7 +120,7 @@ def test_endings_in_capitals_and_tables_as_input(bmjax_predict, tmp_path):
 def test_columns_and_exit_codes(bmjax_predict, tmp_path, capsys, ending):
     draw(tmp_path / "a.png")
     (tmp_path / "bad.png").touch()
-    plain = ["path", "predicted", *CLASSES]
+    plain = ["path", "predicted", *COLUMNS]
     for arguments, status, columns in (
         (["a.png"], 0, plain),
         (["a.png", "--errors"], 0, [*plain, "error"]),
@@ -157,9 +161,10 @@ def test_what_was_done_before_an_interruption_is_kept(bmjax_predict, tmp_path, m
     out = tmp_path / "o.csv"
     assert main(["predict", "RUN", str(tmp_path / "a.png"), "--out", str(out)]) == 130
     assert not out.exists()
-    with (tmp_path / "o.csv.part").open(newline="") as f:
+    (part,) = tmp_path.glob("o.csv.*.part")
+    with part.open(newline="") as f:
         assert [row[0] for row in csv.reader(f)] == ["path", str(tmp_path / "a.png")]
-    assert "the first 1 rows are in" in capsys.readouterr().err
+    assert f"the first 1 rows are in {part}" in capsys.readouterr().err
 
 
 def test_maps_are_drawn_for_each_readable_image(bmjax_predict, tmp_path):
@@ -194,7 +199,109 @@ def test_blocks_are_written_at_constant_memory(tmp_path, ending):
     assert tracemalloc.get_traced_memory()[1] < 8e6
     tracemalloc.stop()
     rows, columns = table_of(table.path)
-    assert columns == ["path", "predicted", *CLASSES, "error"]
+    assert columns == ["path", "predicted", *COLUMNS, "error"]
     assert len(rows) == 50 * n
     assert rows[-1][-1] == "bad"
     assert float(np.float32(rows[0][2])) == np.float32(1 / 3)
+
+
+def block(name, n=3, error=None):
+    paths = [f"{name}{i}" for i in range(n)]
+    return Block(paths, ["b"] * n, np.full((n, 1), 0.5, np.float32), [error] * n)
+
+
+WRITES = """
+import sys
+import numpy as np
+from pathlib import Path
+from bmjax.cli.prediction_table import Block, PredictionTable
+table = PredictionTable(Path(sys.argv[1]), ["b"])
+for i in range(2):
+    table.add(Block(["other"] * 2, ["b"] * 2, np.ones((2, 1), np.float32), ["bad" if i else None] * 2))
+    print("wrote", flush=True)
+    sys.stdin.readline()
+table.close(whole=True)
+"""
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_of_two_tables_of_one_name_at_a_time_the_last_stays_whole(tmp_path, ending):
+    out = tmp_path / f"x[1].{ending}"
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", WRITES, str(out)], env=env, **pipes) as other:
+        assert other.stdout.readline() == "wrote\n"
+        table = PredictionTable(out, ["b"])
+        table.add(block("mine"))
+        other.stdin.write("\n")
+        other.stdin.flush()
+        assert other.stdout.readline() == "wrote\n"  # with one more column by now
+        table.add(block("mine", error="bad"))
+        table.close(whole=True)
+        assert [row[0] for row in table_of(out)[0]] == [f"mine{i % 3}" for i in range(6)]
+        other.communicate("\n")
+    assert other.returncode == 0
+    rows, columns = table_of(out)
+    assert columns == ["path", "predicted", "b", "error"]
+    assert [row[0] for row in rows] == ["other"] * 4
+    assert os.listdir(tmp_path) == [out.name]
+
+
+def test_parts_that_killed_processes_left_go_after_a_day(tmp_path):
+    out = tmp_path / "x[1].csv"
+    old, new, user = (tmp_path / f"x[1].csv.{name}" for name in ("5.7.part2", "5.8.part", "mine.part"))
+    for path in (old, new, user):
+        path.touch()
+    for path in (old, user):
+        os.utime(path, (1, 1))
+    table = PredictionTable(out, ["b"])
+    table.add(block("a"))
+    table.close(whole=True)
+    assert set(os.listdir(tmp_path)) == {out.name, new.name, user.name}
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_no_two_columns_have_one_name(tmp_path, caplog, ending):
+    import pandas as pd
+
+    classes = ("path", "predicted", "answer", "set", "familiarity", "error", "path_bytes", "p(path)", "mine", "b")
+    k = len(classes)
+    for more in ({}, {"answer": str, "set": str, "familiarity": float, "mine": str}):
+        caplog.clear()
+        out = tmp_path / f"x.{ending}"
+        table = PredictionTable(out, classes, more=more)
+        values = [[0.5] if kind is float else ["x"] for kind in more.values()]
+        probs = np.arange(k, dtype=np.float32)[None]
+        table.add(Block(["\udce9"], ["set"], probs, ["bad"], values))
+        table.add(Block(["a"], ["set"], probs, [None], values))
+        table.close(whole=True)
+        if ending == "csv":
+            found = pd.read_csv(out, encoding_errors="replace")
+        else:
+            found = pd.read_parquet(out)
+        named = {name: f"p({name})" for name in classes[:7]} | {"path": "p(p(path))"}
+        named |= {"mine": "p(mine)"} if more else {}
+        columns = [named.get(name, name) for name in classes]
+        assert columns == list(found.columns[2 : 2 + k])
+        assert list(found.columns[2 + k :][: len(more) + 1]) == [*more, "error"]
+        assert found[columns].iloc[1].tolist() == list(range(k))
+        assert found["predicted"].tolist() == ["set", "set"]
+        (said,) = caplog.messages
+        other = ", ".join(column for column in columns if column not in classes)
+        assert said == f"probabilities of classes called like a column of the table are in {other}"
+
+
+def test_a_table_whose_classes_are_called_like_no_column_says_nothing(tmp_path, caplog):
+    PredictionTable(tmp_path / "x.csv", ("EOS", "p(path)")).close(whole=True)
+    assert caplog.messages == []
+    assert table_of(tmp_path / "x.csv")[1] == ["path", "predicted", "EOS", "p(path)"]
+
+
+def test_a_name_that_is_not_utf8_is_refused_for_parquet_and_kept_for_csv(bmjax_predict, tmp_path, capsys):
+    draw(tmp_path / "a.png")
+    for ending, status in (("csv", 0), ("parquet", 2)):
+        out = str(tmp_path / os.fsdecode(b"u\xe9")) + f".{ending}"
+        assert main(["predict", "RUN", str(tmp_path / "a.png"), "--out", out]) == status
+        assert Path(out).exists() == (status == 0)
+    assert "bmjax: --out is '" in (said := capsys.readouterr().err)
+    assert "/u\\xe9.parquet', which is not UTF-8; expected" in said

@@ -4,11 +4,14 @@ import dataclasses
 import json
 from dataclasses import replace
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from bmjax.cli.main import main
+from bmjax.config import ModelConfig
+from bmjax.model.create import create, init
 from bmjax.registry import import_file
 from bmjax.runs.folder import load_run
 from bmjax.training.run import train
@@ -169,6 +172,105 @@ def test_a_backbone_that_lacks_something_is_refused_before_training(
     words = ["--model.backbone", str(path), "--run_dir", str(tmp_path / "run")]
     assert main(["train", experiment(), *words]) == 2
     assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+ATTENTION = """
+import flax.linen as nn
+class Boom(nn.Module):
+    {field}
+    def __call__({arguments}):
+        return {result}
+"""
+
+
+@pytest.mark.parametrize(
+    ("field", "arguments", "result", "message"),
+    [
+        ("gain: float = 1.0", "self, x", "x", "'FILE' takes no train in __call__; expected __call__(self, x, *, train"),
+        (
+            "gain: float = 1.0",
+            "self, x, y, *, train=False",
+            "x",
+            "'FILE' can't be called with x and train: missing a required argument: 'y'; expected __call__(self, x, *",
+        ),
+        ("ratio: int", "self, x, *, train=False", "x", "'FILE' has no default for 'ratio'; expected one, or a value"),
+        (
+            "gain: float = 1.0",
+            "self, x, *, train=False",
+            "(x, x)",
+            "'FILE:Boom' gives a tuple; expected an array of x's shape, [1, ",
+        ),
+        ("gain: float = 1.0", "self, x, *, train=False", "None", "'FILE:Boom' gives a NoneType; expected an array of"),
+        (
+            "gain: float = 1.0",
+            "self, x, *, train=False",
+            "x.mean((1, 2))",
+            "'FILE:Boom' gives [1, 32]; expected an array of x's shape, [1, 8, 8, 32]",
+        ),
+        (
+            "gain: float = 1.0",
+            "self, x, *, train=False",
+            "x[:, ::2]",
+            "'FILE:Boom' gives [1, 4, 8, 32]; expected an array of x's shape, [1, 8, 8, 32]",
+        ),
+    ],
+)
+@pytest.mark.parametrize("chained", ["", "+se"])
+def test_attention_that_lacks_something_is_refused_before_training(
+    field, arguments, result, message, chained, experiment, tmp_path, capsys
+):
+    path = tmp_path / "boom.py"
+    path.write_text(ATTENTION.format(field=field, arguments=arguments, result=result))
+    words = ["--model.attention", f"{path}{chained}", "--run_dir", str(tmp_path / "run")]
+    assert main(["train", experiment(), *words]) == 2
+    error = capsys.readouterr().err
+    assert f"attention {message.replace('FILE', str(path))}" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_attention_without_a_call_is_refused(tmp_path):
+    path = tmp_path / "boom.py"
+    path.write_text("import flax.linen as nn\nclass Boom(nn.Module):\n    pass\n")
+    with pytest.raises(
+        ValueError, match=r"^attention .*boom.py' has no __call__; expected __call__\(self, x, \*, train"
+    ):
+        create(ModelConfig(backbone="densenet_tiny", weights=None, attention=f"se+{path}"), 3)
+
+
+def test_attention_of_another_shape_behind_a_gate_is_not_broadcast(tmp_path):
+    path = tmp_path / "boom.py"
+    path.write_text(
+        ATTENTION.format(
+            field="n: int = 1", arguments="self, x, *, train=False", result="x.mean((1, 2), keepdims=True)"
+        )
+    )
+    config = ModelConfig(backbone="densenet_tiny", weights=None, attention=str(path), attention_gate=True)
+    with pytest.raises(ValueError, match=r"gives \[1, 1, 1, \d+\]; expected an array of x's shape, \[1, 4, 4, "):
+        init(create(config, 3), jax.random.key(0), 64)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--model.attention", "se", "--model.attention_options", '{"ratio":0}'],
+            "config field 'model.attention_options': option 'ratio' of attention 'se' is 0; expected a whole number",
+        ),
+        (
+            ["--model.backbone", "densenet_tiny", "--model.backbone_options", '{"grow":3}'],
+            "config field 'model.backbone_options': unknown option of backbone 'densenet_tiny' 'grow'; did you mean",
+        ),
+    ],
+)
+@pytest.mark.parametrize("verb", ["show", "train"])
+def test_an_option_that_is_not_one_of_its_field_is_one_line(verb, words, message, experiment, tmp_path, capsys):
+    run = ["--run_dir", str(tmp_path / "run")] if verb == "train" else []
+    assert main([verb, experiment(), *words, *run]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
 
 

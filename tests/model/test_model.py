@@ -214,8 +214,22 @@ def test_errors_of_create_name_what_is_wrong():
         bad(attach=("conv9",))
     with pytest.raises(ValueError, match=r"model\.attach.*expected each stage once"):
         bad(attach=("conv4", "last"))
-    with pytest.raises(ValueError, match="unknown option of attention 'cbam' 'kernel'; did you mean 'kernel_size'"):
+    attention, backbone = "^config field 'model.attention_options': ", "^config field 'model.backbone_options'"
+    words = "unknown option of attention 'cbam' 'kernel'; did you mean 'kernel_size'"
+    with pytest.raises(ValueError, match=attention + words):
         bad(attention_options={"kernel": 3})
+    words = "option 'ratio' of attention 'cbam' is 0; expected a whole number, at least 1$"
+    with pytest.raises(ValueError, match=attention + words):
+        bad(attention_options={"ratio": 0})
+    with pytest.raises(ValueError, match=attention + "option 'se' of attention .* is 3; expected a dict"):
+        bad(attention="cbam+se", attention_options={"se": 3})
+    with pytest.raises(ValueError, match=attention + "unknown option of attention 'cbam' 'name'"):
+        bad(attention_options={"name": "x"})
+    words = ": option 'growth' of backbone 'densenet_tiny' is '8'; expected a whole number, at least 1$"
+    with pytest.raises(ValueError, match=backbone + words):
+        bad(backbone_options={"growth": "8"})
+    with pytest.raises(ValueError, match=backbone + " is {'dtype': 'bfloat16'}; expected no dtype"):
+        bad(backbone_options={"dtype": "bfloat16"})
     with pytest.raises(ValueError, match=r"unknown part of attention 'cbam\+se' in its options 'cban'; did you mean"):
         bad(attention="cbam+se", attention_options={"cban": {}})
     with pytest.raises(ValueError, match="num_classes is 0"):

@@ -152,6 +152,24 @@ def test_a_full_disk_is_one_line_and_costs_no_checkpoint(folder, monkeypatch, fa
     assert read(folder)[0] == 9
 
 
+@pytest.mark.parametrize("fails", ["before", "within"])
+def test_where_none_could_be_written_none_is_said_to_be_whole(tmp_path, monkeypatch, fails):
+    checkpoints = Checkpoints(tmp_path / "last")
+    if fails == "before":
+        usage = namedtuple("usage", "total used free")
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(100, 99, 1))
+    else:
+
+        def broken(*_, **__):
+            raise ValueError("broken")
+
+        monkeypatch.setattr(type(checkpoints._manager), "save", broken)
+    with pytest.raises(OSError, match=r"; there is none before it\. (Free .*go|Go) on with --resume") as e:
+        checkpoints.save(state(12), {})
+    assert "whole" not in str(e.value)
+    checkpoints.close()
+
+
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="mounting a small disk needs root")
 def test_a_disk_that_fills_while_it_is_written(tmp_path, monkeypatch):
     import subprocess

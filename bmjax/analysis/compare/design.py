@@ -30,8 +30,8 @@ class Design:
     folds: int = 0
     """Cross-validation: every variant and seed is trained once for each fold, and tested on it; 0: the one split."""
     tune: int = 0
-    """Learning rates that each variant tries, in each fold; 0: all have the experiment's. One by which training diverges
-    is not chosen."""
+    """Learning rates that each variant tries, in each fold; 0: all have the experiment's. One by which training
+    diverges is not chosen."""
     wanted: float | None = None
     """Seeds are added until each difference is shown or is less than this; 0.02 is two points. None: no more."""
     max_seeds: int = 20

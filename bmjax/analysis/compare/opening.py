@@ -64,7 +64,7 @@ def is_opened(run: Config) -> bool:
 def _trained(run: Config, shared: Prepared) -> Run:
     """As `load_run`, without building the network again for each of hundreds of runs."""
     template = jax.eval_shape(shared.programs.init, 0)
-    template = {name: tree | shared.features.backbone[name] for name, tree in template.items()}
+    template = {name: tree | shared.features.backbone.get(name, {}) for name, tree in template.items()}
     with contextlib.closing(Checkpoints(Path(run.run_dir) / "checkpoints" / "best")) as kept:
         step = kept.latest()
         if step is None:

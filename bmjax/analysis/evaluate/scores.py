@@ -171,7 +171,8 @@ def _over_groups(
     shares = {what: share_of(*part) for what, part in class_shares(counts).items()}
     classes = {}
     for c, (name, own) in enumerate(found.classes.items()):
-        there = images_told_by(labels, predicted, c) | dict.fromkeys(("roc_auc", "pr_auc"), labels == c)
+        of_class = labels == c
+        there = {"roc_auc": of_class, "pr_auc": of_class} | images_told_by(labels, predicted, c)
         values = {what: drawn_shares[:, c] for what, drawn_shares in shares.items()}
         values |= {"roc_auc": areas[0, c], "pr_auc": areas[1, c]}
         classes[name] = {what: again(what, score, values[what], there[what]) for what, score in own.items()}

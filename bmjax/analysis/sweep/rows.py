@@ -56,7 +56,8 @@ def row_of(cell: Cell, status: str, seconds: float, error: str = "") -> Row:
 def _best_epoch(epochs: list[Row], monitored: str, results: dict[str, Any]) -> Row:
     if results:
         return next(record for record in epochs if record["step"] == results["val"]["step"])
-    return next(record for record in epochs if record[monitored] == epochs[-1][monitored])
+    best = epochs[-1][monitored]
+    return next((record for record in epochs if record[monitored] == best), epochs[-1])  # none equals NaN
 
 
 def _whole(results: dict[str, dict[str, Any]]) -> Row:

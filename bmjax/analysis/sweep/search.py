@@ -19,7 +19,7 @@ from bmjax.analysis.sweep.checks import checked
 from bmjax.analysis.sweep.plan import Plan
 from bmjax.analysis.sweep.rows import FAILED, FINISHED, PAUSED, PRUNED, Row, read_row
 from bmjax.analysis.sweep.work import Trainer, say
-from bmjax.runs.folder import locked, waiting_for
+from bmjax.runs.lock import locked, waiting_for
 from bmjax.training.progress import Event
 from bmjax.training.signals import Pausing
 

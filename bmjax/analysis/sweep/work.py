@@ -14,7 +14,7 @@ from bmjax.analysis.sweep.plan import Plan
 from bmjax.analysis.sweep.rows import FAILED, FINISHED, PAUSED, PRUNED, Row, read_row, row_of, write_row
 from bmjax.analysis.sweep.table import write_tables
 from bmjax.config.experiment import load_experiment
-from bmjax.runs.folder import locked
+from bmjax.runs.lock import locked
 from bmjax.training.progress import Callback, Event
 from bmjax.training.run import train_run
 from bmjax.training.signals import Interrupted, Pausing, Signals

@@ -85,6 +85,7 @@ def test_folds_that_fail_in_training_are_named_and_the_others_trained(config, ca
     def fails(one, **options):
         if one.data.fold == 0:
             one = dataclasses.replace(one, optim=dataclasses.replace(one.optim, lr=1e30))
+            options["prepared"] = None  # whose programs have the other rate
         return train_run(one, **options)
 
     monkeypatch.setattr(folds, "train_run", fails)
