@@ -198,6 +198,9 @@ class AugmentConfig:
             "cutmix",
         ):
             check(getattr(self, name) >= 0, f"augment.{name}", getattr(self, name), "a number >= 0")
+        for name in ("brightness", "contrast", "shift", "hed"):
+            check(getattr(self, name) <= 1, f"augment.{name}", getattr(self, name), "a share, at most 1")
+        check(self.hue <= 0.5, "augment.hue", self.hue, "a share of the circle of colours, at most 0.5")
         check(self.erase <= 1, "augment.erase", self.erase, "a probability, 0..1")
         check(self.policy_operations >= 1, "augment.policy_operations", self.policy_operations, "at least 1")
         check(0 <= self.policy_magnitude <= 30, "augment.policy_magnitude", self.policy_magnitude, "0..30")

@@ -68,3 +68,5 @@ class ModelConfig:
         if self.weights in ("none", "None"):  # as the command line has it
             object.__setattr__(self, "weights", None)
         check_types(self, "model.")
+        ok = bool(self.attach) or self.attention == "none"
+        check(ok, "model.attach", self.attach, "at least one stage, or model.attention 'none'")

@@ -23,6 +23,10 @@ def expected_calibration_error(labels: np.ndarray, probs: np.ndarray, bins: int 
     return float(sum(gaps))
 
 
+_BUILT_IN = {
+    *("n", "loss", "ece", "per_class", "confusion", "step", "checkpoint", "intervals_note", "intervals_groups"),
+    *(f"{name}{end}" for name in ("accuracy", "macro_f1", "balanced_accuracy") for end in ("", "_low", "_high")),
+}
 Metric = Callable[[np.ndarray, np.ndarray], float]
 """metric(labels int [n], probs [n, k]) -> a number."""
 
@@ -31,11 +35,16 @@ def load_metrics(names: Sequence[str]) -> dict[str, Metric]:
     """Short name -> function, of metrics of one's own: `module:name` or the path of a `.py` file.
 
     Raises:
-      ValueError, FileNotFoundError: there is none, or two are called alike.
+      ValueError, FileNotFoundError: there is none, or two are called alike, or one as a built-in figure.
     """
     found = {label_of(name): load_own("metric", name, callable, "a function of (labels, probs)") for name in names}
     if len(found) < len(names):
         raise ValueError(f"config field 'train.metrics' is {names!r}; expected names that differ")
+    if taken := [name for name in found if name in _BUILT_IN]:
+        raise ValueError(
+            f"config field 'train.metrics' is {names!r}, and {taken[0]!r} is a figure of every run; expected another "
+            "name of the function or its file"
+        )
     return found
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from bmjax.config.arguments import check_type
 from bmjax.config.base import Config
-from bmjax.data.augment.augment import augment, load_extra
+from bmjax.data.augment.augment import load_extra
 from bmjax.data.batches import steps_per_epoch
 from bmjax.data.dataset import Dataset
 from bmjax.data.load import load_dataset
@@ -29,9 +29,17 @@ from bmjax.runs.folder import Run
 from bmjax.runs.metrics import load_metrics, try_metrics
 from bmjax.runs.state import Progress, TrainState, create_state
 from bmjax.runs.tracking import make_tracker, new_run_id
-from bmjax.training import hosts
+from bmjax.training import hosts, optim
 from bmjax.training.cached import MapEngine, Programs
 from bmjax.training.cached import check as check_cached
+from bmjax.training.checks import (
+    check_files,
+    check_splits,
+    check_stages,
+    check_statistics,
+    try_augmentations,
+    try_head,
+)
 from bmjax.training.ended import ended_at, reported, wanted
 from bmjax.training.features import FeatureMaps
 from bmjax.training.keeper import Keeper
@@ -102,9 +110,6 @@ def train(
     check_type("resume", resume, bool, "True or False")
     check_type("data", data, (Dataset, type(None)), "a bmjax.Dataset, as Dataset.from_arrays gives, or None")
     check_type("callbacks", callbacks, (list, tuple), "a list of functions of an event; one alone is [function]")
-    for i, callback in enumerate(callbacks):
-        if not callable(callback):
-            check_type(f"callbacks[{i}]", callback, (), "a function of an event")
     return train_run(config, resume=resume, data=data, callbacks=callbacks)
 
 
@@ -121,6 +126,9 @@ def train_run(
 ) -> Result:
     """As `train`. `prepared` and `signals` are those of a caller that trains several runs; `files` are further ones of
     the user's to record, as the experiment's; `finish` writes what else belongs into the folder of a finished run."""
+    for i, callback in enumerate(callbacks):
+        if not callable(callback):
+            check_type(f"callbacks[{i}]", callback, (), "a function of an event, as on_event of an experiment")
     if not config.run_dir and not resume:
         free = dataclasses.replace(config, name=hosts.told(folder.free_name(config).name))
         if free.name != config.name:
@@ -169,23 +177,18 @@ def complete(config: Config, data: Dataset | None = None) -> Config:
     create(config.model, 2, config.train.dtype)
     load_metrics(config.train.metrics)
     load_extra(config.augment)
-    _check_statistics(config)
+    optim.resolve(config.optim)
+    check_files(config)
+    if config.train.dtype == "float64" and jax.dtypes.canonicalize_dtype(np.float64) != np.float64:
+        raise ValueError(
+            "config field 'train.dtype' is 'float64', and jax computes in float32 here; expected JAX_ENABLE_X64=1, or "
+            "jax.config.update('jax_enable_x64', True)"
+        )
+    check_stages(config)
+    check_statistics(config)
     if config.features.cached:
         check_cached(config)
     return config
-
-
-def _check_statistics(config: Config) -> None:
-    """A batch-norm by the statistics of one image learns nothing; refuses it by name."""
-    size = config.train.batch_size // (config.train.logical_shards or config.train.accumulate)
-    modes = {dataclasses.astuple(stage.resolved_batch_norm()) for stage in config.stages}
-    if size == 1 and any("train" in by_part for by_part in modes):
-        field = "logical_shards" if config.train.logical_shards else "accumulate"
-        raise ValueError(
-            f"config field 'train.{field}' is {getattr(config.train, field)} and 'train.batch_size' is "
-            f"{config.train.batch_size}: a batch-norm would see one image at a time and learn nothing; expected at "
-            "least 2 images to a micro-batch, or stages.batch_norm with no part in mode 'train'"
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,9 +214,10 @@ def _plan(config: Config, run_dir: Path, data: Dataset | None, prepared: Prepare
             )
     else:
         dataset, splits = folder.load_data(run_dir, config, data)
-    _check_splits(config, splits)
+    check_splits(config, splits)
     try_metrics(config.train.metrics, len(dataset.classes))
-    _try_augmentations(config)
+    try_augmentations(config)
+    try_head(config, len(dataset.classes))
     per_epoch = steps_per_epoch(len(splits.train), config.train.batch_size)
     if config.features.cached:
         prepared = prepared or prepare(config, (dataset, splits))
@@ -234,14 +238,6 @@ def _plan(config: Config, run_dir: Path, data: Dataset | None, prepared: Prepare
         return create_state(variables, first.optimizer.tx, first.is_trainable, seed=config.seed, ema=ema)
 
     return _Plan(dataset, splits, model, images, start)
-
-
-def _try_augmentations(config: Config) -> None:
-    """Traces those of one's own, so that one that does not fit is known before anything is written."""
-    if config.augment.extra:
-        size = config.data.image_size
-        images = jax.ShapeDtypeStruct((2, size, size, 3), folder.image_dtype(config))
-        jax.eval_shape(lambda x, keys: augment(x, keys, config.augment), images, jax.random.split(jax.random.key(0), 2))
 
 
 def loss_of(config: Config, dataset: Dataset, splits: Splits) -> Loss:
@@ -266,21 +262,6 @@ def prepare(config: Config, data: tuple[Dataset, Splits] | None = None, shared: 
 def _new_data(config: Config) -> tuple[Dataset, Splits]:
     dataset = load_dataset(config.data)
     return dataset, split_dataset(dataset, config.data)
-
-
-def _check_splits(config: Config, splits: Splits) -> None:
-    """Refuses what needs a split that holds no image; names the field."""
-    if config.train.final_test and not len(splits.test):
-        raise ValueError("config field 'train.final_test' is True, and the test split holds no image; expected False")
-    if len(splits.val):
-        return
-    plateau, patience = config.optim.schedule.kind == "plateau", config.train.early_stop_epochs
-    if plateau or patience is not None:
-        field, value = ("optim.schedule.kind", "plateau") if plateau else ("train.early_stop_epochs", patience)
-        raise ValueError(
-            f"config field {field!r} is {value!r}, which goes by the validation split, and that holds no image"
-        )
-    log.info("no validation split: the last epoch is kept, and nothing is reported on the images trained on")
 
 
 @dataclasses.dataclass(frozen=True)
