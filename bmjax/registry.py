@@ -69,18 +69,32 @@ def import_file(path: str | Path) -> ModuleType:
     return sys.modules[name]
 
 
-def import_object(path: str) -> object:
-    """`package.module:Name` -> that object.
+def import_object(kind: str, path: str) -> object:
+    """`package.module:Name` -> that object, `kind` is what it is called in errors.
 
     Raises:
-      ValueError: the module does not import or has no such name; the message says which.
+      ValueError: the path is not of that form, the module does not import, or it has no such name; says which.
     """
     module_name, _, attribute = path.partition(":")
+    if not all(part.isidentifier() for name in (module_name, attribute) for part in name.split(".")):
+        raise ValueError(f"{kind} {path!r} names no object of a module; expected 'package.module:name', 'path.py:name'")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as e:
-        raise ValueError(f"cannot import {module_name!r} of {path!r}: {e}") from e
+    except Exception as e:
+        file = _first_file(e)
+        if file is None and isinstance(e, ImportError):
+            why = str(e)
+        else:
+            why = explain_error(e, file or module_name)
+        raise ValueError(f"cannot import {module_name!r} of {path!r}: {why}") from e
     return _attribute(module, attribute, f"module {module_name!r}")
+
+
+def _first_file(error: BaseException) -> str | None:
+    """The first file, as an import went, that ran until an error arose in it; None where none did."""
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    machinery = (__file__, importlib.__file__)
+    return next((file for file in files if file not in machinery and not file.startswith("<frozen")), None)
 
 
 def _attribute(module: ModuleType, attribute: str, place: str) -> object:
@@ -123,7 +137,7 @@ def load_own(kind: str, name: str, accepts: Callable[[object], bool], expected: 
     """
     found = file_and_attribute(name)
     if found is None and ":" in name:
-        value = import_object(name)
+        value = import_object(kind, name)
     else:
         path, attribute = found or (name, "")
         module = import_file(path) if found else importlib.import_module(name)
@@ -194,7 +208,7 @@ def source_file(name: str) -> Path | None:
     else:
         try:
             spec = importlib.util.find_spec(module)
-        except (ImportError, ValueError):
+        except Exception:  # it imports the packages above, which are the user's
             return None
         file = spec.origin if spec is not None else None
     installed = {sysconfig.get_paths()[key] for key in ("purelib", "platlib", "stdlib", "platstdlib")}
@@ -206,9 +220,10 @@ def source_file(name: str) -> Path | None:
 def explain_error(error: BaseException, path: str | Path) -> str:
     """What went wrong in a file of the user's, in one line: the error, and the line in that file where it arose."""
     if isinstance(error, SyntaxError):
-        return f"{error.filename or path}, line {error.lineno}: {error.msg}"
+        line = f", line {error.lineno}" if error.lineno else ""
+        return f"{error.filename or path}{line}: {error.msg}"
     frames = [
         f for f in traceback.extract_tb(error.__traceback__) if Path(f.filename).resolve() == Path(path).resolve()
     ]
     where = f"{path}, line {frames[-1].lineno}" if frames else str(path)
-    return f"{where}: {type(error).__name__}: {error}"
+    return " ".join(f"{where}: {type(error).__name__}: {error}".split("\n"))

@@ -13,6 +13,9 @@ from bmjax.config.experiment import load_experiment
 from bmjax.config.override import override
 from bmjax.files import printable
 
+MOST_PIXELS = 4096
+"""The side that `bmjax data stain` resizes to at most: it holds all images at once."""
+
 
 def add_parser(verbs: Any) -> None:
     """Adds `data` and its own verbs to a parser's."""
@@ -66,8 +69,8 @@ def stain(options: argparse.Namespace) -> int:
     from bmjax.data.images.stain import METHODS, statistics
     from bmjax.data.sources.folder import image_files
 
-    if options.size < 1:
-        raise ValueError(f"--size is {options.size}; expected at least 1 pixel")
+    if not 1 <= options.size <= MOST_PIXELS:
+        raise ValueError(f"--size is {options.size}; expected 1 to {MOST_PIXELS} pixels")
     paths = image_files(options.paths)
     read = list(decode_files(paths, options.size))
     images = [image for image in read if not isinstance(image, str)]

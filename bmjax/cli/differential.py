@@ -48,7 +48,9 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     out = Path(options.out)
     if out.suffix != ".csv":
         raise ValueError(f"--out is {options.out!r}; expected a name ending in .csv")
-    check_out(out)
+    review = out.with_name(f"{out.stem}_review.csv")
+    check_out(out, options.paths)
+    check_out(review, options.paths, what="the table for review beside --out")
     from bmjax.analysis.differential.smear import COLUMNS, REVIEW, differential_of, errors_of, write_table
     from bmjax.analysis.evaluate.judge import Judge, at_pixel_size, say_unmatched
     from bmjax.analysis.evaluate.undecided import kept_calibrations, undecided_below
@@ -68,7 +70,6 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if cells is None:
         return 1
     result = differential_of(judge.classes, errors, cells)
-    review = out.with_name(f"{out.stem}_review.csv")
     write_table(out, COLUMNS, result.rows())
     write_table(review, REVIEW, result.review())
     _print(result, threshold)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bmjax.cli.output import add_checkpoint
+from bmjax.cli.output import add_checkpoint, check_writable, run_at
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,16 +50,18 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         raise ValueError(f"--seed is {options.seed}; expected at least 0")
     if options.images and options.target == "true":
         raise ValueError("--target true is for cells of a split; the classes of files are not known")
-    out = Path(options.out or options.run_dir)
+    folder = run_at(options.run_dir)
+    out = Path(options.out) if options.out else folder
     if not out.is_dir():
         raise FileNotFoundError(f"--out is {options.out!r}; there is no such folder")
+    check_writable(out, out)
 
     log.info("explain: reading the run %s", options.run_dir)
     from bmjax.data.progress import saying
 
     now = _Stage("reading the run")
     with saying(now):
-        return _explain(options, out, now)
+        return _explain(options, folder, out, now)
 
 
 class _Stage:
@@ -77,14 +79,14 @@ class _Stage:
         log.info("explain: %s", text)
 
 
-def _explain(options: argparse.Namespace, out: Path, now: _Stage) -> int:
+def _explain(options: argparse.Namespace, folder: Path, out: Path, now: _Stage) -> int:
     from bmjax.analysis.explain.faithfulness import GRID, RULE, STEPS, score_maps
     from bmjax.analysis.explain.maps import Explainer
     from bmjax.analysis.report.figures import RATE, RIGHT, WRONG, explanations, save
     from bmjax.files import printable, write_text
     from bmjax.runs.folder import load_run
 
-    found = load_run(options.run_dir, options.which, trust=options.trust)
+    found = load_run(folder, options.which, trust=options.trust)
     explainer = Explainer(found.model, options.stage)
     images, labels, ids = _files(found, options.images) if options.images else _cells(found, options)
     now.to(f"maps of {len(images)} cells")
@@ -164,16 +166,16 @@ def _cells(found: Run, options: argparse.Namespace) -> tuple[np.ndarray, np.ndar
     command = f"`bmjax eval {options.run_dir} --split {split} --which {options.which}`"
     if saved is None:
         raise FileNotFoundError(f"{found.run_dir} holds no predictions of {split}; {command} makes them")
-    if (step := saved_results(found.run_dir)[split]["step"]) != found.step:
+    if (step := saved_results(found.run_dir).get(split, {}).get("step")) != found.step:
         raise ValueError(
             f"the predictions of {split} are those of step {step}; expected step {found.step}, as {command} makes them"
         )
     places = {"wrong": most_wrong, "confident": most_confident}[options.cells](saved, options.n)
     if not len(places):
         raise ValueError(f"{split} has no such cell: --cells {options.cells} of {len(saved.labels)} predictions")
+    dataset, _ = data_of(found, options.data_root)  # before the opening: without its data nothing is opened
     if split == "test" and (openings := record_opening(found.run_dir, found.step)) > 1:
         log.warning("%s: the test split is opened for time %d", found.run_dir, openings)
-    dataset, _ = data_of(found, options.data_root)
     rows = saved.index[places]
     return np.asarray(dataset.images[rows]), saved.labels[places], [dataset.ids[i] for i in rows]
 

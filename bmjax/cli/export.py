@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import logging
 import time
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bmjax.cli.output import add_checkpoint, check_out
+from bmjax.cli.output import add_checkpoint, check_out, run_at
 from bmjax.cli.reading import add_threshold, check_threshold
 
 _NAMES = {"stablehlo": "model.zip", "onnx": "model.onnx"}
@@ -36,11 +37,13 @@ def add_parser(verbs: Any) -> None:
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     del rest
     check_threshold(options)
-    out = Path(options.out or Path(options.run_dirs[0]) / _NAMES[options.format])
+    folders = [run_at(run_dir) for run_dir in options.run_dirs]
+    out = Path(options.out or folders[0] / _NAMES[options.format])
     suffix = Path(_NAMES[options.format]).suffix
     if out.suffix != suffix:
         raise ValueError(f"--out is {str(out)!r}; expected a name ending in {suffix} for {options.format}")
     check_out(out)
+    _check_replaced(out)
     if options.format == "onnx":
         from bmjax.analysis.export.onnx import check_extra
 
@@ -50,7 +53,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from bmjax.analysis.export import program
     from bmjax.runs.folder import load_run
 
-    runs = [load_run(run_dir, options.which, trust=options.trust) for run_dir in options.run_dirs]
+    runs = [load_run(run_dir, options.which, trust=options.trust) for run_dir in folders]
     classes = same_classes(runs)
     calibrations = (None,) * len(runs) if options.uncalibrated else kept_calibrations(runs)
     threshold = undecided_below(runs, calibrations, options.error_rate, options.undecided)
@@ -76,6 +79,27 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
             data.field_size / data.pixel_size, data.pixel_size, data.field_size, data.image_size,
         )  # fmt: skip
     return 0
+
+
+def _check_replaced(out: Path) -> None:
+    """Refuses to replace a zip file that is no model of `bmjax export`, such as an archive of cells.
+
+    Raises:
+      FileExistsError: it is none.
+    """
+    if out.suffix != ".zip" or not out.exists():
+        return
+    from bmjax.analysis.export.stablehlo import FACTS, PROGRAM
+
+    try:
+        with zipfile.ZipFile(out) as archive:
+            held = set(archive.namelist())
+    except (zipfile.BadZipFile, NotImplementedError, ValueError):
+        held = set[str]()
+    if held != {FACTS, PROGRAM}:
+        raise FileExistsError(
+            f"--out is {str(out)!r}, a file that is no model of `bmjax export`; expected another name, or remove it"
+        )
 
 
 def write(runs: Sequence[Any], calibrations: Sequence[Any], facts: Any, out: Path) -> float:

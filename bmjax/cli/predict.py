@@ -53,13 +53,18 @@ def add_parser(verbs: Any) -> None:
     p.add_argument("--weights", help="name ImageNet's classes by these weights: imagenet, imagenet-timm, or a path")
     p.add_argument("--backbone", default="densenet121", help="with --weights: the backbone (default: %(default)s)")
     p.add_argument("--top", type=int, default=5, help="with --weights: so many classes an image (default: %(default)s)")
+    _add_of_runs(p)
+    p.set_defaults(run=predict)
+
+
+def _add_of_runs(p: argparse.ArgumentParser) -> None:
+    """The options that --weights does not go with."""
     p.add_argument("--out", default="predictions.csv", help="a .csv or .parquet file (default: %(default)s)")
     p.add_argument("--batch-size", type=int, help="images at once; by default the run's train.eval_batch_size")
     p.add_argument("--errors", action="store_true", help="write the column error even where every file can be read")
     p.add_argument("--maps", metavar="FOLDER", help="also draw the attention's maps over each image into this folder")
     p.add_argument("--strict", action="store_true", help="exit with 1 if some file can't be read")
     add_reading(p)
-    p.set_defaults(run=predict)
 
 
 def predict(options: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -69,8 +74,7 @@ def predict(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
         if not options.run_dir:
             raise ValueError("predict: expected images")
-        if options.maps:
-            raise ValueError(f"--maps is {options.maps!r}; expected it with a run, for --weights have no attention")
+        _check_with_weights(options)
         given = [options.run_dir, *options.paths]
         return predict_imagenet(options.backbone, options.weights, image_files(given), options.top)
     _check(options)
@@ -121,6 +125,16 @@ def predict(options: argparse.Namespace, rest: Sequence[str]) -> int:
     return 1 if failed == n or (failed and options.strict) else 0
 
 
+def _check_with_weights(options: argparse.Namespace) -> None:
+    """Refuses what only runs have."""
+    parser = argparse.ArgumentParser(add_help=False)
+    _add_of_runs(parser)
+    for name, default in vars(parser.parse_args([])).items():
+        if (given := getattr(options, name)) != default:
+            value = "given" if given is True else repr(given)
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; expected it with a run, not with --weights")
+
+
 def runs_first(options: argparse.Namespace) -> tuple[list[str], list[str]]:
     """(runs, images): of the paths after the first run, those that hold a run are further ones until one doesn't."""
     others = list(itertools.takewhile(_is_run, options.paths))
@@ -138,7 +152,7 @@ def _check(options: argparse.Namespace) -> None:
     out = Path(options.out)
     if out.suffix.lower() not in (".csv", ".parquet"):
         raise ValueError(f"--out is {options.out!r}; expected a name ending in .csv or .parquet")
-    check_out(out)
+    check_out(out, options.paths)
     check_reading(options)
     if not options.paths:
         raise ValueError("predict: expected the folder of a run and images, or --weights and images")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bmjax.cli.output import add_trust, check_out
+from bmjax.cli.output import add_trust, check_out, run_at
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,10 +37,10 @@ def add_parser(verbs: Any) -> None:
 
 def report(options: argparse.Namespace, rest: Sequence[str]) -> int:
     del rest
-    from bmjax.runs.tracking import local_run
-
-    folders = [local_run(path) for path in options.run_dirs]
+    folders = [run_at(path) for path in options.run_dirs]
     out = Path(options.out) if options.out else (folders[0] if len(folders) == 1 else Path()) / "report.html"
+    if out.suffix.lower() != ".html":
+        raise ValueError(f"--out is {str(out)!r}; expected a name ending in .html")
     check_out(out)
     from bmjax.analysis.report.facts import read_facts
     from bmjax.analysis.report.report import write_reports

@@ -111,12 +111,15 @@ def _file(options: argparse.Namespace) -> tuple[Path, str, Any]:
 
 
 def port(options: argparse.Namespace) -> int:
+    from bmjax.cli.output import check_out
     from bmjax.weights.port import port as port_weights
 
     out = Path(options.out)
     if out.suffix != ".safetensors":
         raise ValueError(f"the file to write is {options.out!r}; expected a name ending in .safetensors")
+    check_out(out, what="the file to write")
     path, backbone, record = _file(options)
+    check_out(out, [path], what="the file to write")
     ported = port_weights(path, backbone, out, record, preprocess=options.preprocess, head=options.head)
     print(f"{out}: {ported.parameters:,} values of {ported.backbone}, preprocessing {ported.preprocess}")
     return 0

@@ -7,6 +7,8 @@ import dataclasses
 import inspect
 import itertools
 import json
+import math
+import os
 import textwrap
 import types
 import typing
@@ -16,11 +18,13 @@ from typing import Any
 import tyro
 
 from bmjax.config.base import Config, from_json, to_json
+from bmjax.config.checks import check, plain
 from bmjax.registry import unknown
 
 # A dataclass that may also be given by the name of a part of one's own, and the field that takes the name.
 _BY_NAME = {"model.head": "model.head.name"}
 _WORDS = {"none": "None", "null": "None", "true": "True", "false": "False"}
+_DEEPEST = 50  # lists and dicts within each other
 
 
 def field_types(cls: type, prefix: str = "") -> dict[str, Any]:
@@ -55,6 +59,27 @@ def field_docs(cls: type, prefix: str = "") -> dict[str, str]:
     return found
 
 
+def as_json(field: str, value: Any, depth: int = 0) -> Any:
+    """A field's value as JSON gives it back: tuples as lists, NumPy's numbers and arrays as Python's.
+
+    Raises:
+      ValueError: JSON can't hold it; names the field.
+    """
+    if depth > _DEEPEST:
+        raise ValueError(f"config field {field[:80]!r} has brackets within each other; expected at most {_DEEPEST}")
+    value = value if isinstance(value, (list, tuple)) else plain(value)
+    if isinstance(value, dict):
+        check(all(isinstance(key, str) for key in value), field, value, "a dict with names as keys")
+        return {key: as_json(f"{field}.{key}", one, depth + 1) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(field, one, depth + 1) for one in value]
+    if isinstance(value, os.PathLike):
+        check(False, field, value, f"text, as str() of it is {str(value)!r}")
+    known = value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value))
+    check(known, field, value, "text, a finite number, True, False or None, or lists and dicts of such")
+    return value
+
+
 def _spoken(arguments: Sequence[str]) -> list[str]:
     """Arguments with `none`, `true` and `false` as Python writes them, where the field takes such values."""
     hints, words = field_types(Config), list(arguments)
@@ -85,9 +110,9 @@ def _literal(text: str) -> Any:
     for read in (json.loads, ast.literal_eval):
         try:
             value = read(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             continue
-        return list(value) if isinstance(value, tuple) else value
+        return value
     return None
 
 
@@ -117,7 +142,7 @@ def _structured(arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
         known = any(field == plain or field.startswith(f"{plain}.") for field in hints)
         is_dict, value = typing.get_origin(hints.get(plain)) is dict, None
         if word.startswith("--") and known and hints.get(plain) is not str:
-            value = _literal(text if equals else (words or [""])[0])
+            value = as_json(name, _literal(text if equals else (words or [""])[0]))
         if value is None or (is_dict and not isinstance(value, dict)):
             rest.append(word)
             continue
@@ -137,14 +162,17 @@ def override(config: Config, arguments: Sequence[str], prog: str) -> Config:
     as one word, as JSON or Python writes it; a dict of fields sets those of its group.
 
     Raises:
-      ValueError: a value is out of range.
+      ValueError: a value is out of range, or of no form that a run's record can hold; names the field.
     """
     structured, arguments = _structured(arguments)
     config = changed(config, structured) if structured else config
     registry = tyro.constructors.ConstructorRegistry()
 
     def parse(words: list[str]) -> dict[str, Any]:
-        value = json.loads(words[0])
+        try:
+            value = json.loads(words[0])
+        except RecursionError as e:
+            raise ValueError("too many brackets within each other") from e
         if not isinstance(value, dict):
             raise ValueError(f"{words[0]!r} is no JSON object")
         return value
@@ -174,6 +202,9 @@ def changed(config: Config, changes: dict[str, Any]) -> Config:
     """
     tree: Any = json.loads(to_json(config))
     for name, value in changes.items():
+        if not isinstance(name, str):
+            raise ValueError(f"a field to change is {name!r}; expected its name, such as 'optim.lr'")
+        value = as_json(name, value)
         name = _BY_NAME.get(name, name) if isinstance(value, str) else name
         holder: Any = None
         key: Any = None

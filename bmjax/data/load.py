@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -27,7 +29,7 @@ from bmjax.data.sources.tfds import list_tfds
 from bmjax.data.splits import NAMES
 from bmjax.environment import cache_folder
 from bmjax.files import printable
-from bmjax.registry import is_own, load_own
+from bmjax.registry import explain_error, is_own, load_own, source_file
 
 log = logging.getLogger(__name__)
 _SOURCES: dict[str, Callable[..., Listing]] = {
@@ -40,7 +42,8 @@ _SOURCES: dict[str, Callable[..., Listing]] = {
 
 
 def list_source(config: DataConfig, **options: int) -> Listing:
-    """The images that a configuration names, none of them read yet; not for rendered cells. `options` go to the source.
+    """The images that a configuration names, none of them read yet but the first of a source of one's own; not for
+    rendered cells. `options` go to the source.
 
     Raises:
       FileNotFoundError, ValueError: they are not there or not as expected; names the place.
@@ -50,10 +53,18 @@ def list_source(config: DataConfig, **options: int) -> Listing:
     if not is_own(config.source):
         return _SOURCES[config.source](config.root, **options)
     source = load_own("data source", config.source, callable, "a function of root that gives a bmjax.Listing")
-    listing = source(config.root)
+    try:
+        listing = source(config.root)
+    except Exception as e:
+        why = explain_error(e, source_file(config.source) or config.source)
+        kind = FileNotFoundError if isinstance(e, FileNotFoundError) else ValueError
+        raise kind(
+            f"config field 'data.source' is {config.source!r}, which raised an error for data.root {config.root!r}: "
+            f"{why}; expected a bmjax.Listing"
+        ) from e
     if not isinstance(listing, Listing):
         raise ValueError(f"data source {config.source!r} gives {listing!r}; expected a bmjax.Listing")
-    return _checked(config.source, listing)
+    return _checked(config.source, listing, options.get("fewest", 2))
 
 
 def check_sides(config: DataConfig, needed: Sequence[str], by: str) -> None:
@@ -78,26 +89,109 @@ def check_sides(config: DataConfig, needed: Sequence[str], by: str) -> None:
         )
 
 
-def _checked(source: str, listing: Listing) -> Listing:
-    """A listing of a source of one's own, whose parts fit together; `bmjax check` looks at more.
+_SINGULAR = {"ids": "an id", "classes": "a class", "groups": "a group", "sides": "a side"}
+_SINGULAR |= {"laboratories": "a laboratory", "pixel_sizes": "a pixel size"}
+
+
+def _checked(source: str, listing: Listing, fewest: int = 2) -> Listing:
+    """A listing of a source of one's own, whose parts fit together, and whose first image is read; `bmjax check` looks
+    at more.
 
     Raises:
       ValueError: names the part.
     """
-    n, k, labels = len(listing.ids), len(listing.classes), np.asarray(listing.labels)
+
+    def check(condition: bool, found: str, expected: str) -> None:
+        if not condition:
+            raise ValueError(f"data source {source!r}: {found}; expected {expected}")
+
+    parts: dict[str, tuple[Any, ...]] = {}
+    for name, one in _SINGULAR.items():
+        given = getattr(listing, name)
+        given = given.tolist() if hasattr(given, "tolist") else given  # NumPy's, pandas's
+        listed = isinstance(given, Sequence) and not isinstance(given, (str, bytes))
+        check(listed, f"{name} are {_shown(given)}", "a tuple")
+        parts[name] = found = tuple(given)
+        if name != "pixel_sizes":
+            odd = [value for value in found if not isinstance(value, str)]
+            check(not odd, f"{one} is {_shown(odd[0]) if odd else ''}", "text")
+        if name in ("ids", "classes") and len(set(found)) < len(found):
+            twice = next(value for value, times in collections.Counter(found).items() if times > 1)
+            check(False, f"{one} comes twice, {twice!r}", f"{name} that differ")
+    n, k = len(parts["ids"]), len(parts["classes"])
+    check(n > 0, "it lists no image", "at least one")
+    check(k >= fewest and all(parts["classes"]), f"the classes are {parts['classes']!r}", f"at least {fewest} names")
+    try:
+        labels = np.asarray(listing.labels)
+        parts["labels"] = tuple(labels) if labels.ndim else ()
+    except (ValueError, TypeError) as e:  # rows of several lengths
+        raise ValueError(f"data source {source!r}: labels are {_shown(listing.labels)}; expected int [{n}]") from e
     for name in ("labels", "groups", "sides", "pixel_sizes", "laboratories"):
-        if (found := len(getattr(listing, name))) != n and (found or name == "labels"):
-            raise ValueError(f"data source {source!r}: {found} {name} for {n} ids; expected {n}, one an image")
-    if odd := [name for name in listing.laboratories if not isinstance(name, str)]:
-        raise ValueError(f"data source {source!r}: a laboratory is {odd[0]!r}; expected text")
-    if len(set(listing.ids)) < n:
-        raise ValueError(f"data source {source!r}: an id comes twice; expected ids that differ")
+        many = len(parts[name])
+        check(many == n or not (many or name == "labels"), f"{many} {name} for {n} ids", f"{n}, one an image")
+    odd = [side for side in parts["sides"] if side not in ("", *NAMES)]
+    check(not odd, f"a side is {odd[0] if odd else ''!r}", "'train', 'val', 'test' or ''")
+    odd = [size for size in parts["pixel_sizes"] if not _is_pixel_size(size)]
+    check(not odd, f"a pixel size is {_shown(odd[0]) if odd else ''}", "micrometres, such as 0.1, or 0")
+    check(isinstance(listing.origin, (str, os.PathLike)), f"origin is {_shown(listing.origin)}", "text")
+    check(isinstance(listing.name, str), f"name is {_shown(listing.name)}", "text")
     if labels.ndim != 1 or labels.dtype.kind not in "iu" or (n and not (labels.min() >= 0 and labels.max() < k)):
         shown = f"{labels.dtype} {list(labels.shape)}" + (
             f" from {labels.min()} to {labels.max()}" if n and labels.dtype.kind in "iuf" else ""
         )
         raise ValueError(f"data source {source!r}: labels are {shown}; expected int [{n}], 0 to {k - 1}")
-    return dataclasses.replace(listing, labels=labels.astype(np.int32))
+    _read_one(source, listing.read, 0)
+    return dataclasses.replace(
+        listing,
+        origin=os.fspath(listing.origin),
+        labels=labels.astype(np.int32),
+        read=functools.partial(_read_or_refuse, source, listing.read),
+        **{name: parts[name] for name in _SINGULAR if name != "pixel_sizes"},
+        pixel_sizes=tuple(map(float, parts["pixel_sizes"])),
+    )
+
+
+def _shown(value: object) -> str:
+    """A value in an error, cut where it is long."""
+    return " ".join(repr(value).split())[:80]
+
+
+def _is_pixel_size(size: Any) -> bool:
+    number = isinstance(size, (int, float, np.integer, np.floating)) and not isinstance(size, bool)
+    return number and bool(0 <= size < 1000)
+
+
+def _read_one(source: str, read: Callable[[int], bytes], i: int) -> None:
+    """Reads one image of a source of one's own; that there may be none is left to decoding.
+
+    Raises:
+      ValueError: `read` can't be called, or gives or raises something else than it may.
+    """
+    if not callable(read):
+        raise ValueError(f"data source {source!r}: read is {_shown(read)}; expected a function of a number")
+    try:
+        _read_or_refuse(source, read, i)
+    except _OwnReadError:
+        raise
+    except (ValueError, OSError):
+        pass
+
+
+class _OwnReadError(ValueError):
+    """A `read` of a source of one's own did what none may."""
+
+
+def _read_or_refuse(source: str, read: Callable[[int], bytes], i: int) -> bytes:
+    try:
+        data = read(i)
+    except (ValueError, OSError):
+        raise
+    except Exception as e:
+        why = explain_error(e, source_file(source) or source)
+        raise _OwnReadError(f"data source {source!r}: read({i}) raised an error: {why}; expected bytes") from e
+    if not isinstance(data, bytes):
+        raise _OwnReadError(f"data source {source!r}: read({i}) gives {_shown(data)}; expected bytes, as of a file")
+    return data
 
 
 def load_dataset(config: DataConfig, *, progress: bool = True) -> Dataset:

@@ -63,26 +63,39 @@ def _server() -> urllib.parse.ParseResult:
     return urllib.parse.urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
 
 
+def _why_no_server() -> str | None:
+    """Why WANDB_BASE_URL is no address; None where it is one."""
+    try:
+        why = "" if _server().hostname and (_server().port or True) else "it names no host"
+    except ValueError as e:  # a port beyond 65535, half a bracket
+        why = str(e)
+    return f"WANDB_BASE_URL is {os.environ.get('WANDB_BASE_URL')!r}, which is no address ({why})" if why else None
+
+
 def has_key() -> bool:
     """Whether a W&B key is set in the environment or in ~/.netrc."""
     if os.environ.get("WANDB_API_KEY"):
         return True
+    if _why_no_server() is not None:
+        return False
     netrc = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
     return netrc.is_file() and (_server().hostname or "") in netrc.read_text()
 
 
 def reachable(timeout: float = 3.0) -> bool:
     """Whether W&B's server takes a connection."""
-    url = _server()
     try:
+        url = _server()
         with socket.create_connection((url.hostname or "", url.port or (80 if url.scheme == "http" else 443)), timeout):
             return True
-    except OSError:
+    except (OSError, ValueError):  # a ValueError: a port, or the name of a host, that none can have
         return False
 
 
 def why_offline() -> str | None:
     """Why W&B can't be used online here; None where it can, as far as can be told beforehand."""
+    if (why := _why_no_server()) is not None:
+        return why
     if not has_key():
         return "there is no key"
     return None if reachable() else f"{_server().hostname} can't be reached"
@@ -277,6 +290,8 @@ def local_run(run_dir: str | Path) -> Path:
     name = text.removeprefix(REMOTE)
     if not re.fullmatch(r"[^/:\s]+/[^/:\s]+/[^/:\s]+(:[^/:\s]+)?", name):
         raise ValueError(f"{text!r} names no artifact; expected wandb:ENTITY/PROJECT/NAME or wandb:.../NAME:VERSION")
+    if (why := _why_no_server()) is not None:
+        raise ValueError(f"{text}: {why}; expected one such as https://api.wandb.ai")
     if not has_key():
         raise ValueError(f"{text}: there is no key of W&B; expected WANDB_API_KEY, or `wandb login` before")
     import wandb

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bmjax.backbones import create_backbone
+from bmjax.backbones import create_backbone, family_of
 from bmjax.files import checksum, reading
 from bmjax.registry import unknown
 from bmjax.weights import catalog, download, fine_tuned, keras_files, keras_match, safetensors_files, timm, torch_files
@@ -67,9 +67,10 @@ def read(
     becomes of the rest.
 
     Raises:
-      ValueError: no weight file of a known kind, damaged, of another backbone, or not the network's leaf by leaf; names
-        file and leaf.
+      ValueError: no known backbone, no weight file of a known kind, damaged, of another backbone, or not the network's
+        leaf by leaf; names file and leaf.
     """
+    family_of(backbone)  # an unknown one is no fault of the file
     with path.open("rb") as file:
         start = file.read(9)
     if start.startswith(b"PK\x03\x04") and torch_files.is_zip_format(path):

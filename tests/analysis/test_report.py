@@ -284,3 +284,61 @@ def test_figures_leave_no_state_and_need_no_display(run):
     before = matplotlib.get_backend(auto_select=False)
     write_report(run[0], run[1])
     assert matplotlib.get_backend(auto_select=False) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("config.json", {"stages": 5}, "stages"),
+        ("config.json", {"model": None}, "model"),
+        ("dataset.json", {"counts": [1]}, "its 'counts' is '[1]'"),
+        ("dataset.json", {"counts": {"val": 5}}, "its counts of 'val' is '5'"),
+        ("dataset.json", {"classes": [1]}, "its 'classes' is '[1]'"),
+        ("environment.json", {"sessions": 5}, "its 'sessions' is '5'"),
+        ("environment.json", {"sessions": ["a"]}, "one of its sessions is 'a'"),
+        ("environment.json", {"sessions": [{"command": 5}]}, "'command' of one of its sessions is '5'"),
+        ("results.json", {"val": 5}, "its entry 'val' is '5'"),
+        ("results.json", {"val": {"step": 3}}, "'n' of 'val' is 'None'"),
+        ("results.json", {"val": {"step": 3, "n": 13, "accuracy": "high"}}, "'accuracy' of 'val' is 'high'"),
+    ],
+)
+def test_a_record_damaged_in_content_is_named(run, name, change, words):
+    path = run[0] / name
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | change))
+    with pytest.raises(ValueError, match=re.escape(words)) as e:
+        write_report(*run)
+    assert str(path) in str(e.value)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(("field", "value"), [("confusion", [[1]]), ("per_class", 5)])
+def test_figures_of_other_classes_are_named(run, field, value):
+    path = run[0] / "results.json"
+    results = json.loads(path.read_text())
+    results["test"][field] = value
+    path.write_text(json.dumps(results))
+    with pytest.raises(ValueError, match=f"results.json is damaged: '{field}' of 'test'"):
+        write_report(*run)
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"kind": "train", "step": 1}, "'time' of the record 1 of the kind 'train' is 'None'"),
+        ({"kind": "epoch", "step": 1, "time": 1.0, "epoch": "one"}, "'epoch' of the record 1 of the kind 'epoch'"),
+    ],
+)
+def test_a_damaged_record_of_training_is_named(run, record, words):
+    path = run[0] / "metrics.jsonl"
+    path.write_text(json.dumps(record) + "\n" + path.read_text())
+    with pytest.raises(ValueError, match=re.escape(f"{path} is damaged: {words}")):
+        write_report(*run)
+
+
+def test_damaged_scores_of_eval_are_named(run):
+    results = json.loads((run[0] / "results.json").read_text())
+    classes = read_predictions(run[0], "test").classes
+    path = run[0] / "evaluation_test.json"
+    path.write_text(json.dumps({"confusion": results["test"]["confusion"], "classes": classes, "scores": 5}))
+    with pytest.raises(ValueError, match=re.escape(f"{path} is damaged")):
+        write_report(*run)

@@ -4,6 +4,7 @@ import csv
 import re
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet
 import pytest
 
@@ -15,6 +16,7 @@ from bmjax.analysis.sweep.run import Sweep
 from bmjax.analysis.sweep.table import text_table, write_tables
 from bmjax.config import Config
 from bmjax.config.experiment import load_experiment
+from bmjax.registry import import_file
 
 
 def test_a_grid_is_every_combination():
@@ -80,11 +82,47 @@ def test_draws_are_within_their_ranges_different_and_seeded():
         (["optim.lr=1e-4..1e-1"], "is a range; expected values"),
         (["optim.lr=-1"], r"optim\.lr"),
         (["optim.name=adamaxx"], "adamaxx"),
+        (["optim.lr=1e-4..1e999"], r"'optim\.lr=1e-4\.\.1e999' has no end; expected finite bounds"),
+        (["seed=0.." + "9" * 400], "has no end"),
+        (["optim.lr=-1e308..1e308"], "has no end"),
+        (["optim.lr=1e999"], r"'optim\.lr' is inf; expected text, a finite number"),
+        (["optim.lr=1j"], r"'optim\.lr' is 1j; expected text, a finite number"),
+        (["model.head.widths={64},{128}"], r"'model\.head\.widths' is \{64\}; expected"),
+        (["model.head.widths=[b'x']"], r"'model\.head\.widths' is b'x'; expected"),
+        (["model.head.widths={[]}"], r"'model\.head\.widths' is '\{\[\]\}'; expected"),
+        (["optim.options={1: 2}"], r"'optim\.options' is \{1: 2\}; expected a dict with names as keys"),
+        (["model.head.widths=" + "[" * 60 + "]" * 60], "'model.head.widths' has brackets within each other"),
+        (["seed=0:5:0"], "'seed=0:5:0' has the step 0; expected START:STOP:STEP"),
+        (["seed=0:99999999999999"], r"names 99999999999999 values; expected at most 100000, .* 0\.\.99999999999998"),
+        (["seed=0:" + "9" * 5000], "of fewer digits"),
+        (["seed=0:1000", "train.batch_size=1:1001"], r"1000000 combinations \(1000 of seed, 1000 of train\.batch"),
     ],
 )
 def test_wrong_grids_are_said(words, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as e:
         cells_of(Config(), grid(parse_space(words)))
+    assert "\n" not in str(e.value)
+
+
+def test_numbers_of_a_grid_are_whole_or_not_as_they_are_written():
+    space = parse_space(["seed=01..09", "optim.lr=+1e-1..0.5", "train.batch_size=1:100001", "stages.0.epochs=5:4:1,3"])
+    assert space["seed"] == Range(1, 9, whole=True)
+    assert space["optim.lr"] == Range(0.1, 0.5)
+    assert len(space["train.batch_size"]) == 100_000  # type: ignore[arg-type]
+    assert [len(parse_space([f"seed=0:{stop}:3"])["seed"]) for stop in (1, 3, 4, 6, 7)] == [1, 1, 2, 2, 3]  # type: ignore[arg-type]
+
+
+def test_draws_end_where_there_are_no_others():
+    with pytest.raises(ValueError, match=r"--random is 5, but --grid optim\.lr=0\.1\.\.0\.1001 gave only 2 different"):
+        draws(parse_space(["optim.lr=0.1..0.1001"]), 5)
+    found = draws(parse_space(["optim.lr=0.1..0.1001"]), 2)
+    assert sorted(one["optim.lr"] for one in found) == [0.1, 0.1001]
+    narrow = draws(parse_space(["optim.lr=0.10004..0.10006"]), 2)
+    assert {one["optim.lr"] for one in narrow} == {0.10004, 0.10006}, "four digits alone would be outside of the range"
+    assert len(draws(parse_space(["seed=0..999"]), 999)) == 999, "nearly all there are"
+    for n in (0, 10**9):
+        with pytest.raises(ValueError, match=f"--random is {n}; expected at least 1"):
+            draws({"optim.lr": Range(0.1, 1.0)}, n)
 
 
 def test_each_cell_has_a_name_and_a_folder(tmp_path):
@@ -114,11 +152,54 @@ def test_each_cell_has_a_name_and_a_folder(tmp_path):
         ([{"name": "a"}, {"name": "a"}], "the same name: a"),
         ([{"data.root": "a b"}, {"data.root": "ab"}], "the same name"),
         ([{"optim.lrr": 1}], "did you mean 'lr'"),
+        ([{"data.root": Path("a")}], r"'data\.root' is PosixPath\('a'\); expected text, as str\(\) of it is 'a'"),
+        ([{1: 2}], r"\{1: 2\} for a cell; expected a dict of fields"),
+        ([("optim.lr", 0.1)], r"\('optim\.lr', 0\.1\) for a cell; expected a dict of fields"),
+        ({"optim.lr": 0.1}, r"\{'optim\.lr': 0\.1\}; expected a list of dicts"),
+        (None, "None; expected a list of dicts"),
+        (({"seed": i} for i in range(10**6)), "more than 100000 cells"),
     ],
 )
 def test_wrong_changes_are_said(changes, message):
     with pytest.raises(ValueError, match=message):
         cells_of(Config(), changes)
+
+
+def test_values_of_numpy_are_those_of_the_record():
+    """And the name is as before, so that a sweep goes on in its folders."""
+    changes = {"seed": np.int64(3), "optim.lr": np.float64(0.1), "model.head.widths": (np.int32(8),)}
+    (cell,) = cells_of(Config(), [changes])
+    assert repr(cell.changes) == "{'seed': 3, 'optim.lr': 0.1, 'model.head.widths': [8]}"
+    assert (cell.config.seed, cell.config.optim.lr, cell.config.model.head.widths) == (3, 0.1, (8,))
+    assert cells_of(Config(), [{"model.head.widths": (8,)}])[0].name == "widths=_8,"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("sweep = [{'seed': 1}]", r"e\.py: sweep is \[\{'seed': 1\}\]; expected a function"),
+        ("def sweep(): pass", r"e\.py: sweep\(\) gives None; expected a list of dicts"),
+        ("def sweep(): return {'seed': 1}", r"e\.py: sweep\(\) gives \{'seed': 1\}; expected a list of dicts"),
+        ("def sweep(): return ('seed', 1)", r"e\.py: sweep\(\) gives 'seed' for a cell; expected a dict of fields"),
+        ("def sweep():\n    return lrs", r"e\.py, line 2: NameError: name 'lrs' is not defined"),
+        ("def sweep():\n    yield {}\n    yield 1 / 0", r"e\.py, line 3: ZeroDivisionError"),
+        ("def sweep():\n    while True: yield {}", r"e\.py: sweep\(\) gives more than 100000 cells"),
+        ("def sweep(): yield {'name': 'a', 'seed': 1j}", "'seed' is 1j; expected"),
+    ],
+)
+def test_what_an_experiments_sweep_gives_is_held_to_its_form(tmp_path, body, message):
+    path = tmp_path / "e.py"
+    path.write_text(body)
+    with pytest.raises(ValueError, match=message) as e:
+        experiment_cells(Config(), import_file(path), str(path))
+    assert "\n" not in str(e.value)
+
+
+def test_an_experiments_sweep_may_give_a_tuple_or_a_map(tmp_path):
+    for i, given in enumerate(("({'seed': 1}, {'seed': 2})", "map(lambda i: {'seed': i}, (1, 2))")):
+        path = tmp_path / f"e{i}.py"
+        path.write_text(f"def sweep(): return {given}")
+        assert [c.name for c in experiment_cells(Config(), import_file(path), str(path))] == ["seed=1", "seed=2"]
 
 
 def test_an_experiment_without_a_sweep_needs_a_grid():

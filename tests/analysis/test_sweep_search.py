@@ -208,6 +208,28 @@ def test_optunas_workers_share_a_study(file, tmp_path):
     assert len(trials_of(optuna, tmp_path)) == 4
 
 
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("garbage", "--optuna is 'garbage': Could not parse SQLAlchemy URL"),
+        ("nosuch://me:secret@x/y", "--optuna is 'nosuch://me:***@x/y': Can't load plugin"),
+        ("sqlite:////nonexistent/a.db", "--optuna is 'sqlite:////nonexistent/a.db': (sqlite3.OperationalError) unable"),
+        ("sqlite:///lab.json", "--optuna is 'sqlite:///lab.json': (sqlite3.DatabaseError) file is not a database"),
+        ("sqlite:///x?timeout=abc", "--optuna is 'sqlite:///x?timeout=abc': could not convert string to float"),
+    ],
+)
+def test_a_storage_that_cannot_be_opened_is_said(file, tmp_path, monkeypatch, capsys, url, message):
+    pytest.importorskip("optuna", reason='needs pip install -e ".[tune]"')
+    monkeypatch.chdir(tmp_path)
+    assert main(["sweep", file, *FLAGS, url]) == 2
+    err = capsys.readouterr().err
+    assert message in " ".join(err.split())
+    assert "expected a database as SQLAlchemy takes it" in " ".join(err.split())
+    assert "Traceback" not in err
+    assert "secret" not in err
+    assert not list(tmp_path.glob("lab/*/config.json")), "nothing is trained"
+
+
 def test_without_optuna_the_extra_is_named(file, monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["sweep", file, *FLAGS]) == 2

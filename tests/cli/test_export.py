@@ -90,7 +90,7 @@ def test_several_runs_are_exported_as_their_mean(run, tmp_path, monkeypatch, cap
     """Each calibrated by its own, as `eval` and `predict` have it."""
     other = small_run(tmp_path / "other", seed=1)
     given = {str(one.run_dir): one for one in (run, other)}
-    monkeypatch.setattr("bmjax.runs.folder.load_run", lambda path, *arguments, **options: given[path])
+    monkeypatch.setattr("bmjax.runs.folder.load_run", lambda path, *arguments, **options: given[str(path)])
     words = ["export", *given, "--out", str(tmp_path / "m.zip")]
     assert main(words) == 2
     assert f"{other.run_dir} keeps no calibration, and other runs do" in capsys.readouterr().err

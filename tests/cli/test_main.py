@@ -297,6 +297,17 @@ def test_explain_opens_the_test_split_only_when_told_and_records_it(copied, caps
     assert f"the test split is opened for time {before + 1}" in capsys.readouterr().err
 
 
+def test_explain_opens_no_test_split_without_its_data(copied, capsys, monkeypatch):
+    def gone(run, root):
+        raise FileNotFoundError(f"{root} is not there")
+
+    monkeypatch.setattr("bmjax.training.predict.data_of", gone)
+    before = (copied / "openings.jsonl").read_text()
+    assert main(["explain", str(copied), "--n", "2", "--split", "test", "--no-scores", "--data.root", "WRONG"]) == 2
+    assert "WRONG is not there" in capsys.readouterr().err
+    assert (copied / "openings.jsonl").read_text() == before, "an opening is recorded, and nothing was read"
+
+
 def test_explain_takes_files_and_another_stage(copied, tmp_path, capsys):
     path = tmp_path / "cell.png"
     Image.fromarray(np.full((40, 50, 3), 200, np.uint8)).save(path)

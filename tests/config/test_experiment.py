@@ -4,6 +4,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -144,6 +145,39 @@ def test_wrong_arguments_exit_with_the_field_and_no_traceback(capsys, arguments,
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--model.head.widths={64, 32}", "'model.head.widths' is {64, 32}; expected text, a finite number"),
+        ("--model.head.widths=[b'x']", "'model.head.widths' is b'x'; expected text"),
+        ("--model.head.widths=[1j]", "'model.head.widths' is 1j; expected text"),
+        ("--model.head.widths=" + "[" * 60 + "]" * 60, "'model.head.widths' has brackets within each other"),
+        ("--model.head.widths=" + "[" * 900 + "]" * 900, "'model.head.widths' has brackets within each other"),
+        ("--optim={'lr': {1}}", "'optim.lr' is {1}; expected text"),
+        ("--optim={'lr': 1e999}", "'optim.lr' is inf; expected text, a finite number"),
+        ("--model.attention_options={'se': {'ratio': {8}}}", "'model.attention_options.se.ratio' is {8}; expected"),
+        ("--model.attention_options={1: 2}", "'model.attention_options' is {1: 2}; expected a dict with names"),
+    ],
+)
+def test_values_that_a_record_cannot_hold_are_refused_in_one_line(argument, message):
+    flag, _, value = argument.partition("=")
+    for arguments in ([argument], [flag, value]):
+        with pytest.raises(ValueError, match=re.escape(message)) as e:
+            override(Config(), arguments, "bmjax train e.py")
+        assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("value", ["{[]}", '{"a":' + "[" * 100_000])
+def test_values_that_no_reader_takes_exit_with_the_field(capsys, value):
+    for field in ("model.head.widths", "model.attention-options"):
+        with pytest.raises(SystemExit) as exit_info:
+            override(Config(), [f"--{field}={value}"], "bmjax train e.py")
+        assert exit_info.value.code == 2
+        err = capsys.readouterr().err
+        assert field in err
+        assert "Traceback" not in err
+
+
 def test_values_out_of_range_name_the_field():
     with pytest.raises((ValueError, SystemExit)):
         override(Config(), ["--data.image-size", "4"], "bmjax")
@@ -167,15 +201,26 @@ def test_field_types_cover_the_whole_configuration():
 
 def test_changes_are_checked():
     assert changed(Config(), {"stages.0.epochs": 3, "optim.lr": 0.5}).stages[0].epochs == 3
-    for changes, message in (
+    within: list[Any] = []
+    within.append(within)
+    wrong: list[tuple[Any, str]] = [
         ({"optim.lrr": 1}, r"unknown part of 'optim\.lrr': 'lrr'; did you mean 'lr'"),
         ({"stages.4.epochs": 1}, r"unknown part of 'stages\.4\.epochs': '4'"),
         ({"seed.x": 1}, r"unknown part of 'seed\.x': 'x'"),
         ({"optim.lr": "fast"}, r"optim\.lr"),
         ({"data.image_size": 4}, "at least 16 pixels"),
-    ):
+        ({"data.root": pathlib.Path("a")}, r"'data\.root' is PosixPath\('a'\); expected text, as str\(\) of it is 'a'"),
+        ({"model.head.widths": within}, r"'model\.head\.widths' has brackets within each other"),
+        ({1: 2}, "a field to change is 1; expected its name"),
+        ({"model.head.widths": {64}}, r"'model\.head\.widths' is \{64\}; expected text"),
+    ]
+    for changes, message in wrong:
         with pytest.raises(ValueError, match=message):
             changed(Config(), changes)
+    values = {"seed": np.int64(3), "data.split": np.array([0.5, 0.25, 0.25]), "optim.options": {"b1": np.float64(0.5)}}
+    assert changed(Config(), values) == changed(
+        Config(), {"seed": 3, "data.split": [0.5, 0.25, 0.25], "optim.options": {"b1": 0.5}}
+    )
 
 
 AGENTS = [

@@ -1,6 +1,8 @@
 """The TFDS builders, on small copies of what is downloaded: read back without TensorFlow, wrong trees refused."""
 
 import hashlib
+import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -159,3 +161,30 @@ def test_what_is_no_tfds_folder_is_refused(tmp_path):
         FileNotFoundError, match=r"'data.root' is .*; expected the folder that `bmjax data build` names"
     ):
         list_tfds(tmp_path)
+
+
+DAMAGES = {
+    "half an object": lambda info: "{",
+    "no object": lambda info: "[]",
+    "unknown field": lambda info: json.dumps(info | {"colour": "red"}),
+    "bad version": lambda info: json.dumps(info | {"version": "one"}),
+}
+
+
+def test_a_damaged_tfds_folder_is_named(tree, tmp_path):
+    out = tmp_path / "out"
+    assert build("bm_cytomorphology", "--from", tree.parent, "--out", out, "--partial") == 0
+    folder = out / "bm_cytomorphology" / "all_partial" / "1.0.0"
+    path, features = folder / "dataset_info.json", folder / "features.json"
+    info = json.loads(path.read_text())
+    for how, damage in DAMAGES.items():
+        path.write_text(damage(info))
+        with pytest.raises(ValueError, match=f"^{re.escape(str(folder))}: not a readable data set of TFDS.*: .") as e:
+            list_tfds(folder)
+        assert "\n" not in str(e.value), how
+    path.write_text(json.dumps(info))
+    for text in ("{", "[]", "{}"):
+        features.write_text(text)
+        with pytest.raises(ValueError, match=re.escape(str(folder))) as e:
+            list_tfds(folder)
+        assert "\n" not in str(e.value), text

@@ -87,10 +87,32 @@ def test_errors_name_the_path_and_what_was_expected(tree, tmp_path):
         ("labels=[0, 1], ids=('a', 'a')", "an id comes twice"),
         ("labels=[0, 1], laboratories=('p',)", "1 laboratories for 2 ids"),
         ("labels=[0, 1], laboratories=(3, 4)", "a laboratory is 3; expected text"),
+        ("labels=[0, 1], groups=(1, 2)", "a group is 1; expected text"),
+        ("labels=[0, 1], groups='pq'", "groups are 'pq'; expected a tuple"),
+        ("labels=[0, 1], groups=None", "groups are None; expected a tuple"),
+        ("labels=[0, 1], classes=(0, 1)", "a class is 0; expected text"),
+        ("labels=[0, 1], classes=('x', 'x')", "a class comes twice, 'x'; expected classes that differ"),
+        ("labels=[0, 0], classes=('x',)", r"the classes are \('x',\); expected at least 2 names"),
+        ("labels=[0, 1], classes=('x', '')", r"the classes are \('x', ''\); expected at least 2 names"),
+        ("labels=[0, 1], ids=(1, 2)", "an id is 1; expected text"),
+        ("labels=[], ids=()", "it lists no image; expected at least one"),
+        ("labels=[0, [1, 2]]", r"labels are \[0, \[1, 2\]\]; expected int \[2\]"),
+        ("labels=None", "0 labels for 2 ids"),
+        ("labels=[0, 1], sides=('training', '')", "a side is 'training'; expected 'train', 'val', 'test' or ''"),
+        ("labels=[0, 1], pixel_sizes=('0.1', '0.1')", "a pixel size is '0.1'; expected micrometres"),
+        ("labels=[0, 1], pixel_sizes=(0.1, float('nan'))", "a pixel size is nan; expected micrometres"),
+        ("labels=[0, 1], pixel_sizes=(0.1, -1)", "a pixel size is -1; expected micrometres"),
+        ("labels=[0, 1], origin=None", "origin is None; expected text"),
+        ("labels=[0, 1], read=None", "read is None; expected a function of a number"),
+        ("labels=[0, 1], read=lambda i: None", r"read\(0\) gives None; expected bytes"),
+        ("labels=[0, 1], read=lambda i: f'{i}.png'", r"read\(0\) gives '0.png'; expected bytes"),
+        ("labels=[0, 1], read={}.__getitem__", r"read\(0\) raised an error: .*own\.py: KeyError: 0; expected bytes"),
+        ("labels=[0, 1], read=lambda i: [][i]", r"read\(0\) raised an error: .*own\.py, line 3: IndexError"),
     ],
 )
 def test_a_source_of_ones_own_is_held_to_its_form(tmp_path, change, message):
-    fields = "origin=root, classes=('x', 'y'), read=lambda i: b''" + ("" if "ids" in change else ", ids=('a', 'b')")
+    usual = {"origin": "root", "classes": "('x', 'y')", "read": "lambda i: b''", "ids": "('a', 'b')"}
+    fields = ", ".join(f"{name}={value}" for name, value in usual.items() if f"{name}=" not in change)
     (tmp_path / "own.py").write_text(f"import bmjax\ndef cells(root):\n    return bmjax.Listing({fields}, {change})\n")
     config = DataConfig(source=f"{tmp_path / 'own.py'}:cells", root="x")
     if message is None:
@@ -98,6 +120,45 @@ def test_a_source_of_ones_own_is_held_to_its_form(tmp_path, change, message):
         return
     with pytest.raises(ValueError, match=rf"data source '.*own\.py:cells': {message}"):
         list_source(config)
+
+
+@pytest.mark.parametrize(
+    ("line", "error", "message"),
+    [
+        ("return 1 / 0", ValueError, "ZeroDivisionError: division by zero"),
+        ("raise FileNotFoundError(f'{root}: no scans')", FileNotFoundError, "FileNotFoundError: x: no scans"),
+        ("return {}['a\\nb']", ValueError, "KeyError: "),
+    ],
+)
+def test_a_source_of_ones_own_that_raises_is_named_with_its_line(tmp_path, line, error, message):
+    (tmp_path / "own.py").write_text(f"def cells(root):\n    {line}\n")
+    config = DataConfig(source=f"{tmp_path / 'own.py'}:cells", root="x")
+    expected = (
+        rf"^config field 'data\.source' is '.*own\.py:cells', which raised .*own\.py, line 2: {message}.*Listing$"
+    )
+    with pytest.raises(error, match=expected):
+        list_source(config)
+
+
+def test_a_source_of_ones_own_that_can_not_read_some_image_leaves_it_out(tmp_path, tree, caplog):
+    (tmp_path / "own.py").write_text(
+        "import bmjax, pathlib\n"
+        "def cells(root):\n"
+        "    paths = sorted(pathlib.Path(root).glob('*/*.png'))\n"
+        "    names = [p.parent.name for p in paths]\n"
+        "    classes = sorted(set(names))\n"
+        "    read = lambda i: None if i == 1 else paths[i].read_bytes() if i != 2 else {}[i]\n"
+        "    return bmjax.Listing(pathlib.Path(root), classes, list(map(str, paths)), list(map(classes.index, names)), "
+        "read)\n"
+    )
+    source = f"{tmp_path / 'own.py'}:cells"
+    config = DataConfig(source=source, root=str(tree), image_size=16, cache_dir=str(tmp_path / "cache"))
+    dataset = load_dataset(config, progress=False)
+    assert isinstance(dataset.classes, tuple)
+    (_, first), (_, second) = dataset.skipped
+    assert "read(1) gives None; expected bytes" in first
+    assert "read(2) raised an error" in second
+    assert "line 6: KeyError: 2" in second
 
 
 def test_resize_is_pillows_bilinear_to_a_square(tmp_path):

@@ -128,7 +128,8 @@ def test_command_prints_flags(folder, capsys):
 def test_command_refuses_what_it_can_not_tell(tmp_path, capsys):
     (tmp_path / "bad.png").write_bytes(b"none")
     for arguments, message in (
-        (["--size", "0"], "--size is 0; expected at least 1 pixel"),
+        (["--size", "0"], "--size is 0; expected 1 to 4096 pixels"),
+        (["--size", "100000000"], "--size is 100000000; expected 1 to 4096 pixels"),
         ([], "none of 1 images can be read"),
     ):
         assert main(["data", "stain", str(tmp_path), *arguments]) == 2

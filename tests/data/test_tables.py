@@ -121,6 +121,12 @@ def test_what_is_wrong_in_a_table_is_named(folder, change, message):
 
 
 def test_what_is_no_table_is_named(folder):
+    for root in ("", str(folder)):
+        with pytest.raises(FileNotFoundError, match=r"'data\.root' is '.*'; expected a \.csv or \.parquet file"):
+            list_table(root)
+    (folder / "t.csv").write_text(f"path,label,{'x' * 200_000}\n")
+    with pytest.raises(ValueError, match=r"t\.csv: line 1: field larger than .*; expected CSV"):
+        list_table(folder / "t.csv")
     with pytest.raises(FileNotFoundError, match=r"no\.csv: no such file; expected a \.csv or \.parquet"):
         list_table(folder / "no.csv")
     with pytest.raises(ValueError, match=r"t\.csv: no column path, label among file, class"):

@@ -144,6 +144,46 @@ def test_a_broken_part_is_said_before_anything_is_written(source, field, message
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mylab_own.attn:Mine", r"cannot import 'mylab_own\.attn' of .*attn\.py, line 2: NameError: .*undefined"),
+        ("mylab_own.typo:Mine", r"cannot import 'mylab_own\.typo' of .*typo\.py, line 1: .*syntax"),
+        ("mylab_own.nulls:Mine", r"cannot import 'mylab_own\.nulls' of .*null bytes"),
+        ("mylab_own.lacks:Mine", r"cannot import 'mylab_own\.lacks' of .*lacks\.py, line 3: .*no_such_library"),
+        ("mylab_bad.attn:Mine", r"cannot import 'mylab_bad\.attn' of .*mylab_bad/__init__\.py, line 1: ZeroDivision"),
+        ("mylab_own:Mine", "unknown name in module 'mylab_own' 'Mine'"),
+        (
+            "./attn:Mine",
+            r"attention '\./attn:Mine' names no object of a module; expected 'package\.module:name', 'path\.py:name'",
+        ),
+        (":x", "':x' names no object of a module"),
+        ("mylab_own:", "'mylab_own:' names no object of a module"),
+        ("attn.py:my-net", r"'attn\.py:my-net' names no object of a module"),
+    ],
+)
+def test_a_module_that_does_not_import_is_named_in_one_line(name, message, experiment, tmp_path, monkeypatch, capsys):
+    import re
+
+    monkeypatch.syspath_prepend(tmp_path)
+    for path, source in {
+        "mylab_own/__init__.py": "",
+        "mylab_own/attn.py": "import math\nMine = undefined\n",
+        "mylab_own/typo.py": "def Mine(:\n",
+        "mylab_own/nulls.py": "Mine = 1\0\n",
+        "mylab_own/lacks.py": "import math\n\nimport no_such_library\n",
+        "mylab_bad/__init__.py": "1 / 0\n",
+        "mylab_bad/attn.py": "",
+    }.items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(source)
+    run_dir = str(tmp_path / "run")
+    assert main(["train", experiment(), "--model.attention", name, "--run_dir", run_dir]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(message, line), line
+    assert not (tmp_path / "run").exists()
+
+
 NET = """
 import flax.linen as nn
 class Net(nn.Module):

@@ -151,6 +151,21 @@ def test_why_offline(no_key, monkeypatch):
     assert why_offline() is None
 
 
+@pytest.mark.parametrize("address", ["http://localhost:99999", "http://[::1", "localhost:8080", "http://a..b:80"])
+def test_an_address_that_is_none_is_a_reason_to_be_offline(no_key, monkeypatch, address):
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", address)
+    assert not tracking.reachable()
+    why = why_offline()
+    assert why is not None
+    if address != "http://a..b:80":
+        assert why.startswith(f"WANDB_BASE_URL is {address!r}, which is no address (")
+        with pytest.raises(ValueError, match="WANDB_BASE_URL is "):
+            tracking.local_run("wandb:a/b/c")
+        monkeypatch.delenv("WANDB_API_KEY")
+        assert not tracking.has_key()
+
+
 def check_media(folder):
     """What W&B shows of `finished_run`."""
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,15 @@ import numpy as np
 
 from bmjax.analysis.evaluate import scores as evaluation
 from bmjax.data.splits import groups_in
-from bmjax.files import read_json
+from bmjax.files import printable, read_json
 from bmjax.runs.records import Predictions, class_rows, read_predictions, read_records, reported_split
 
 log = logging.getLogger(__name__)
 SPLITS = {"train": "training split", "val": "validation", "test": "test"}
 _PURPOSE = {"train": "to train on", "val": "for validation", "test": "for the test"}
 _OF_DATA = {"name": str, "n": int, "classes": list, "image_size": int, "fingerprint": str}
+_OF_RESULTS = ("accuracy", "accuracy_low", "accuracy_high", "macro_f1", "balanced_accuracy", "loss", "ece")
+_OF_RECORDS = {"train": ("step", "time", "images_per_second"), "epoch": ("step", "time", "epoch")}
 TOO_SURE = 0.03
 """Difference of mean confidence and accuracy from which on probabilities are called too high or too low."""
 
@@ -54,11 +57,18 @@ class Facts:
         """Every score of that split, as `bmjax eval` prints it: what it has written, or the same computed here."""
         predictions = self.predictions
         assert predictions is not None
-        kept = read_json(self.run_dir / f"evaluation_{self.split}.json")
-        same = kept.get("confusion") == self.metrics["confusion"]
-        same = same and list(kept.get("classes", ())) == list(predictions.classes)
-        if same and ("groups" in kept["scores"]["accuracy"]["by"]) == bool(self.metrics.get("intervals_groups")):
-            return kept
+        path = self.run_dir / f"evaluation_{self.split}.json"
+        kept = read_json(path)
+        try:
+            same = kept.get("confusion") == self.metrics["confusion"]
+            same = same and list(kept.get("classes", ())) == list(predictions.classes)
+            if same and ("groups" in kept["scores"]["accuracy"]["by"]) == bool(self.metrics.get("intervals_groups")):
+                return kept
+        except (KeyError, TypeError) as e:
+            raise ValueError(
+                f"{path} is damaged: it has no scores as `bmjax eval` wrote them; `bmjax eval RUN --split "
+                f"{self.split}` writes it again"
+            ) from e
         groups = groups_in(self.run_dir / "split.csv", predictions.ids.tolist())
         return evaluation.score(predictions.labels, predictions.probs, predictions.classes, groups=groups).to_json()
 
@@ -87,14 +97,16 @@ def read_facts(run_dir: str | Path) -> Facts:
     run_dir = Path(run_dir)
     if not (run_dir / "config.json").is_file():
         raise FileNotFoundError(f"{run_dir / 'config.json'} is not there; expected the folder of a run")
+    from bmjax.runs.folder import read_config
+
+    read_config(run_dir)  # held to its kinds; what is told is what was written
     names = ("config", "dataset", "environment", "results", "calibration")
     config, data, environment, results, calibration = (read_json(run_dir / f"{name}.json") for name in names)
-    for name, kind in _OF_DATA.items() if data else ():
-        if not isinstance(data.get(name), kind):
-            raise ValueError(
-                f"{run_dir / 'dataset.json'} is damaged: its {name!r} is {str(data.get(name))[:40]!r}; expected it as "
-                "`bmjax train` wrote it"
-            )
+    _check_data(run_dir / "dataset.json", data)
+    _check_sessions(run_dir / "environment.json", environment)
+    for name in SPLITS:
+        if name in results:
+            _check_results(run_dir / "results.json", name, results[name])
     openings, split = run_dir / "openings.jsonl", reported_split(results)
     predictions = read_predictions(run_dir, split) if split else None
     if predictions is not None and len(predictions.labels) != results[split]["n"]:  # type: ignore[index]
@@ -108,19 +120,109 @@ def read_facts(run_dir: str | Path) -> Facts:
             run_dir / f"predictions_{split}.npz", odd, len(predictions.labels),
         )  # fmt: skip
         predictions = None
+    if split and predictions is not None:
+        _check_matrix(run_dir / "results.json", split, results[split], len(predictions.classes))
     return Facts(
         run_dir=run_dir,
         config=config,
         data=data,
         environment=environment,
         results=results,
-        steps=read_records(run_dir, "train"),
-        epochs=read_records(run_dir, "epoch"),
+        steps=_records(run_dir, "train", ("loss", "lr")),
+        epochs=_records(run_dir, "epoch"),
         openings=len(openings.read_bytes().splitlines()) if openings.is_file() else 0,
         split=split,
         predictions=predictions,
         calibration=calibration,
     )
+
+
+def _damaged(path: Path, what: str, found: object) -> ValueError:
+    return ValueError(
+        f"{path} is damaged: {what} is {printable(str(found)[:40])!r}; expected it as `bmjax train` wrote it"
+    )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_data(path: Path, data: dict[str, Any]) -> None:
+    if not data:
+        return
+    for name, kind in _OF_DATA.items():
+        if not isinstance(data.get(name), kind):
+            raise _damaged(path, f"its {name!r}", data.get(name))
+    if not all(isinstance(name, str) for name in data["classes"]):
+        raise _damaged(path, "its 'classes'", data["classes"])
+    if not isinstance(data.get("skipped", []), list):
+        raise _damaged(path, "its 'skipped'", data["skipped"])
+    counts = data.get("counts", {})
+    if not isinstance(counts, dict):
+        raise _damaged(path, "its 'counts'", counts)
+    for split, of_split in counts.items():
+        if not isinstance(of_split, dict) or not all(map(_is_count, of_split.values())):
+            raise _damaged(path, f"its counts of {split!r}", of_split)
+
+
+def _check_sessions(path: Path, environment: dict[str, Any]) -> None:
+    sessions = environment.get("sessions") or []
+    if not isinstance(sessions, list):
+        raise _damaged(path, "its 'sessions'", sessions)
+    for session in sessions:
+        if not isinstance(session, dict):
+            raise _damaged(path, "one of its sessions", session)
+        for name, kind in (("source", dict), ("versions", dict), ("command", list), ("devices", list)):
+            found = session.get(name, kind())
+            if not isinstance(found, kind) and not (found is None and kind is dict):
+                raise _damaged(path, f"{name!r} of one of its sessions", found)
+        if not all(isinstance(device, str) for device in session.get("devices", [])):
+            raise _damaged(path, "'devices' of one of its sessions", session["devices"])
+
+
+def _check_results(path: Path, split: str, metrics: Any) -> None:
+    """Holds the figures that a report tells of a split to their kinds."""
+    if not isinstance(metrics, dict):
+        raise _damaged(path, f"its entry {split!r}", metrics)
+    if not _is_count(metrics.get("n")):
+        raise _damaged(path, f"'n' of {split!r}", metrics.get("n"))
+    bounds = (f"{name}_{end}" for name in _OF_RESULTS for end in ("low", "high") if f"{name}_low" in metrics)
+    for name in (*_OF_RESULTS, *bounds):
+        if not _is_number(metrics.get(name)):
+            raise _damaged(path, f"{name!r} of {split!r}", metrics.get(name))
+
+
+def _check_matrix(path: Path, split: str, metrics: dict[str, Any], k: int) -> None:
+    """Holds the figures of each of k classes to their kinds."""
+    rows, figures = metrics.get("confusion"), metrics.get("per_class")
+    if not isinstance(rows, list) or len(rows) != k or not all(_is_row(row, k) for row in rows):
+        raise _damaged(path, f"'confusion' of {split!r}, for {k} classes,", rows)
+    if not isinstance(figures, list) or len(figures) != k or not all(map(_is_class, figures)):
+        raise _damaged(path, f"'per_class' of {split!r}, for {k} classes,", figures)
+
+
+def _is_row(row: object, k: int) -> bool:
+    return isinstance(row, list) and len(row) == k and all(map(_is_count, row))
+
+
+def _is_class(found: object) -> bool:
+    return isinstance(found, dict) and all(_is_number(found.get(n)) for n in ("n", "precision", "recall", "f1"))
+
+
+def _records(run_dir: Path, kind: str, or_none: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The records of a kind, held to what is told of them; `or_none`: what has to be there, but need be no number."""
+    records = read_records(run_dir, kind)
+    for i, record in enumerate(records, start=1):
+        for name in (*_OF_RECORDS[kind], *or_none):
+            found = record.get(name)
+            if not _is_number(found) and not (name in or_none and name in record and found is None):
+                path = run_dir / "metrics.jsonl"
+                raise _damaged(path, f"{name!r} of the record {i} of the kind {kind!r}", found)
+    return records
 
 
 def percent(value: float) -> str:

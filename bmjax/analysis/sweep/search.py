@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -32,22 +33,33 @@ _AGAIN = 0.1  # seconds
 
 @contextlib.contextmanager
 def opened_study(plan: Plan) -> Iterator[optuna.Study]:
-    """The study of a plan, made where there is none yet; at the end its connections are closed."""
+    """The study of a plan, made where there is none yet; at the end its connections are closed.
+
+    Raises:
+      ValueError: the storage can't be opened; names its URL.
+    """
     import optuna
 
     assert plan.tune is not None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = optuna.storages.RDBStorage(plan.tune.storage)
-    try:
-        yield optuna.create_study(
-            study_name=plan.config.name,
-            storage=storage,
-            direction="minimize" if plan.config.train.monitor_falls else "maximize",
-            pruner=optuna.pruners.MedianPruner(),
-            load_if_exists=True,
-        )
-    finally:
-        storage.engine.dispose()
+    with contextlib.ExitStack() as stack:
+        try:
+            storage = optuna.storages.RDBStorage(plan.tune.storage)
+            stack.callback(storage.engine.dispose)
+            study = optuna.create_study(
+                study_name=plan.config.name,
+                storage=storage,
+                direction="minimize" if plan.config.train.monitor_falls else "maximize",
+                pruner=optuna.pruners.MedianPruner(),
+                load_if_exists=True,
+            )
+        except Exception as e:  # SQLAlchemy's, Optuna's, those of a database's own module
+            url = re.sub(r"(://[^/@]*:)[^/]*@", r"\1***@", plan.tune.storage)  # without its password
+            why = " ".join(str(e).partition("(Background on")[0].split())
+            raise ValueError(
+                f"--optuna is {url!r}: {why}; expected a database as SQLAlchemy takes it, such as sqlite:///study.db"
+            ) from e
+        yield study
 
 
 def search(trainer: Trainer, plan: Plan) -> list[Cell]:

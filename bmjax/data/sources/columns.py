@@ -100,7 +100,10 @@ def _read_text(path: Path, needed: Sequence[str]) -> tuple[list[str], list[list[
         names = [name.strip().lower() for name in next(csv.reader([header], delimiter=separator), [])]
         return len(set(needed).intersection(names)), len(names)
 
-    separator = max(separators, key=columns)
+    try:
+        separator = max(separators, key=columns)
+    except csv.Error as e:
+        raise ValueError(f"{path}: line {start + 1}: {e}; expected CSV whose first line names the columns") from e
     reader = csv.reader(lines[start:], delimiter=separator, strict=True)
     rows: list[list[str]] = []
     try:

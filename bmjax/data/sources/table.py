@@ -23,6 +23,8 @@ def list_table(path: str | Path, fewest: int = 2) -> Listing:
       FileNotFoundError: the table, or an image that it names, is not there.
       ValueError: a column, a path, a label or a split is missing or wrong, or two rows name one file; names them.
     """
+    if not str(path) or Path(path).is_dir():
+        raise FileNotFoundError(f"config field 'data.root' is {str(path)!r}; expected a .csv or .parquet file")
     columns = read_columns(path, ("path", "label"), ("split", "group", "pixel_size", "laboratory"))
     columns = {name: [value.strip() for value in values] for name, values in columns.items()}  # "a.png, BLA"
     groups, splits, laboratories = ([known(value) for value in columns[n]] for n in ("group", "split", "laboratory"))

@@ -8,6 +8,7 @@ from typing import Any
 
 from bmjax.data.sources.listing import Listing
 from bmjax.data.sources.parts import _listing, _Part
+from bmjax.files import reading
 
 
 def list_tfds(root: str | Path) -> Listing:
@@ -17,13 +18,21 @@ def list_tfds(root: str | Path) -> Listing:
 
     Raises:
       FileNotFoundError: no such data set.
-      ValueError: not in array_record, or features are missing.
+      ValueError: damaged, not in array_record, or features are missing; names the folder.
     """
     if not str(root) or not (Path(root) / "dataset_info.json").is_file():
         raise FileNotFoundError(
             f"config field 'data.root' is {str(root)!r}; expected the folder that `bmjax data build` names, "
             "with a dataset_info.json"
         )
+    try:
+        with reading(root, "data set of TFDS"):
+            return _listed(root)
+    except ValueError as e:  # protobuf's have several lines
+        raise ValueError(" ".join(str(e).splitlines())) from e
+
+
+def _listed(root: str | Path) -> Listing:
     import tensorflow_datasets as tfds  # here alone: it is slow to import, and no other source needs it
 
     builder: Any = tfds.builder_from_directory(str(root))
