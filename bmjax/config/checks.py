@@ -14,6 +14,8 @@ import pydantic
 
 from bmjax.registry import is_own, name_of, unknown
 
+_DEEPEST = 50  # lists and dicts within each other
+
 
 def check(condition: bool, field: str, value: object, expected: str) -> None:
     """Raises a ValueError that names the field, its value and what was expected, unless the condition holds."""
@@ -67,18 +69,22 @@ def plain(value: Any) -> Any:
     return type(value)(map(plain, value)) if type(value) in (tuple, list) else value
 
 
-def _recorded(field: str, value: Any) -> Any:
-    """Options as a run's record gives them back: tuples as lists, NumPy's numbers as Python's.
+def as_json(field: str, value: Any, depth: int = 0) -> Any:
+    """A field's value as JSON gives it back: tuples as lists, NumPy's numbers and arrays as Python's.
 
     Raises:
-      ValueError: one that JSON can't hold; names it.
+      ValueError: JSON can't hold it; names the field.
     """
-    value = plain(value)
+    if depth > _DEEPEST:
+        raise ValueError(f"config field {field[:80]!r} has brackets within each other; expected at most {_DEEPEST}")
+    value = value if isinstance(value, (list, tuple)) else plain(value)
     if isinstance(value, dict):
         check(all(isinstance(key, str) for key in value), field, value, "a dict with names as keys")
-        return {key: _recorded(f"{field}.{key}", one) for key, one in value.items()}
+        return {key: as_json(f"{field}.{key}", one, depth + 1) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_recorded(field, one) for one in value]
+        return [as_json(field, one, depth + 1) for one in value]
+    if isinstance(value, os.PathLike):
+        check(False, field, value, f"text, as str() of it is {str(value)!r}")
     known = value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value))
     check(
         known, field, value, "text, a finite number, True, False or None, or lists and dicts of such: a run records it"
@@ -95,7 +101,7 @@ def check_types(config: Any, prefix: str = "") -> None:
     """
     for name, (adapter, hint) in _fields(type(config)).items():
         given, field = getattr(config, name), f"{prefix}{name}"
-        value = _recorded(field, given) if isinstance(given, dict) and typing.get_origin(hint) is dict else plain(given)
+        value = as_json(field, given) if isinstance(given, dict) and typing.get_origin(hint) is dict else plain(given)
         if isinstance(value, list) and typing.get_origin(hint) is tuple:
             value = tuple(value)
         if value is not given:

@@ -7,8 +7,6 @@ import dataclasses
 import inspect
 import itertools
 import json
-import math
-import os
 import textwrap
 import types
 import typing
@@ -18,13 +16,12 @@ from typing import Any
 import tyro
 
 from bmjax.config.base import Config, from_json, to_json
-from bmjax.config.checks import check, plain
+from bmjax.config.checks import as_json
 from bmjax.registry import unknown
 
 # A dataclass that may also be given by the name of a part of one's own, and the field that takes the name.
 _BY_NAME = {"model.head": "model.head.name"}
 _WORDS = {"none": "None", "null": "None", "true": "True", "false": "False"}
-_DEEPEST = 50  # lists and dicts within each other
 
 
 def field_types(cls: type, prefix: str = "") -> dict[str, Any]:
@@ -57,27 +54,6 @@ def field_docs(cls: type, prefix: str = "") -> dict[str, str]:
         elif isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
             found[prefix + node.target.id] = str(after.value.value)
     return found
-
-
-def as_json(field: str, value: Any, depth: int = 0) -> Any:
-    """A field's value as JSON gives it back: tuples as lists, NumPy's numbers and arrays as Python's.
-
-    Raises:
-      ValueError: JSON can't hold it; names the field.
-    """
-    if depth > _DEEPEST:
-        raise ValueError(f"config field {field[:80]!r} has brackets within each other; expected at most {_DEEPEST}")
-    value = value if isinstance(value, (list, tuple)) else plain(value)
-    if isinstance(value, dict):
-        check(all(isinstance(key, str) for key in value), field, value, "a dict with names as keys")
-        return {key: as_json(f"{field}.{key}", one, depth + 1) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [as_json(field, one, depth + 1) for one in value]
-    if isinstance(value, os.PathLike):
-        check(False, field, value, f"text, as str() of it is {str(value)!r}")
-    known = value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value))
-    check(known, field, value, "text, a finite number, True, False or None, or lists and dicts of such")
-    return value
 
 
 def _spoken(arguments: Sequence[str]) -> list[str]:

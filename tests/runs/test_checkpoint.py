@@ -131,12 +131,16 @@ def test_a_step_that_is_there_is_proven_and_later_ones_give_way(folder):
     jax.tree.map(np.testing.assert_array_equal, read(folder)[1][1], state(6))
 
 
+def leave_no_room(monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(100, 99, 1))
+
+
 @pytest.mark.parametrize("fails", ["before", "within"])
 def test_a_full_disk_is_one_line_and_costs_no_checkpoint(folder, monkeypatch, fails):
     checkpoints = Checkpoints(folder)
     if fails == "before":
-        usage = namedtuple("usage", "total used free")
-        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(100, 99, 1))
+        leave_no_room(monkeypatch)
     else:
 
         def full(*_, **__):
@@ -156,8 +160,7 @@ def test_a_full_disk_is_one_line_and_costs_no_checkpoint(folder, monkeypatch, fa
 def test_where_none_could_be_written_none_is_said_to_be_whole(tmp_path, monkeypatch, fails):
     checkpoints = Checkpoints(tmp_path / "last")
     if fails == "before":
-        usage = namedtuple("usage", "total used free")
-        monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(100, 99, 1))
+        leave_no_room(monkeypatch)
     else:
 
         def broken(*_, **__):

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 from bmjax.config.base import Config
-from bmjax.config.override import as_json, changed, field_types
+from bmjax.config.checks import as_json
+from bmjax.config.override import changed, field_types
 from bmjax.registry import explain_error, unknown
 from bmjax.runs.folder import run_folder
 
